@@ -1,0 +1,1041 @@
+"""Data: readers and their checker, CLIP's tokenizer, augmentation, samplers, and the built-in toy people.
+
+    python data.py --dataset cuhk --data-root DIR      counts beside the published ones, missing and broken files, a sample sheet
+
+Every data set is a list of records, one per image:
+
+    dict(image=path or uint8 array (H, W, 3), captions=[str, ...], pid=int)      and perhaps captions_bt, source, scores
+
+The file follows the way of a pair: it is read, its caption cleaned, varied and cut into tokens, its image varied and scaled,
+and both end up in a batch. The last chapter draws the toy people. Needs torch, torchvision, numpy, tokenizers and Pillow; imports
+nothing of ours. Drawing the 2,004 toy test images takes 2 seconds; checking CUHK-PEDES means decoding its 40,206 images once."""
+
+import argparse
+import base64
+import csv
+import functools
+import html
+import io
+import json
+import os
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from tokenizers import Regex, Tokenizer as BPETokenizer, models, pre_tokenizers, trainers
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# ---- records: reading what people have on disk ----------------------------------------------------------------------
+
+FOLDERS = {"cuhk": "CUHK-PEDES", "icfg": "ICFG-PEDES", "rstp": "RSTPReid"}
+DATASETS = ["toy", "toy-few", "toy-generic", "cuhk", "icfg", "rstp", "reid", "csv", "pairs"]
+PUBLISHED = {  # persons, images, captions
+    "cuhk": {"train": (11003, 34054, 68126), "val": (1000, 3078, 6158), "test": (1000, 3074, 6156)},
+    "icfg": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
+    "rstp": {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
+}
+ASK = "ask the authors of the set for it (README, 'Data'), or try --dataset toy, which needs nothing"
+
+
+def need(path, what, fix):
+    """The path, if it exists. If not: what is missing, what is there instead, and what to do about it."""
+    path = Path(path)
+    if path.exists():
+        return path
+    there = next(p for p in path.absolute().parents if p.exists())
+    seen = sorted(f.name + "/" * f.is_dir() for f in there.iterdir()) if there.is_dir() else []
+    raise FileNotFoundError(f"{what} should be at {path}\n  {there} holds: {', '.join(seen[:8]) or 'nothing'}"
+                            f"{f' and {len(seen) - 8} more' if len(seen) > 8 else ''}\n  {fix}")
+
+
+def read(name, root="data", split="train", hold_out=True):
+    """The records of one split ("train", "val", "test") of a data set; pids are the file's own.
+
+    name: cuhk, icfg, rstp (their folder, or its parent, is `root`), reid (a folder with the `train_reid.json` ... of TBPS-CLIP's
+    authors and the images), csv (columns image, caption, pid, split; `root` is the file or its folder), pairs (a folder
+    made by generate.py), toy, toy-few (a tenth of the persons), toy-generic (the domain for pre-training).
+    A set without a validation split (ICFG-PEDES) gets one: 200 training persons, seed 0; `hold_out=False` trains on them too.
+    Raises FileNotFoundError and ValueError in words made for users."""
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
+    if name.startswith("toy"):
+        return toy("few" if name == "toy-few" and split == "train" else split, domain="generic" if name == "toy-generic" else "people")
+    rows = {"csv": read_csv, "reid": read_reid, "pairs": read_pairs}.get(name, functools.partial(read_json, name))(Path(root))
+    if not any(r["split"] == "val" for r in rows) and hold_out:
+        pids = sorted({r["pid"] for r in rows if r["split"] == "train"})
+        held = set(random.Random(0).sample(pids, min(200, -(-len(pids) // 10))))
+        rows = [r | dict(split="val") if r["split"] == "train" and r["pid"] in held else r for r in rows]
+    records = [{k: v for k, v in r.items() if k != "split"} for r in rows if r["split"] == split]
+    if not records:
+        raise ValueError(f"{name} in {root} has no images in the split {split!r}; it has " +
+                         ", ".join(f"{n} in {s!r}" for s, n in Counter(r["split"] for r in rows).items()))
+    for folder in sorted({r["image"].parent for r in records}):
+        need(folder, f"a folder of images that the {split} split of {name} uses", "unpack the rest of the archive, or " + ASK)
+    return records
+
+
+def read_json(name, root):
+    """CUHK-PEDES (Li et al., CVPR 2017), ICFG-PEDES (Ding et al., 2021), RSTPReid (Zhu et al., MM 2021): rows with a split."""
+    files = {"cuhk": ["reid_raw.json"], "icfg": ["ICFG-PEDES.json", "ICFG_PEDES.json"], "rstp": ["data_captions.json"]}[name]
+    places = [folder / file for folder in (root, root / FOLDERS[name]) for file in files]
+    file = next((p for p in places if p.exists()), None)
+    if file is None:
+        for folder in (root, root / FOLDERS[name]):
+            if name == "cuhk" and (folder / "caption_all.json").exists():
+                raise FileNotFoundError(f"{folder} holds caption_all.json, the first release of CUHK-PEDES, which has no splits and other ids.\n"
+                                        "  The protocol needs reid_raw.json of the same authors; ids cannot be converted")
+        need(places[len(files)] if (root / FOLDERS[name]).exists() else places[0], f"the annotation of {FOLDERS[name]}",
+             f"--data-root is that folder or its parent; {ASK}")
+    rows = load_rows(file, "img_path" if name == "rstp" else "file_path", file.parent / "imgs")
+    if name == "rstp" and len({r["pid"] for r in rows if r["split"] == "train"}) == 3901:
+        raise ValueError(f"{file} is the early RSTPReid annotation with a wrong split (3901/100/100 persons).\n"
+                         "  Get the corrected one (3701/200/200) from the RSTPReid repository")
+    return rows
+
+
+def load_rows(file, path_key, images, split=None):
+    """A JSON list with id, captions, split and a path -> rows."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return [dict(image=images / e[path_key], captions=list(e["captions"]), pid=int(e["id"]), split=split or e["split"])
+                | ({"captions_bt": e["captions_bt"]} if e.get("captions_bt") else {}) for e in entries]
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file} is not JSON ({e}); is the download complete?") from None
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{file} should be a list of objects with id, captions, {path_key}{'' if split else ' and split'}; "
+                         f"one of them fails with {type(e).__name__}: {e}") from None
+
+
+def read_reid(root):
+    """The files of TBPS-CLIP's authors: train_reid.json, test_reid.json (val_reid.json if there), with back-translations."""
+    need(root / "train_reid.json", "the annotation", "--data-root is the folder of train_reid.json and test_reid.json; images below it or its imgs/")
+    images = root / "imgs" if (root / "imgs").exists() else root
+    files = [(split, root / f"{split}_reid.json") for split in ("train", "val", "test")]
+    return [row for split, file in files if file.exists() for row in load_rows(file, "file_path", images, split)]
+
+
+def read_csv(root):
+    """One's own data: a csv file with the columns image, caption, pid, split; a line per caption, images relative to the file."""
+    files = [root] if root.suffix == ".csv" else sorted(root.glob("*.csv"))
+    if len(files) != 1:
+        raise ValueError(f"{root} holds {len(files)} .csv files; name the one to read with --data-root FILE.csv")
+    need(files[0], "the csv file", "--data-root is the file or its folder")
+    rows = {}
+    with open(files[0], newline="", encoding="utf-8") as f:
+        reader = csv.DictReader(f)
+        if missing := {"image", "caption", "pid", "split"} - set(reader.fieldnames or []):
+            raise ValueError(f"{files[0]} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['none'])}")
+        for line in reader:
+            try:
+                row = rows.setdefault(line["image"], dict(image=files[0].parent / line["image"], captions=[], pid=int(line["pid"]), split=line["split"]))
+            except ValueError:
+                raise ValueError(f"{files[0]}, line {reader.line_num}: pid is {line['pid']!r}, it must be a whole number") from None
+            if (row["pid"], row["split"]) != (int(line["pid"]), line["split"]):
+                raise ValueError(f"{files[0]}, line {reader.line_num}: {line['image']} has another pid or split than before")
+            row["captions"].append(line["caption"])
+    return list(rows.values())
+
+
+def read_pairs(root):
+    """A folder made by generate.py: imgs/ and pairs.jsonl, each generated person with an id of its own."""
+    file = need(root / "pairs.jsonl", "the list of generated pairs", "python generate.py makes such a folder")
+    try:
+        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return [e | dict(image=root / "imgs" / e["image"], source=e["source_image"]) for e in entries]
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is not as generate.py writes it ({type(e).__name__}: {e})") from None
+
+
+def counts(records):
+    """(persons, images, captions)"""
+    return len({r["pid"] for r in records}), len(records), sum(len(r["captions"]) for r in records)
+
+
+def load_image(image):
+    """A path or a uint8 array (H, W, 3) -> PIL image, RGB. Raises ValueError naming a file that is no image or is cut off."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:                       # SyntaxError: broken PNG chunks
+        raise ValueError(f"{image} cannot be read as an image ({e}); replace it, or leave such files out with --skip-bad") from None
+
+
+def broken(records):
+    """[(record, why)] of the images that are missing or do not decode; reads every file once."""
+    def why(record):
+        try:
+            load_image(record["image"])
+        except (ValueError, FileNotFoundError) as e:
+            return str(e)
+
+    with ThreadPoolExecutor() as pool:
+        found = tqdm(pool.map(why, records), total=len(records), desc="decoding", leave=False)
+        return [(record, reason) for record, reason in zip(records, found) if reason]
+
+
+# ---- captions: cleaning and variation -------------------------------------------------------------------------------
+
+def clean_caption(caption):
+    """As TBPS-CLIP cleans captions, in training and in search: lower case, . ! " ( ) * # : ; ~ become blanks, runs of white space
+    one blank, at most 77 words. Commas, hyphens and apostrophes stay. What it leaves of "..." is the empty string."""
+    caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
+    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
+    return " ".join(caption.split(" ")[:77])
+
+
+# Words for words: synonym replacement and insertion take from here (the papers: WordNet). One line per meaning; extend at will.
+SYNONYMS = [line.split(", ") for line in """man, male, guy, gentleman
+woman, lady, female
+person, pedestrian, individual
+wearing, sporting
+wears, sports
+carrying, holding, toting
+carries, holds
+walking, strolling, striding
+standing, waiting
+dressed, clad, clothed
+big, large
+small, little
+long, lengthy
+short, brief
+dark, deep
+light, pale, bright
+thin, slim, slender
+heavy, stout
+young, youthful
+striped, stripy
+checked, checkered, plaid
+backpack, rucksack
+handbag, purse
+trousers, pants, slacks
+shoes, footwear
+sneakers, trainers
+glasses, spectacles
+hat, headgear
+jacket, windbreaker
+has, possesses
+also, additionally
+picture, photo, image""".splitlines()]
+SYNONYM_OF = {word: [w for w in line if w != word] for line in SYNONYMS for word in line}
+
+
+def replace_synonyms(words, rate, rng):
+    """Puts synonyms for rate * len(words) words, at least one; words without a synonym in the table stay."""
+    words = list(words)
+    able = sorted({w for w in words if w in SYNONYM_OF})
+    for old in rng.sample(able, min(len(able), max(1, int(rate * len(words))))):
+        new = rng.choice(SYNONYM_OF[old])
+        words = [new if w == old else w for w in words]
+    return words
+
+
+def insert_synonyms(words, rate, rng):
+    """Inserts a synonym of one of the words at a random place, rate * len(words) times, at least once."""
+    words = list(words)
+    if able := [w for w in words if w in SYNONYM_OF]:
+        for _ in range(max(1, int(rate * len(words)))):
+            words.insert(rng.randrange(len(words)), rng.choice(SYNONYM_OF[rng.choice(able)]))
+    return words
+
+
+def swap_words(words, rate, rng):
+    """Exchanges two words, rate * len(words) times, at least once."""
+    words = list(words)
+    for _ in range(max(1, int(rate * len(words))) if len(words) > 1 else 0):
+        i, j = rng.sample(range(len(words)), 2)
+        words[i], words[j] = words[j], words[i]
+    return words
+
+
+def delete_words(words, rate, rng):
+    """Leaves out each word with probability `rate`; never all of them."""
+    return [w for w in words if rng.random() >= rate] or [rng.choice(words)] if words else []
+
+
+TEXT_OPS = {"synonym": replace_synonyms, "insertion": insert_synonyms, "swap": swap_words, "deletion": delete_words}
+
+
+def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0):
+    """The text augmentations of TBPS-CLIP's study by their rates (0 = off); its recipe is deletion alone. `eda` is one of the
+    four at random, as in EDA (arXiv 1901.11196). White space is collapsed; a caption with words keeps at least one."""
+    words = caption.split()
+    for name, rate in dict(synonym=synonym, insertion=insertion, swap=swap, deletion=deletion).items():
+        words = TEXT_OPS[name](words, rate, rng) if rate else words
+    return " ".join(TEXT_OPS[rng.choice(list(TEXT_OPS))](words, eda, rng) if eda else words)
+
+
+# ---- tokens: CLIP's byte-pair encoding ------------------------------------------------------------------------------
+
+CONTEXT = 77
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# What ftfy does to clean text, as far as it matters here: straight quotes, no ligatures. (Repairing mojibake is left out.)
+PLAIN = {ord(c): plain for plain, group in {"'": "\u2018\u2019\u201a\u201b\u02bc", '"': "\u201c\u201d\u201e\u201f", "ff": "\ufb00", "fi": "\ufb01",
+                                            "fl": "\ufb02", "ffi": "\ufb03", "ffl": "\ufb04", "st": "\ufb05\ufb06", "ij": "\u0133"}.items() for c in group}
+PLAIN |= {code: chr(code - 0xfee0) for code in range(0xff01, 0xff5f)} | {0x3000: " "}        # full-width forms
+
+
+def plain_text(text):
+    """HTML entities resolved twice, curly quotes, ligatures and full-width forms made plain, white space collapsed, lower case."""
+    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)).translate(PLAIN))
+    return " ".join(text.split()).lower()
+
+
+class Tokenizer:
+    """CLIP's byte-level BPE on the `tokenizers` package: a list of captions -> (B, 77) int64, start + tokens + end + zeros.
+
+    merges: pairs, most frequent first. Ids: 256 bytes, 256 bytes that end a word, a token per merge, start, end. So the
+    end-of-text token EOT has the largest id, and 0 (also the id of "!") pads. mask=True gives the id of the last merge to a mask
+    symbol; in CLIP's vocabulary that costs the word "jekyll", which is then spelt in pieces. Too long: cut, but EOT stays."""
+
+    def __init__(self, merges, mask=False):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")        # the loader's workers are our parallelism
+        self.merges = [tuple(m) for m in merges]
+        learned = self.merges[:-1] if mask else self.merges
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())           # by code point: the order of OpenAI's file
+        tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in learned]
+        self.sot, self.eot = 512 + len(self.merges), 513 + len(self.merges)
+        self.mask, self.vocab = (self.sot - 1 if mask else None), self.eot + 1
+        self.bpe = BPETokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, learned, end_of_word_suffix="</w>"))
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "removed", invert=True),
+                                                          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    def __call__(self, captions):
+        assert not isinstance(captions, str), "the tokenizer takes a list of captions"
+        tokens = torch.zeros(len(captions), CONTEXT, dtype=torch.int64)
+        for row, text in zip(tokens, self.bpe.encode_batch([plain_text(c) for c in captions])):
+            ids = [self.sot, *text.ids[:CONTEXT - 2], self.eot]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+def load_tokenizer(path, mask=False):
+    """CLIP's tokenizer from OpenAI's bpe_simple_vocab_16e6.txt.gz, a Hugging Face tokenizer.json or merges.txt, or a folder that
+    holds one of them: a callable, list of str -> (B, 77) int64."""
+    path = need(path, "the vocabulary of the tokenizer", "it is bpe_simple_vocab_16e6.txt.gz of OpenAI's CLIP, or tokenizer.json of a hub model")
+    if path.is_dir():
+        names = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
+        path = next((path / n for n in names if (path / n).exists()), None) or need(path / names[0], "the vocabulary of the tokenizer", f"or {names[1:]}")
+    if path.suffix == ".json":
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is not a byte-pair tokenizer.json ({type(e).__name__}: {e})") from None
+        ours = Tokenizer(merges).bpe.get_vocab()
+        if differ := [t for t, i in ours.items() if model["vocab"].get(t) != i]:
+            raise ValueError(f"{path} numbers its tokens differently from CLIP, e.g. {differ[:3]}; it belongs to another model")
+    else:
+        import gzip
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        merges = [line.split() for line in text.decode("utf-8").splitlines()[1:49152 - 256 - 2 + 1]]      # as CLIP cuts it
+        if not merges or any(len(m) != 2 for m in merges):
+            raise ValueError(f"{path} is not a list of merges, one pair a line")
+    return Tokenizer(merges, mask)
+
+
+def train_tokenizer(captions, vocab=1024, mask=False):
+    """A vocabulary of about `vocab` tokens from the captions themselves, for the toy people."""
+    bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = Tokenizer([("a", "b")]).bpe.pre_tokenizer
+    bpe.train_from_iterator(map(plain_text, captions), trainers.BpeTrainer(vocab_size=vocab, show_progress=False, end_of_word_suffix="</w>"))
+    return Tokenizer(json.loads(bpe.to_str())["model"]["merges"], mask)
+
+
+# ---- images: augmentation -------------------------------------------------------------------------------------------
+
+NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
+POOL = ["jitter", "rotation", "crop", "gray", "flip", "erase"]         # what TBPS-CLIP draws from
+IMAGE_AUG = ["pool", "stack", "none", *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
+
+
+def crop_ratio(size, low=3 / 4, high=4 / 3):
+    """Aspect ratios for random crops, relative to the frame: at 224 x 224 the usual 3/4 ... 4/3, and no taller frame loses heads."""
+    return low * size[1] / size[0], high * size[1] / size[0]
+
+
+def image_ops(size):
+    """Augmentations of TBPS-CLIP (its code; the paper has no numbers) on float images (3, H, W) in [0, 1]; erased is black."""
+    return {"jitter": v2.ColorJitter(0.1, 0.1, 0.1), "rotation": v2.RandomRotation(15),
+            "crop": v2.RandomResizedCrop(size, scale=(0.9, 1.0), ratio=crop_ratio(size), antialias=True),
+            "gray": v2.RandomGrayscale(0.1), "flip": v2.RandomHorizontalFlip(0.5),
+            "erase": v2.RandomErasing(0.5, scale=(0.10, 0.20), ratio=(0.3, 3.3), value=0),
+            "hue": v2.ColorJitter(hue=0.1), "blur": v2.GaussianBlur(3), "vflip": v2.RandomVerticalFlip(0.5),
+            "autoaugment": v2.AutoAugment(), "randaugment": v2.RandAugment(2, 9), "trivialaugment": v2.TrivialAugmentWide()}
+
+
+class TrainView:
+    """The view of an image for the image-text losses: PIL -> (3, H, W), scaled, augmented, normalised. image_aug: one of
+    IMAGE_AUG; "pool" is two of POOL drawn with replacement, in drawn order, "stack" all of them, or the name of one."""
+
+    def __init__(self, size, image_aug="pool", norm="imagenet", resize="bilinear"):
+        assert image_aug in IMAGE_AUG, image_aug
+        self.scale, self.ops, self.image_aug = Scale(size, resize), image_ops(size), image_aug
+        self.normalize = v2.Normalize(*NORMS[norm])
+
+    def __call__(self, image, flip=True):
+        names = {"pool": [POOL[i] for i in torch.randint(len(POOL), (2,))], "stack": POOL, "none": []}.get(self.image_aug, [self.image_aug])
+        pixels = self.scale(image)
+        for name in names:
+            if flip or name != "flip":
+                pixels = self.ops[name](pixels)
+        return self.normalize(pixels)
+
+
+class SelfView:
+    """One of the two views for self-supervision (SimSiam's, as TBPS-CLIP takes them): PIL -> (3, H, W)."""
+
+    def __init__(self, size, norm="imagenet"):
+        self.size = size
+        self.crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=crop_ratio(size), antialias=True)
+        self.colour = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)])
+        self.finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*NORMS[norm])])
+
+    def __call__(self, image, flip=True):
+        image = self.colour(self.crop(image))
+        blur, sigma, mirror = torch.rand(3).tolist()
+        if blur < 0.5:
+            image = image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * sigma))
+        if flip and mirror < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.finish(image)
+
+
+class Scale:
+    """PIL -> float (3, H, W) in [0, 1], stretched to size (H, W): the aspect ratio is given up, as CLIP recipes do."""
+
+    def __init__(self, size, resize):
+        self.size, self.how = tuple(size), {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resize]
+
+    def __call__(self, image):
+        if image.size != self.size[::-1]:
+            image = image.resize(self.size[::-1], self.how)
+        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+class EvalView:
+    """What the model sees outside training: path, array or PIL image -> (3, H, W), scaled and normalised."""
+
+    def __init__(self, size, norm="imagenet", resize="bicubic"):
+        self.scale, self.normalize = Scale(size, resize), v2.Normalize(*NORMS[norm])
+
+    def __call__(self, image):
+        return self.normalize(self.scale(image if isinstance(image, Image.Image) else load_image(image)))
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def mix(*numbers):
+    """A 63-bit seed from some whole numbers, such that neighbours share nothing: draws for an item come from (seed, epoch, item)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Images(torch.utils.data.Dataset):
+    """Images as the encoder takes them, in order."""
+
+    def __init__(self, images, view):
+        self.images, self.view = images, view
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.view(self.images[i])
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Training items, one (image, caption) each: an image with two captions is two items. Set `epoch` before each pass: all
+    draws for item i are functions of (seed, epoch, i), whatever process makes it, so that a resumed run goes on exactly.
+
+    views, self_views: how many TrainViews and SelfViews of the image (decoded once); texts, self_texts: how many variations
+    of the caption. back_translation: chance to start from the caption's entry in captions_bt, where there is one. `text`: rates
+    for vary_caption. clean: clean captions first. aware: do not mirror images whose caption says left or right."""
+
+    def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool", norm="imagenet",
+                 resize="bilinear", clean=True, back_translation=0.1, text=None, aware=False):
+        self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
+        label = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in records}))}       # ids have gaps, classes not
+        self.pids = [label[r["pid"]] for r, _ in self.items]
+        self.persons = len(label)
+        self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
+        self.texts, self.clean, self.back_translation, self.text, self.aware = texts + self_texts, clean, back_translation, text or {}, aware
+        self.seed, self.epoch = seed, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        seed = mix(self.seed, self.epoch, i)
+        torch.default_generator.manual_seed(seed)       # not torch.manual_seed: that one takes 0.3 ms to look for GPUs
+        rng = random.Random(seed)
+        record, n = self.items[i]
+        captions = []
+        for _ in range(self.texts):
+            caption = record["captions"][n]
+            if rng.random() < self.back_translation and any(record.get("captions_bt", [])[n:n + 1]):
+                caption = record["captions_bt"][n]
+            caption = clean_caption(caption) if self.clean else caption
+            captions.append(vary_caption(caption, rng, **self.text))
+        flip = not (self.aware and re.search(r"\b(left|right)\b", record["captions"][n], re.I))
+        image = load_image(record["image"])
+        return dict(pixels=torch.stack([view(image, flip) for view in self.views]), captions=captions, pid=self.pids[i], item=i)
+
+
+def collate(tokenize, items):
+    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), pid (B,), item (B,)."""
+    tokens = tokenize([c for item in items for c in item["captions"]])
+    return dict(pixels=torch.stack([item["pixels"] for item in items], dim=1), tokens=tokens.view(len(items), -1, CONTEXT).transpose(0, 1),
+                pid=torch.tensor([item["pid"] for item in items]), item=torch.tensor([item["item"] for item in items]))
+
+
+def batches(sampler, pids, batch, seed, drop_last=True):
+    """One epoch as a list of batches of item numbers; `pids` has the person of each item.
+
+    random        every item once, shuffled
+    pk            batch/4 persons times 4 items, as in person re-identification; a person with fewer repeats some
+    random-count  per person k = 1 or 2 items at a time, k drawn anew each epoch (UIT); batches straddle the picks
+
+    Per person the items are shuffled and cut into groups of k, the remainder left out; batch/k (random-count: batch/2) persons
+    that still have groups give one each, until too few are left. Raises ValueError if there are too few persons for a batch."""
+    rng = random.Random(seed)
+    if sampler == "random":
+        order = rng.sample(range(len(pids)), len(pids))
+    else:
+        most = {"pk": 4, "random-count": 2}[sampler]
+        of = defaultdict(list)
+        for i, pid in enumerate(pids):
+            of[pid].append(i)
+        groups = {}
+        for pid, items in of.items():
+            k = most if sampler == "pk" else rng.randint(1, most)
+            items = items + rng.choices(items, k=k - len(items)) if len(items) < k else items
+            items = rng.sample(items, len(items))
+            groups[pid] = [items[j:j + k] for j in range(0, len(items) - k + 1, k)]
+        able, order = sorted(groups), []
+        if len(able) < batch // most:
+            raise ValueError(f"a batch of {batch} needs {batch // most} persons with the sampler {sampler}; the set has {len(able)}")
+        while len(able) >= batch // most:
+            for pid in rng.sample(able, batch // most):
+                order += groups[pid].pop()
+            able = [pid for pid in able if groups[pid]]
+    chunks = [order[j:j + batch] for j in range(0, len(order), batch)]
+    return chunks[:-1] if drop_last and chunks and len(chunks[-1]) < batch else chunks
+
+
+# ---- toy people -----------------------------------------------------------------------------------------------------
+#
+# The built-in data set: a laboratory in which the claims of the papers can be tested in minutes. An identity is a dict of
+# attributes; an image is one *view* of it, drawn in the flat colours of PART; a caption says what this view shows, leaving
+# things out. Persons come in families of three, each two of them alike but for exactly two attributes. Because what is drawn
+# is known, so is what can be known: `toy_oracle` is the score of somebody who sees perfectly and reads every word.
+
+TOY_VERSION = 1                                     # a change below makes a new laboratory, and old numbers worthless
+TOY_SIZE = (96, 48)                                 # height, width of an image
+TOY_PERSONS = {"train": 1500, "few": 150, "val": 300, "test": 501}      # `few`: the first tenth of train
+TOY_VIEWS = 4                                       # images per person, two captions each
+
+PEOPLE = dict(                                      # the main domain: attribute -> {value: how often}
+    sex={"man": 5, "woman": 5}, build={"slim": 3, "medium": 4, "heavy": 3},
+    hair={"short": 4, "long": 4, "ponytail": 2}, hair_colour={"black": 4, "brown": 3, "blond": 2, "grey": 2},
+    hat={"none": 7, "cap": 2, "woolly hat": 2}, hat_colour=dict.fromkeys(["black", "white", "red", "blue", "green", "purple"], 1),
+    glasses={"none": 7, "glasses": 3},
+    top={"t-shirt": 4, "shirt": 3, "hoodie": 3, "jacket": 3, "coat": 3}, sleeves={"short": 5, "long": 5},
+    top_colour={"black": 4, "white": 3, "grey": 2, "red": 2, "blue": 2, "navy": 1, "green": 2, "yellow": 2, "orange": 1,
+                "purple": 1, "pink": 2, "beige": 1},
+    pattern={"plain": 5, "striped": 3, "checked": 2}, logo={"none": 7, "logo": 3},
+    bottom={"trousers": 5, "shorts": 4, "skirt": 3},
+    bottom_colour={"black": 4, "blue": 3, "grey": 3, "white": 2, "navy": 2, "beige": 2, "brown": 2, "red": 1, "green": 1},
+    shoes={"black": 3, "white": 3, "grey": 2, "red": 2, "blue": 1, "brown": 2, "yellow": 1},
+    bag={"none": 5, "backpack": 4, "handbag": 3, "shoulder bag": 3, "suitcase": 2}, bag_size={"small": 5, "large": 5},
+    bag_side={"left": 5, "right": 5}, bag_colour={"black": 3, "red": 2, "orange": 2, "blue": 2, "green": 2, "pink": 2, "brown": 2, "white": 2})
+GENERIC = PEOPLE | dict(                            # the domain for pre-training: other garments, more colours, other bags
+    top={"t-shirt": 3, "vest": 3, "sweater": 3, "raincoat": 3, "jacket": 2}, bottom={"leggings": 3, "trousers": 3, "long skirt": 3},
+    top_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "pink", "beige",
+                              "brown", "turquoise"], 1),
+    bottom_colour=dict.fromkeys(["black", "white", "grey", "blue", "red", "green", "purple", "brown", "beige", "turquoise"], 1),
+    bag={"none": 5, "backpack": 3, "handbag": 3, "shoulder bag": 3}, hat={"none": 6, "cap": 2, "woolly hat": 2, "straw hat": 2})
+
+PALETTE = dict(black=(30, 30, 32), white=(242, 242, 240), grey=(136, 138, 142), red=(204, 30, 36), blue=(48, 104, 214), navy=(24, 26, 92),
+               green=(34, 142, 66), yellow=(244, 212, 40), orange=(242, 124, 22), purple=(124, 50, 160), pink=(248, 150, 190),
+               brown=(118, 72, 36), beige=(216, 192, 150), turquoise=(40, 190, 190), blond=(226, 190, 104))
+SKIN = [(250, 214, 186), (232, 180, 144), (196, 138, 98), (140, 92, 62), (98, 64, 44)]
+
+# how a garment is cut: sleeve (0 none, 1 short, 2 long, None: the attribute says), where it ends (100 = the soles), details
+TOPS = {"t-shirt": (None, 53, ""), "shirt": (None, 54, "buttons collar"), "hoodie": (2, 54, "hood pocket"), "jacket": (2, 51, "zip band"),
+        "coat": (2, 71, "zip collar"), "vest": (0, 52, ""), "sweater": (2, 54, "band"), "raincoat": (2, 66, "hood buttons")}
+BOTTOMS = {"trousers": ("legs", 93, 3.9), "shorts": ("legs", 69, 4.6), "leggings": ("legs", 92, 2.8), "skirt": ("skirt", 69, 0), "long skirt": ("skirt", 88, 0)}
+
+# every pixel is first one of these parts; colour, light and noise come after, so a mask per garment costs nothing
+PARTS = ["wall", "deco", "ground", "skin", "face", "hair", "hat", "hat_trim", "glasses", "top", "top_arm", "top_pattern", "top_trim", "logo",
+         "bottom", "bottom_trim", "shoes", "bag", "bag_trim", "occluder"]
+PART = {name: i for i, name in enumerate(PARTS)}
+REGIONS = dict(hair=["hair"], hat=["hat", "hat_trim"], glasses=["glasses"], top=["top", "top_arm", "top_pattern", "top_trim", "logo"], logo=["logo"],
+               pattern=["top_pattern"], bottom=["bottom", "bottom_trim"], shoes=["shoes"], bag=["bag", "bag_trim"])
+
+
+def toy(split="train", seed=0, persons=None, domain="people"):
+    """The toy people of one split: records as everywhere, dict(image, captions, pid), with the truth beside them:
+
+        attributes   {name: value} of the person, e.g. top="shirt", top_colour="red"
+        visible      names of the attributes that this view shows
+        parts        (H, W) uint8, which of PARTS each pixel is;  toy_mask(record, "top") makes a mask of it
+        mentions     per caption, {name: value} of what it says
+
+    `persons` is a multiple of three (families). The same arguments give the same pixels, on any machine."""
+    if split not in TOY_PERSONS:
+        raise ValueError(f"toy people have the splits {', '.join(TOY_PERSONS)}, not {split!r}")
+    persons = TOY_PERSONS[split] if persons is None else persons
+    if persons % 3:
+        raise ValueError(f"toy persons come in families of three: {persons} is not a multiple of 3")
+    first = {"train": 0, "few": 0, "val": 100_000, "test": 200_000}[split]
+    records = []
+    for family in range(persons // 3):
+        rng = random.Random(f"toy {seed} {domain} {first + 3 * family}")          # a string: neighbouring families share nothing
+        for member, person in enumerate(toy_family(rng, domain)):
+            for view in range(TOY_VIEWS):
+                record = dict(pid=first + 3 * family + member, attributes=person)
+                record |= toy_view(rng, person, back=view % 2 == 1, domain=domain)
+                said = [toy_caption(rng, person, record["visible"], domain, heldout=split in ("val", "test")) for _ in range(2)]
+                records.append(record | dict(captions=[s[0] for s in said], mentions=[s[1] for s in said]))
+    return records
+
+
+def toy_mask(record, region):
+    """(H, W) bool: the pixels of "top", "bottom", "shoes", "bag", "hat" or "hair" in a toy record."""
+    return np.isin(record["parts"], [PART[p] for p in REGIONS[region]])
+
+
+def toy_applies(person, name):
+    """Whether an attribute means anything for this person: no bag, no colour of the bag."""
+    return not (name == "hat_colour" and person["hat"] == "none" or name.startswith("bag_") and person["bag"] == "none"
+                or name == "bag_side" and person["bag"] == "backpack" or name == "sleeves" and TOPS[person["top"]][0] is not None)
+
+
+# what members of a family differ in, and how often: mostly not the colours of the garments, or reading colours would be enough
+FAMILY = dict(top=5, top_colour=5, bottom=5, bottom_colour=5, pattern=6, logo=2, sleeves=3, shoes=8, bag=8, bag_colour=8, bag_side=7, bag_size=1,
+              hair=4, hair_colour=5, hat=6, hat_colour=5, glasses=3, sex=6, build=2)
+
+
+def toy_family(rng, domain):
+    """Three persons; each two differ in exactly two attributes: A, B = A with x and y changed, C = A with x (as B) and z."""
+    table = PEOPLE if domain == "people" else GENERIC
+    while True:
+        a = {name: rng.choices(list(values), list(values.values()))[0] for name, values in table.items()}
+        able = [name for name in FAMILY if toy_applies(a, name)]
+        x, y, z = (rng.choices(able, [FAMILY[n] for n in able])[0] for _ in range(3))
+        if len({x, y, z}) < 3:
+            continue
+        new = {name: rng.choice([v for v in table[name] if v != a[name]]) for name in (x, y, z)}
+        b, c = a | {x: new[x], y: new[y]}, a | {x: new[x], z: new[z]}
+        if all(toy_applies(p, name) for p in (a, b, c) for name in (x, y, z)):
+            return [a, b, c]
+
+
+def toy_view(rng, person, back, domain):
+    """Draws one view: dict(image (H, W, 3) uint8, parts (H, W) uint8, visible set of names)."""
+    H, W = TOY_SIZE
+    two = 2                                                             # drawn twice as large and averaged: smooth edges
+    canvas = Image.new("L", (two * W, two * H), PART["wall"])
+    draw = ImageDraw.Draw(canvas)
+    unit = two * H * rng.uniform(0.76, 0.94) / 100                      # a person is 100 units tall
+    cx, y0 = two * W * rng.uniform(0.40, 0.60), two * H * 0.97 - 98 * unit - two * rng.uniform(0, 4)
+    wide = {"slim": 0.82, "medium": 1.0, "heavy": 1.24}[person["build"]]
+    man = person["sex"] == "man"
+    side = -1 if back else 1                                            # the person's left hand is right in the picture, from the front
+
+    def at(x, y):
+        return cx + x * unit, y0 + y * unit
+
+    def poly(part, *points):
+        draw.polygon([at(*p) for p in points], PART[part])
+
+    def line(part, width, *points):
+        draw.line([at(*p) for p in points], PART[part], max(1, round(width * unit)), joint="curve")
+
+    def oval(part, x, y, rx, ry):
+        draw.ellipse([*at(x - rx, y - ry), *at(x + rx, y + ry)], PART[part])
+
+    def box(part, x0, y0, x1, y1):
+        draw.rectangle([*at(min(x0, x1), y0), *at(max(x0, x1), y1)], PART[part])
+
+    # the place: a wall with a few posts or windows, and the ground
+    for _ in range(rng.randrange(3)):
+        x, w, y = rng.randrange(two * W), rng.randrange(4, 30), rng.randrange(two * H // 2)
+        draw.rectangle([x, y, x + w, y + rng.randrange(20, 90)], PART["deco"])
+    draw.rectangle([0, two * H * rng.uniform(0.74, 0.86), two * W, two * H], PART["ground"])
+
+    # the body: shoulders, waist and hips say man or woman, `wide` says slim or heavy
+    shoulder, waist, hip = [wide * w for w in ((13.2, 10.2, 9.6) if man else (10.2, 7.0, 11.2))]
+    stride, swing = rng.uniform(0.5, 4.5), [rng.uniform(0, 4.5), rng.uniform(0, 4.5)]
+    hands = {-1: (-shoulder - 1.5 - swing[0], 54), 1: (shoulder + 1.5 + swing[1], 54)}        # by side of the picture
+    feet = {s: s * (4.6 * wide + stride) for s in (-1, 1)}
+    for s in (-1, 1):
+        line("skin", 5.6 * wide ** 0.5, (s * 4.6 * wide, 52), (feet[s], 95))
+        oval("shoes", feet[s] + s * 0.8, 95.5, 4.3, 3.0)
+        if domain == "people":
+            box("shoes", feet[s] - 2.6, 91.5, feet[s] + 2.6, 95)
+
+    cut, end, loose = BOTTOMS[person["bottom"]]
+    if cut == "legs":
+        poly("bottom", (-waist, 47), (waist, 47), (hip, 56), (-hip, 56))
+        for s in (-1, 1):
+            line("bottom", 2 * loose * wide ** 0.7, (s * hip * 0.52, 54), (s * hip * 0.52 + (feet[s] - s * hip * 0.52) * (end - 54) / 41, end))
+        line("bottom_trim", 0.9, (0, 55), (0, 62))
+    else:
+        flare = hip + (4.5 if end < 75 else 6)
+        poly("bottom", (-waist, 47), (waist, 47), (hip, 54), (flare, end), (-flare, end), (-hip, 54))
+        for x in (-0.45, 0.1, 0.6):
+            line("bottom_trim", 0.7, (x * hip, 58), (x * flare, end - 1))
+
+    # hair that falls behind the shoulders is drawn before the garment, from the back after it
+    long_hair = [(-6.4, 8), (6.4, 8), (7.6, 29), (-7.6, 29)]
+    if person["hair"] == "long" and not back:
+        poly("hair", *long_hair)
+    sleeve, hem, details = TOPS[person["top"]]
+    if sleeve is None:
+        sleeve = 1 if person["sleeves"] == "short" else 2
+    flare = hip + (2.2 if hem > 60 else 0.6)
+    for s in (-1, 1):                                                   # arms under the edge of the garment, then the garment
+        line("skin", 4.2 * wide ** 0.5, (s * (shoulder - 2), 21), hands[s])
+        oval("skin", *hands[s], 2.4, 2.6)
+        if sleeve:
+            x, y = s * (shoulder - 2), 21
+            t = 0.36 if sleeve == 1 else 0.93
+            line("top_arm", 5.4 * wide ** 0.5, (x, y), (x + t * (hands[s][0] - x), y + t * (hands[s][1] - y)))
+    body = [(-4, 17), (4, 17), (shoulder, 20.5), (waist + 0.8, 42), (flare, hem), (-flare, hem), (-waist - 0.8, 42), (-shoulder, 20.5)]
+    line("skin", 5.0, (0, 12), (0, 18))
+    if sleeve == 0:
+        body[2], body[7] = (shoulder - 2.5, 20), (-shoulder + 2.5, 20)
+    poly("top", *body)
+    if person["pattern"] != "plain":
+        before = np.asarray(canvas)
+        for y in range(23, hem, 6):
+            box("top_pattern", -40, y, 40, y + 2.2)
+        if person["pattern"] == "checked":
+            for x in range(-36, 40, 6):
+                box("top_pattern", x, 17, x + 1.8, hem)
+        drawn = np.where(np.isin(before, [PART["top"], PART["top_arm"]]), np.asarray(canvas), before)     # only on the garment
+        canvas.paste(Image.fromarray(drawn))
+    if "band" in details:
+        poly("top_trim", (flare + 0.4, hem - 3), (flare + 0.4, hem), (-flare - 0.4, hem), (-flare - 0.4, hem - 3))
+    if not back:
+        if "zip" in details:
+            line("top_trim", 1.3, (0, 18), (0, hem))
+        if "buttons" in details:
+            for y in range(23, hem - 1, 5):
+                oval("top_trim", 0, y, 1.0, 1.0)
+        if "pocket" in details:
+            poly("top_trim", (-4.5, 41), (4.5, 41), (6, 48), (-6, 48))
+        if "collar" in details:
+            poly("top_trim", (-5, 16.5), (0, 21.5), (5, 16.5), (6.5, 18.5), (1.2, 24), (0, 22.5), (-1.2, 24), (-6.5, 18.5))
+        if person["logo"] == "logo":
+            oval("logo", 0, 30, 4.2, 3.8)
+
+    # the bag: on the back, in a hand, over a shoulder, or rolling beside; `side` turns the person's left into the picture's
+    bag, s = person["bag"], side * (1 if person["bag_side"] == "left" else -1)
+    large = person["bag_size"] == "large"
+    hx, hy = hands[s]
+    if bag == "backpack" and back:
+        w, bottom = (8.6, 47) if large else (6.0, 38)
+        draw.rounded_rectangle([*at(-w, 20), *at(w, bottom)], 3 * unit, PART["bag"])
+        box("bag_trim", -w + 2, bottom - 9, w - 2, bottom - 7.6)
+    elif bag == "backpack":
+        for x in (-1, 1):
+            line("bag", 3.0, (x * shoulder * 0.62, 19), (x * shoulder * 0.66, 40))
+    elif bag == "handbag":
+        w, h = (7.0, 13) if large else (4.6, 9)
+        line("bag_trim", 1.3, (hx - 3, hy + 5), (hx, hy), (hx + 3, hy + 5))
+        box("bag", hx - w, hy + 4, hx + w, hy + 4 + h)
+    elif bag == "shoulder bag":
+        w, h = (6.4, 15) if large else (4.6, 10)
+        x = s * (shoulder + 1.0)
+        line("bag_trim", 1.7, (s * shoulder * 0.66, 19), (x, 40))
+        box("bag", x - w, 38, x + w, 38 + h)
+    elif bag == "suitcase":
+        w, h = (6.4, 30) if large else (5.0, 21)
+        x = hx + s * 2.0
+        line("bag_trim", 1.4, (hx, hy), (x, 97 - h))
+        draw.rounded_rectangle([*at(x - w, 97 - h), *at(x + w, 97)], 1.5 * unit, PART["bag"])
+
+    # the head last: hair, face, hat
+    if "hood" in details:
+        oval("top_trim", 0, 17.5, 7.2 if back else 6.6, 4.6 if back else 3.0)
+    oval("hair" if back else "skin", 0, 9, 5.6, 7.2)
+    if not back:
+        draw.pieslice([*at(-6.2, 0.6), *at(6.2, 14)], 180, 360, PART["hair"])
+        if person["hair"] != "short":
+            for x in (-1, 1):
+                line("hair", 1.9, (x * 5.4, 6), (x * 5.6, 15 if person["hair"] == "ponytail" else 22))
+        for x in (-2.2, 2.2):
+            oval("face", x, 9.2, 0.9, 0.9)
+        line("face", 0.8, (-1.6, 13.2), (1.6, 13.2))
+        if person["glasses"] == "glasses":
+            for x in (-2.6, 2.6):
+                oval("glasses", x, 9.4, 2.2, 1.8)
+            line("glasses", 0.9, (-5.2, 8.8), (5.2, 8.8))
+    elif person["hair"] == "long":
+        poly("hair", *long_hair)
+    elif person["hair"] == "ponytail":
+        line("hair", 3.4, (0, 12), (0, 31))
+        oval("hair", 0, 31, 1.8, 2.6)
+    if person["hat"] == "cap":
+        draw.pieslice([*at(-6.4, -1), *at(6.4, 14)], 180, 360, PART["hat"])
+        if not back:
+            poly("hat_trim", (-6.6, 5.4), (6.6, 5.4), (5.0, 7.8), (-5.0, 7.8))
+    elif person["hat"] == "woolly hat":
+        draw.pieslice([*at(-6.6, -1.5), *at(6.6, 15)], 180, 360, PART["hat"])
+        box("hat_trim", -6.6, 5.0, 6.6, 7.4)
+        oval("hat", 0, -1.6, 2.4, 2.2)
+    elif person["hat"] == "straw hat":
+        oval("hat", 0, 4.8, 11.0, 2.4)
+        draw.pieslice([*at(-5.6, -2.5), *at(5.6, 11)], 180, 360, PART["hat"])
+        box("hat_trim", -5.6, 2.6, 5.6, 4.2)
+    if rng.random() < 0.15:                                             # something in front: a post, or a box at the feet
+        if rng.random() < 0.5:
+            x = cx + two * rng.choice([-1, 1]) * rng.uniform(5, 12)
+            draw.rectangle([x, 0, x + two * rng.uniform(3, 6), two * H], PART["occluder"])
+        else:
+            draw.rectangle([0, two * H * rng.uniform(0.68, 0.86), two * W, two * H], PART["occluder"])
+
+    index = np.asarray(canvas)
+    parts = index[1::two, 1::two].copy()
+    return dict(image=toy_paint(rng, index, person, domain), parts=parts, visible=toy_visible(person, parts, back))
+
+
+def toy_paint(rng, index, person, domain):
+    """Colours the parts and adds the day: light, its tint and direction, noise. (2H, 2W) part numbers -> (H, W, 3) uint8."""
+    def shade(colour, factor):
+        return tuple(factor * c for c in colour)
+
+    def other(colour, name):                                            # white details, dark ones on something light
+        return (70, 70, 76) if name in ("white", "beige", "yellow", "pink") else (236, 236, 232)
+
+    c = {name: PALETTE[person[name + "_colour"]] for name in ("hair", "hat", "top", "bottom", "bag")}
+    c["shoes"], skin = PALETTE[person["shoes"]], SKIN[rng.randrange(len(SKIN))]
+    wall = tuple(rng.uniform(70, 205) for _ in range(3))
+    light = lambda colour: shade(colour, 0.72) if sum(colour) > 330 else tuple(40 + 0.8 * v for v in colour)      # noqa: E731
+    table = dict(wall=wall, deco=shade(wall, rng.uniform(0.7, 1.2)), ground=shade((128, 124, 118), rng.uniform(0.6, 1.2)), skin=skin,
+                 face=shade(skin, 0.45), hair=c["hair"], hat=c["hat"], hat_trim=light(c["hat"]), glasses=(16, 16, 18), top=c["top"],
+                 top_arm=light(c["top"]) if domain == "generic" else shade(c["top"], 0.88), top_pattern=other(c["top"], person["top_colour"]),
+                 top_trim=light(c["top"]), logo=other(c["top"], person["top_colour"]), bottom=c["bottom"], bottom_trim=light(c["bottom"]),
+                 shoes=c["shoes"], bag=c["bag"], bag_trim=light(c["bag"]), occluder=tuple(rng.uniform(40, 150) for _ in range(3)))
+    colours = np.array([table[p] for p in PARTS], np.float32)
+    if domain == "generic":                                             # another camera: paler, shifted towards green
+        colours = 30 + 0.78 * colours + np.float32([-8, 10, 0])
+    gain = rng.uniform(0.68, 1.12) * np.float32([rng.uniform(0.95, 1.05) for _ in range(3)])
+    image = (colours * gain)[index]                                                                        # (2H, 2W, 3)
+    H, W = TOY_SIZE
+    image = image.reshape(H, 2, W, 2, 3).mean(axis=(1, 3))
+    image *= np.linspace(1 + (tilt := rng.uniform(-0.12, 0.12)), 1 - tilt, W, dtype=np.float32)[None, :, None]
+    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, rng.uniform(2, 8), (H, W, 3)).astype(np.float32)
+    return (image + noise).clip(0, 255).astype(np.uint8)
+
+
+def toy_visible(person, parts, back):
+    """Names of the attributes one can tell from this view, by the pixels that are left of each."""
+    count = np.bincount(parts.ravel(), minlength=len(PARTS))
+    seen = {region: sum(count[PART[p]] for p in names) for region, names in REGIONS.items()}
+    visible = {"sex", "build"}
+    if seen["top"] > 90:
+        visible |= {"top", "top_colour", "sleeves", "pattern"}
+        visible |= {"logo"} if not back and (seen["logo"] >= 4 or person["logo"] == "none") else set()
+    if seen["bottom"] > 50:
+        visible |= {"bottom", "bottom_colour"}
+    visible |= {"shoes"} if seen["shoes"] > 10 else set()
+    visible |= {"hair_colour"} if seen["hair"] > 8 else set()
+    visible |= {"hair"} if seen["hair"] > 8 and (back or person["hair"] != "ponytail") else set()
+    visible |= {"hat", "hat_colour"} if seen["hat"] > 10 or person["hat"] == "none" else set()
+    visible |= {"glasses"} if not back and (seen["glasses"] > 4 or person["glasses"] == "none") else set()
+    if seen["bag"] > 12:                                                # a backpack's size shows from behind only
+        visible |= {"bag", "bag_colour", "bag_side"} | ({"bag_size"} if back or person["bag"] != "backpack" else set())
+    return {name for name in visible if toy_applies(person, name)}
+
+
+# Words per value: before the bar what everybody says, after it what only val, test and the generic domain say.
+WORDS = {"man": "man, male, guy | gentleman", "woman": "woman, female, lady | girl", "slim": "slim, thin | skinny", "heavy": "heavy, stout | big",
+         "t-shirt": "t-shirt, tee shirt | tee", "shirt": "shirt, button-up shirt | dress shirt", "hoodie": "hoodie, hooded sweatshirt | hooded top",
+         "jacket": "jacket, zip jacket | windbreaker", "coat": "coat, long coat | overcoat", "vest": "vest, tank top", "sweater": "sweater, jumper",
+         "trousers": "trousers, pants | slacks", "shorts": "shorts, short pants", "skirt": "skirt, short skirt", "leggings": "leggings, tights",
+         "cap": "cap, baseball cap", "woolly hat": "beanie, woolly hat | knitted hat", "backpack": "backpack, rucksack | knapsack",
+         "handbag": "handbag, hand bag | purse", "shoulder bag": "shoulder bag, satchel", "suitcase": "suitcase, trolley | rolling case",
+         "shoes": "shoes, sneakers | trainers", "glasses": "glasses | spectacles", "striped": "striped | stripy", "checked": "checked, plaid",
+         "logo": "logo, print | emblem", "small": "small | little", "large": "large, big", "grey": "grey, gray", "navy": "navy, dark blue",
+         "beige": "beige, tan", "purple": "purple, violet", "red": "red | crimson"}
+
+
+def toy_caption(rng, person, visible, domain, heldout):
+    """One description of a view: (caption, {attribute: value} that it mentions). Leaves things out, varies words and order;
+    `heldout` lets in words and sentence plans that the training captions of the main domain never show."""
+    said, fresh = {}, heldout or domain == "generic"
+
+    def says(name, chance):
+        """The value of an attribute if the caption is to mention it, else None."""
+        if name in visible and person[name] not in ("none", "medium") and rng.random() < chance:
+            said[name] = person[name]
+        return said.get(name)
+
+    def word(value):
+        if value is None:
+            return ""
+        usual, _, new = WORDS.get(value, value).partition(" | ")
+        return rng.choice((new if new and fresh and rng.random() < 0.15 else usual).split(", "))
+
+    def join(*phrases):
+        return " ".join(p for p in phrases if p)
+
+    def a(phrase):
+        return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+    def thing(noun, colour, *more):
+        """The noun with its adjectives: "striped red shirt", "red striped shirt", and in the fresh captions "striped shirt in red"."""
+        if colour and fresh and rng.random() < 0.2:
+            return join(*more, noun, "in", word(colour))
+        adjectives = [*more, word(colour)]
+        return join(*(adjectives if rng.random() < 0.5 else adjectives[::-1]), noun)
+
+    def pair(phrase):
+        return "a pair of " + phrase if rng.random() < 0.15 else phrase
+
+    sex, build = says("sex", 0.9), says("build", 0.5)
+    subject = join(word(build), word(sex) if sex else rng.choice(["person", "pedestrian"]))
+    he, his = {"man": ("he", "his"), "woman": ("she", "her"), None: ("the person", "the")}[sex]
+
+    worn, pattern, sleeves = [], says("pattern", 0.85 if person["pattern"] != "plain" else 0.12), says("sleeves", 0.45)
+    top, colour, logo = says("top", 0.93), says("top_colour", 0.95), says("logo", 0.7)
+    if top or colour:
+        phrase = a(thing(word(top) if top else "top", colour, word(pattern), sleeves and sleeves + "-sleeved"))
+        worn.append(phrase + (f" with {a(word(logo))} on the chest" if logo else ""))
+    else:
+        [said.pop(name, None) for name in ("pattern", "sleeves", "logo")]
+    bottom, colour = says("bottom", 0.9), says("bottom_colour", 0.92)
+    if bottom or colour:
+        phrase = thing(word(bottom) if bottom else "bottoms", colour)
+        worn.append(a(phrase) if bottom and "skirt" in bottom else pair(phrase))
+    if shoes := says("shoes", 0.8):
+        worn.append(pair(thing(word("shoes"), shoes)))
+    if hat := says("hat", 0.9):
+        worn.append(a(thing(word(hat), says("hat_colour", 0.9))))
+    if glasses := says("glasses", 0.85):
+        worn.append(word(glasses))
+    if rng.random() < 0.3:                                              # hat first; in the fresh captions any order
+        worn = worn[::-1] if not fresh else rng.sample(worn, len(worn))
+    worn = ", ".join(worn[:-1]) + " and " + worn[-1] if len(worn) > 1 else "".join(worn) or "plain clothes"
+
+    style, colour, hair = says("hair", 0.6), says("hair_colour", 0.7), ""
+    if style or colour:
+        tail = style == "ponytail" and rng.choice(["in a ponytail", "tied back"])
+        hair = " with " + join(not tail and style, word(colour), "hair", tail)
+    if bag := says("bag", 0.93):
+        size, colour, on = says("bag_size", 0.4), says("bag_colour", 0.9), says("bag_side", 0.9)
+        where = {"backpack": f"on {his} back", "shoulder bag": f"over {his} {on} shoulder" if on else "over one shoulder"}
+        bag = a(thing(word(bag), colour, word(size))) + " " + where.get(bag, f"in {his} {on} hand" if on else "in one hand")
+
+    has, carries = hair.replace(" with", "has"), "carries " + bag if bag else ""
+    plan = rng.randrange(6 if fresh and rng.random() < 0.4 else 4)
+    if plan == 0:
+        caption = f"{a(subject)}{hair} is wearing {worn}." + (f" {he} {carries}." if bag else "")
+    elif plan == 1:
+        more = " and ".join(p for p in (has, carries) if p)
+        caption = f"{a(subject)} wears {worn}." + (f" {he} {more}." if more else "")
+    elif plan == 2:
+        more = [p for p in (has, f"is dressed in {worn}", carries) if p]
+        caption = f"the {subject} " + " and ".join([", ".join(more[:-1])] * (len(more) > 1) + more[-1:]) + "."
+    elif plan == 3:
+        caption = f"this {subject} in {worn} {has or 'walks by'}." + (f" there is {bag}." if bag else "")
+    elif plan == 4:
+        caption = f"dressed in {worn}, {a(subject)}{hair} {carries or 'stands there'}."
+    else:
+        caption = (f"carrying {bag}, " if bag else "") + f"{a(subject)}{hair} walks along in {worn}."
+    return ". ".join(s[:1].upper() + s[1:] for s in caption.split(". ")), said
+
+
+def toy_oracle(records, names=None):
+    """R@1 in percent of a reader who sees every visible attribute and understands every word, over the captions of `records`
+    against their images; ties count by chance. `names` limits it to some attributes, e.g. ["top_colour", "bottom_colour"]."""
+    names = list(names or PEOPLE)
+    codes = {name: {v: i for i, v in enumerate(sorted({r["attributes"][name] for r in records}))} for name in names}
+    shows = np.array([[codes[n][r["attributes"][n]] if n in r["visible"] else -1 for n in names] for r in records])           # (G, names)
+    says = np.array([[codes[n][m[n]] if n in m else -1 for n in names] for r in records for m in r["mentions"]])              # (Q, names)
+    g_pid = np.array([r["pid"] for r in records])
+    q_pid = np.array([r["pid"] for r in records for _ in r["mentions"]])
+    wrong = np.zeros((len(says), len(shows)), np.int8)
+    for said, shown in zip(says.T, shows.T):
+        wrong += (said[:, None] >= 0) & (said[:, None] != shown[None, :])
+    best = wrong == wrong.min(axis=1, keepdims=True)
+    return 100 * float(((best & (q_pid[:, None] == g_pid)).sum(axis=1) / best.sum(axis=1)).mean())
+
+
+# ---- the checker ----------------------------------------------------------------------------------------------------
+
+def check(name, root, sheet):
+    """Prints what the set holds beside what it should; writes a sample sheet. Returns the number of things that are wrong."""
+    wrong, splits = 0, {}
+    print(f"{'split':8}{'persons':>10}{'images':>10}{'captions':>10}   published")
+    for split in ("train", "val", "test"):
+        if split == "val" and name in PUBLISHED and "val" not in PUBLISHED[name]:
+            print(f"{split:8}{'none published: 200 training persons are held out by training':>62}")
+            continue
+        records = splits[split] = read(name, root, split, hold_out=False)
+        published = PUBLISHED.get(name, {}).get(split)
+        differs = published is not None and published != counts(records)
+        wrong += differs
+        print(f"{split:8}" + "".join(f"{n:10,}" for n in counts(records)) + "   " +
+              ("-" if published is None else " / ".join(f"{n:,}" for n in published) + ("   DIFFERS" if differs else "   ok")))
+    records = [r for s in splits.values() for r in s]
+    for record, why in (bad := broken(records)):
+        print(f"bad image: {why}")
+    wrong += len(bad)
+    persons = defaultdict(set)
+    for r in records:
+        for caption in r["captions"]:
+            persons[clean_caption(caption)].add(r["pid"])
+    shared = sorted((c for c in persons if len(persons[c]) > 1), key=lambda c: -len(persons[c]))
+    lengths = [len(c.split()) for r in records for c in r["captions"]]
+    print(f"captions: {np.mean(lengths):.1f} words on average, {max(lengths)} at most; {len(persons.get('', ()))} persons with an empty one; "
+          f"{len(shared)} texts are shared by different persons (label noise)" + "".join(f"\n  {len(persons[c])} persons: {c[:100]}" for c in shared[:3]))
+    good = [r for r in records if r not in [b for b, _ in bad]] if bad else records
+    write_sample_sheet(sheet, name, random.Random(0).sample(good, min(24, len(good))))
+    print(f"{wrong} wrong\nsample sheet: {sheet}" if wrong else f"all is well\nsample sheet: {sheet}")
+    return wrong
+
+
+def write_sample_sheet(path, title, records):
+    """One self-contained page with some images and their captions."""
+    cells = []
+    for r in records:
+        image, buffer = load_image(r["image"]), io.BytesIO()
+        image.resize((max(1, round(image.width * 192 / image.height)), 192)).save(buffer, "JPEG", quality=85)
+        cells.append(f'<figure><img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+                     f'<figcaption><b>{r["pid"]}</b> {"<br>".join(html.escape(c) for c in r["captions"])}</figcaption></figure>')
+    Path(path).write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:14px system-ui;margin:2em}}"
+                          "figure{display:inline-flex;gap:1em;width:26em;margin:0 1em 1em 0;vertical-align:top}figcaption{font-size:13px}</style>"
+                          f"<h1>{html.escape(title)}: a sample</h1>{''.join(cells)}", encoding="utf-8")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", choices=DATASETS, default="toy", help="what to check (default: toy)")
+    p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
+    p.add_argument("--sheet", help="where to write the sample sheet (default: check-DATASET.html)")
+    args = p.parse_args()
+    sys.exit(1 if check(args.dataset, args.data_root, args.sheet or f"check-{args.dataset}.html") else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

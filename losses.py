@@ -1,0 +1,127 @@
+"""Losses for text-based person search, each a function of tensors: this file needs torch and nothing else, so copy it.
+
+    from losses import nitc, ritc
+    loss = nitc(image, text, pid, scale) + ritc(image, text, pid, scale)
+
+    image, text  features of B pairs, (B, D) each, not normalised: every loss here does that itself
+    pid          (B,) int, who is in the picture: two pairs with the same number show the same person
+    scale        1 / temperature, a number or a 0-dim tensor that learns
+
+Numbers to expect: with B pairs of unrelated features all contrastive losses start near log(B), 5.8 for 320 pairs.
+
+All of it is computed in fp32 at least, whatever autocast says: at scale 100 a logit in fp16 is only good to 1/16. float64 stays
+float64. With several processes, `gather` the features and ids first and let every rank compute the same global loss: the average
+that DistributedDataParallel takes of the gradients is then exactly the gradient of one process with the whole batch."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+def full_precision(loss):
+    """Decorator: run a loss outside autocast, on floating-point arguments of at least fp32."""
+
+    @functools.wraps(loss)
+    def run(*args, **kwargs):
+        def raised(x):
+            return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+        with torch.autocast(args[0].device.type, enabled=False):
+            return loss(*map(raised, args), **{name: raised(x) for name, x in kwargs.items()})
+
+    return run
+
+
+# ---- contrast: which text belongs to which image --------------------------------------------------------------------
+
+def soft_cross_entropy(logits, target):
+    """Cross-entropy against a distribution per row: mean_i -sum_j target_ij log softmax_j(logits_ij). Both (B, B)."""
+    return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def same_person(pid, dtype=torch.float32):
+    """The identity targets: q_ij = [pid_i == pid_j] / #{k: pid_i == pid_k}, (B, B). Each row is a distribution over the texts
+    (or images) that are right for pair i: its own, and those of the same person that happen to be in the batch."""
+    same = (pid[:, None] == pid[None, :]).to(dtype)
+    return same / same.sum(dim=1, keepdim=True)
+
+
+@full_precision
+def itc(image, text, scale):
+    """Image-text contrast as CLIP was trained with (arXiv 2103.00020, Fig. 3): cross-entropy of scale * cos(image_i, text_j)
+    against the diagonal, both directions averaged. Other pairs of the same person count as wrong. image, text (B, D)."""
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T                             # (B, B)
+    diagonal = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+
+
+@full_precision
+def nitc(image, text, pid, scale, alpha=0.0, teacher_image=None, teacher_text=None):
+    """Normalised image-text contrast, N-ITC of TBPS-CLIP (arXiv 2308.10045, Sec. "Loss functions"), with its soft labels:
+
+        p_ij = softmax_j(scale * cos(image_i, text_j))
+        target_ij = alpha * softmax_j(scale * cos(teacher_image_i, teacher_text_j)) + (1 - alpha) * q_ij,    q as in `same_person`
+        loss = mean_i -sum_j target_ij log p_ij,   image -> text and text -> image averaged
+
+    image, text (B, D), pid (B,). alpha in [0, 1] is how much the model believes itself rather than the labels. The teacher is
+    the model itself, detached; None means these very features. The mix has no gradient, the scale in it neither."""
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits = scale * image @ text.T                                                                     # (B, B)
+    with torch.no_grad():
+        target = target_t = same_person(pid, logits.dtype)                                           # symmetric
+        if alpha > 0:
+            teacher_image = image if teacher_image is None else F.normalize(teacher_image, dim=1)
+            teacher_text = text if teacher_text is None else F.normalize(teacher_text, dim=1)
+            belief = scale * teacher_image @ teacher_text.T
+            target, target_t = (alpha * b.softmax(dim=1) + (1 - alpha) * target for b in (belief, belief.T))
+    return (soft_cross_entropy(logits, target) + soft_cross_entropy(logits.T, target_t)) / 2
+
+
+@full_precision
+def ritc(image, text, pid, scale, eps=0.01):
+    """Reversed image-text contrast, R-ITC of TBPS-CLIP: KL(p || q + eps) instead of the cross-entropy of p under q, so that
+    belief in a wrong pair is what costs, up to -log(eps) = 4.6 for all of it. image, text (B, D), pid (B,).
+
+    q + eps sums to 1 + B eps and is not normalised again: the minimum is -log(1 + B eps), -1.43 for 320 pairs, reached at
+    p = (q + eps) / (1 + B eps). eps acts as label smoothing that grows with the batch; negative values are no mistake."""
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T                             # (B, B)
+    log_q = (same_person(pid, logits.dtype) + eps).log()
+    log_p, log_p_t = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
+    return ((log_p.exp() * (log_p - log_q)).sum(dim=1).mean() + (log_p_t.exp() * (log_p_t - log_q)).sum(dim=1).mean()) / 2
+
+
+@full_precision
+def citc(image, text, weight_in=0.25, weight_cross=0.25):
+    """Cyclic image-text contrast, C-ITC of TBPS-CLIP (after CyCLIP, arXiv 2205.14459): image and text space shall have the same
+    geometry, cos(image_i, image_j) = cos(text_i, text_j), and be symmetric, cos(image_i, text_j) = cos(image_j, text_i).
+
+        loss = weight_in * mean_ij (I_i.I_j - T_i.T_j)^2 + weight_cross * mean_ij (I_i.T_j - I_j.T_i)^2
+
+    image, text (B, D). The mean over B^2 and the weights are the released code's; the paper prints a sum over B and weights 1."""
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    cross = image @ text.T                                                                              # (B, B)
+    return weight_in * (image @ image.T - text @ text.T).square().mean() + weight_cross * (cross - cross.T).square().mean()
+
+
+# ---- self-supervision: two views of the same thing ------------------------------------------------------------------
+
+@full_precision
+def nt_xent(a, b, tau=0.1):
+    """NT-Xent of SimCLR (arXiv 2002.05709, Eq. 1), the self-supervision of TBPS-CLIP: row i of `a` shall find row i of `b` among
+    the 2B - 1 other rows, and the reverse. a, b (B, D): two views of each sample. Persons play no part: another image of
+    the same person is a negative here."""
+    z = F.normalize(torch.cat([a, b]), dim=1)                                                           # (2B, D)
+    logits = (z @ z.T / tau).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))                  # i <-> i + B
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+
+def gather(x):
+    """Rows of all ranks, in rank order, (B, ...) -> (W B, ...), with gradient: backward sums what every rank wants of these rows.
+    Without torch.distributed, or with one rank, x itself."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return x
+    import torch.distributed.nn                             # here: it warns on machines that have no use for it
+    return torch.cat(torch.distributed.nn.functional.all_gather(x))

@@ -1,0 +1,855 @@
+"""Text-based person search: find a person in a picture collection by a sentence. The model, CLIP weights, and training.
+
+    python tbps.py                                          built-in toy people, from scratch, on a laptop's CPU
+    python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from OpenAI's CLIP ViT-B/16
+    python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the row everything is measured against
+    python tbps.py --set mvs=0 citc=0 tau=0.01              any key of the method's recipe; --help lists them
+
+A run writes runs/DATASET-METHOD-SEED/: last.pt, best.pt (best on the validation split), log.jsonl, report.html, and a copy of
+the scripts. Ctrl-C saves; --resume goes on bit for bit where it stopped. The last line printed is the test score of best.pt.
+
+Letters in all files: B pairs in a batch, T tokens, C width, H heads, D embedding size, Q queries, G gallery size, P persons,
+V views of an image, U variations of a caption. image, text are features; pixels, tokens are inputs; pid is a person id; scale is
+1 / temperature. Everything is (B, T, C) throughout."""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import losses
+
+# ---- the dual encoder -----------------------------------------------------------------------------------------------
+
+SIZES = {
+    "ViT-B/32": dict(embed=512, image_size=(224, 224), patch=32, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
+    "ViT-B/16": dict(embed=512, image_size=(224, 224), patch=16, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
+    "ViT-L/14": dict(embed=768, image_size=(224, 224), patch=14, image_width=1024, image_layers=24, text_width=768, text_layers=12, vocab=49408),
+    "toy": dict(embed=128, image_size=(96, 48), patch=8, image_width=128, image_layers=3, text_width=128, text_layers=3, vocab=1024),
+}
+HEAD_WIDTH = 64                                     # of every CLIP ViT; the number of heads follows from the width
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. qkv rows are stacked q, k, v, as in nn.MultiheadAttention's in_proj."""
+
+    def __init__(self, width, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = max(1, width // HEAD_WIDTH), dropout
+        assert width % self.heads == 0, f"width {width} does not split into {self.heads} heads"
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, causal=False):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)           # each (B, H, T, C/H)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; both towers are built from it. Dropout is on the attention weights only."""
+
+    def __init__(self, width, dropout=0.0, quick_gelu=True):
+        super().__init__()
+        self.ln1, self.attn = nn.LayerNorm(width), Attention(width, dropout)
+        self.ln2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.quick_gelu = quick_gelu
+
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.ln1(x), causal)
+        h = self.fc1(self.ln2(x))
+        # OpenAI's CLIP was trained with this cheap GELU, and one must keep what one was trained with; LAION's have the exact one
+        return x + self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+
+
+def init_blocks(blocks, width):
+    """CLIP's initialisation: residual branches start smaller the deeper the tower."""
+    for block in blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=width ** -0.5)
+        nn.init.normal_(block.attn.proj.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.normal_(block.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(block.fc2.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
+
+
+class ImageTower(nn.Module):
+    """Vision transformer: patches and a class token in, as many tokens out, not yet normalised and projected."""
+
+    def __init__(self, size, patch, stride, width, layers, embed, quick_gelu=True):
+        super().__init__()
+        self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
+        self.patch = nn.Conv2d(3, width, patch, stride, bias=False)
+        self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.pos = nn.Parameter(width ** -0.5 * torch.randn(1 + self.grid[0] * self.grid[1], width))
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, quick_gelu=quick_gelu) for _ in range(layers))
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
+        init_blocks(self.blocks, width)
+
+    def forward(self, pixels):
+        x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
+        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos                # (B, T, C)
+        x = self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class TextTower(nn.Module):
+    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, not yet normalised and projected."""
+
+    def __init__(self, vocab, context, width, layers, embed, dropout=0.0, quick_gelu=True):
+        super().__init__()
+        self.tok = nn.Embedding(vocab, width)
+        self.pos = nn.Parameter(0.01 * torch.randn(context, width))
+        self.blocks = nn.ModuleList(Block(width, dropout, quick_gelu) for _ in range(layers))
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
+        nn.init.normal_(self.tok.weight, std=0.02)
+        init_blocks(self.blocks, width)
+
+    def forward(self, tokens):
+        x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                               # (B, T, C)
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return x
+
+
+class DualEncoder(nn.Module):
+    """CLIP: an image tower and a text tower into one space of D numbers, compared by cosine. Any image size (H, W) that holds
+    a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
+
+    def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
+                 stride=None, quick_gelu=True, text_dropout=0.0, lock_patch=False):
+        super().__init__()
+        self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
+                         text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, stride=stride or patch,
+                         quick_gelu=quick_gelu)
+        self.image = ImageTower(image_size, patch, stride or patch, image_width, image_layers, embed, quick_gelu)
+        self.text = TextTower(vocab, context, text_width, text_layers, embed, text_dropout, quick_gelu)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.heads = nn.ModuleDict()
+        # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
+        self.image.patch.weight.requires_grad_(not lock_patch)
+
+    def image_tokens(self, pixels):
+        """(B, 3, H, W) -> (B, T, D): class token first, then the patches row by row."""
+        return self.image.ln_post(self.image(pixels)) @ self.image.proj
+
+    def text_tokens(self, tokens):
+        """(B, 77) ids -> (B, T, D), T the longest caption of the batch."""
+        tokens, _ = self.cut(tokens)
+        return self.text.ln_post(self.text(tokens)) @ self.text.proj
+
+    def encode_image(self, pixels):
+        """(B, 3, H, W) -> (B, D), not normalised: the class token."""
+        return self.image.ln_post(self.image(pixels)[:, 0]) @ self.image.proj
+
+    def encode_text(self, tokens):
+        """(B, 77) ids -> (B, D), not normalised: the token at EOT, which has the largest id. Tokens may still be on the CPU."""
+        tokens, eot = self.cut(tokens)
+        x = self.text(tokens)                                                                           # (B, T, C)
+        return self.text.ln_post(x[torch.arange(len(x), device=x.device), eot]) @ self.text.proj
+
+    def cut(self, tokens):
+        """Tokens without the padding after the longest caption, and where each EOT is. The tower is causal, so nothing changes
+        but the cost: captions have 30 tokens where CLIP has room for 77. Cheapest where the tokens are, on the CPU."""
+        eot = tokens.argmax(dim=1)
+        tokens = tokens[:, :int(eot.max()) + 1]
+        return tokens.to(self.logit_scale.device, non_blocking=True), eot.to(self.logit_scale.device, non_blocking=True)
+
+    def scale(self):
+        """exp(logit_scale), at most 100. The limit acts on the value only: the gradient goes on as if it were not there, as in
+        the code of TBPS-CLIP, so a scale beyond 100 can come back."""
+        scale = self.logit_scale.exp()
+        return scale + (scale.clamp(max=100) - scale).detach()
+
+
+# ---- weights: every format people have ------------------------------------------------------------------------------
+
+KNOWN_SHA256 = {  # OpenAI's archives
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "ViT-B/16",
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "ViT-B/32",
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px"}
+OPENAI_NAMES = [  # OpenAI's name -> ours, applied in this order
+    (r"^visual\.", "image."), (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
+    (r"transformer\.resblocks\.", "blocks."), (r"attn\.in_proj_", "attn.qkv."), (r"attn\.out_proj", "attn.proj"),
+    (r"\.ln_([12])\.", r".ln\1."), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"conv1\.", "patch."), (r"class_embedding", "cls"),
+    (r"token_embedding", "tok"), (r"positional_embedding", "pos"), (r"text_projection", "proj"), (r"ln_final", "ln_post")]
+HF_NAMES = [  # Hugging Face's name -> OpenAI's, but for q, k, v, which are stacked, and the projections, which are transposed
+    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"), (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"), (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
+    (r"^vision_model\.post_layernorm", "visual.ln_post"), (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
+    (r"^visual_projection\.weight", "visual.proj"), (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"), (r"^text_model\.final_layer_norm", "ln_final"),
+    (r"^text_model\.encoder\.layers", "transformer.resblocks"), (r"^text_projection\.weight", "text_projection"),
+    (r"\.self_attn\.out_proj", ".attn.out_proj"), (r"\.self_attn\.q_proj\.", ".attn.in_proj_"), (r"\.layer_norm([12])", r".ln_\1"),
+    (r"\.mlp\.fc1", ".mlp.c_fc"), (r"\.mlp\.fc2", ".mlp.c_proj")]
+NOT_WEIGHTS = r"^(input_resolution|context_length|vocab_size|(text|vision)_model\.embeddings\.position_ids)$"   # integers packed along
+ENCODER = r"^(?:\w+\.)*?(visual\..+|transformer\.resblocks\..+|token_embedding\.weight|positional_embedding|ln_final\..+|text_projection|logit_scale)$"
+WEIGHT_FILES = ["model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin"]
+SIDE_FILES = ["config.json", "open_clip_config.json", "tokenizer.json", "merges.txt"]
+
+
+def find_weights(source):
+    """A local file or folder, or a hub id, which is fetched through huggingface_hub's cache -> path of the weights file."""
+    path = Path(source)
+    if path.is_dir():
+        files = [path / n for n in WEIGHT_FILES if (path / n).exists()] or sorted(path.glob("*.pt"))
+        return files[0] if files else data.need(path / WEIGHT_FILES[0], "the CLIP weights", f"or one of {', '.join(WEIGHT_FILES[1:])}, *.pt")
+    if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return data.need(path, "the CLIP weights", "--clip takes a file, a folder, a hub id like openai/clip-vit-base-patch16, or none (from scratch)")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, LocalEntryNotFoundError
+    found, reason = {}, None
+    for name in SIDE_FILES + WEIGHT_FILES:
+        if any(n in found for n in WEIGHT_FILES):
+            break
+        try:
+            found[name] = hf_hub_download(str(source), name)
+        except LocalEntryNotFoundError as e:                            # no network, and not in the cache
+            reason = e
+        except RepositoryNotFoundError:
+            raise ValueError(f"{source} is neither a file here nor a model on the hub") from None
+        except EntryNotFoundError:                                      # the hub has the model but not this file
+            continue
+        except (HfHubHTTPError, OSError) as e:
+            reason = e
+    if not any(n in found for n in WEIGHT_FILES):
+        why = f"the hub cannot be reached ({type(reason).__name__})" if reason else f"it has none of {', '.join(WEIGHT_FILES)}"
+        raise FileNotFoundError(f"no CLIP weights from {source}: {why}\n  Fetch the model on a machine with network and give its file or folder "
+                                "with --clip, or use --clip none to train from scratch")
+    return Path(next(found[n] for n in WEIGHT_FILES if n in found))
+
+
+def read_file(path):
+    """Any weights file -> what is in it: a dict of tensors, or a training checkpoint that holds one."""
+    with open(path, "rb") as f:
+        head = f.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, a text that stands for the file. Fetch the file itself: git lfs pull")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):        # TorchScript
+            sha = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+            if sha not in KNOWN_SHA256:
+                print(f"warning: {path} is a TorchScript archive, but none that OpenAI published (sha256 {sha[:12]}...)", file=sys.stderr)
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        # TBPS-CLIP's authors pickled their configuration, an EasyDict: let it become a plain dict, and nothing else run
+        with torch.serialization.safe_globals([(dict, "easydict.EasyDict")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as weights: {str(e).splitlines()[0]}\n  Is the download complete? It has "
+                         f"{path.stat().st_size:,} bytes") from None
+    except Exception as e:                                              # safetensors has an exception of its own
+        if type(e).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{path} is not a complete safetensors file: {e}") from None
+
+
+def to_openai_names(weights):
+    """Hugging Face's CLIPModel -> OpenAI's names: q, k, v become one in_proj, the projections are transposed."""
+    theirs = {}
+    for name, w in weights.items():
+        if re.search(r"\.self_attn\.[kv]_proj\.", name):
+            continue
+        if ".self_attn.q_proj." in name:
+            parts = [name.replace("q_proj", p) for p in ("q_proj", "k_proj", "v_proj")]
+            if missing := [p for p in parts if p not in weights]:
+                raise ValueError(f"the CLIP weights lack {missing[0]}")
+            w = torch.cat([weights[p] for p in parts])
+        if name in ("visual_projection.weight", "text_projection.weight"):
+            w = w.T
+        for pattern, replacement in HF_NAMES:
+            name = re.sub(pattern, replacement, name)
+        theirs[name] = w
+    return theirs
+
+
+def read_arch(weights, source):
+    """The architecture of a CLIP with OpenAI's names, from the shapes of its tensors."""
+    if any(n.startswith("visual.layer1") or n.startswith("visual.attnpool") for n in weights):
+        raise ValueError(f"{source} is a CLIP with a ResNet image tower; only vision transformers (ViT-B/32, ViT-B/16, ViT-L/14) can be read")
+    for name in ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "positional_embedding", "text_projection"):
+        if name not in weights:
+            raise ValueError(f"{source} is no CLIP that can be read: it lacks {name}. It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
+
+    def depth(pattern):
+        return 1 + max((int(m[1]) for n in weights if (m := re.match(pattern, n))), default=-1)
+
+    width, _, patch, _ = weights["visual.conv1.weight"].shape
+    n = len(weights["visual.positional_embedding"]) - 1
+    side = math.isqrt(n)
+    rows, cols = (side, side) if side * side == n else (3 * math.isqrt(n // 3), math.isqrt(n // 3))       # persons: 24 x 8
+    if rows * cols != n:
+        raise ValueError(f"{source} has {n} patch positions, neither a square grid nor one of 3 : 1")
+    return dict(embed=weights["text_projection"].shape[1], image_size=(rows * patch, cols * patch), patch=patch, image_width=width,
+                image_layers=depth(r"visual\.transformer\.resblocks\.(\d+)\."), text_width=weights["token_embedding.weight"].shape[1],
+                text_layers=depth(r"transformer\.resblocks\.(\d+)\."), vocab=len(weights["token_embedding.weight"]),
+                context=len(weights["positional_embedding"]))
+
+
+def resize_pos(pos, old, new):
+    """Position embeddings (1 + rows * cols, C) of a grid `old` to a grid `new`: the class token's stays, the rest is stretched."""
+    grid = pos[1:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)                                     # (1, C, rows, cols)
+    grid = F.interpolate(grid, size=new, mode="bilinear")
+    return torch.cat([pos[:1].float(), grid.flatten(2)[0].T])
+
+
+@torch.no_grad()
+def copy_weights(model, weights, source, old_grid):
+    """Copies tensors that carry our names into `model`. Each is copied, or resized and copied; the model's heads are new. Anything
+    else is an error that names the tensor."""
+    ours = {n: p for n, p in model.state_dict().items() if not n.startswith("heads.")}
+    resized = "none"
+    for name, w in weights.items():
+        if name not in ours:
+            raise ValueError(f"{source} has a tensor {name} for which this model has no place")
+        if name == "image.pos" and old_grid != model.image.grid:
+            w = resize_pos(w, old_grid, model.image.grid)
+            resized = f"positions from {old_grid[0]}x{old_grid[1]} to {model.image.grid[0]}x{model.image.grid[1]}"
+        if w.shape != ours[name].shape:
+            raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)}, it should be {tuple(ours[name].shape)}")
+        ours[name].copy_(w)                                             # shares memory with the model; casts fp16 to fp32
+    if missing := sorted(ours.keys() - weights.keys()):
+        raise ValueError(f"{source} lacks {len(missing)} tensors, e.g. {', '.join(missing[:3])}")
+    print(f"clip: {len(ours)} tensors from {source}, resized: {resized}")
+
+
+def load_clip(source, image_size=None, stride=None, **options):
+    """A DualEncoder with the weights of `source`: OpenAI's TorchScript archive or a plain state dict, open_clip's safetensors or
+    bin, Hugging Face's model.safetensors or pytorch_model.bin, the folder of one of them, a hub id; a checkpoint of ours; the
+    released checkpoints of IRRA, RDE and TBPS-CLIP (encoders only, the rest is named). The architecture is read from the file.
+
+    image_size (H, W): positions are stretched to it; stride: of the patches; None keeps the file's. `options` go to DualEncoder.
+    Raises FileNotFoundError or ValueError, in words, if anything is missing, left over or of another shape."""
+    path = find_weights(source)
+    weights, left = read_file(path), []
+    if isinstance(weights, dict) and weights.get("format") == "tbps":
+        arch, weights = dict(weights["arch"]), {n: w for n, w in weights["weights"].items() if not n.startswith("heads.")}
+        old_grid = tuple((side - arch["patch"]) // arch["stride"] + 1 for side in arch["image_size"])
+    else:
+        nested = next((weights[k] for k in ("model", "state_dict") if isinstance(weights, dict) and isinstance(weights.get(k), dict)), None)
+        weights = {n.removeprefix("module."): w for n, w in (weights if nested is None else nested).items() if not re.match(NOT_WEIGHTS, n)}
+        if not all(torch.is_tensor(w) for w in weights.values()):
+            raise ValueError(f"{path} holds {', '.join(sorted(map(str, weights))[:5])}, not a dict of tensors; --clip wants model weights")
+        if any(n.startswith("text_model.") for n in weights):
+            weights = to_openai_names(weights)
+        if nested is not None:                                          # a training checkpoint: encoders under a prefix, and heads
+            left = sorted({n.split(".")[0] for n in weights if not re.match(ENCODER, n)})
+            weights = {m[1]: w for n, w in weights.items() if (m := re.match(ENCODER, n))}
+            weights.setdefault("logit_scale", torch.tensor(math.log(100)))      # IRRA and RDE drop it for a fixed temperature
+        arch = read_arch(weights, path)
+        old_grid = tuple(side // arch["patch"] for side in arch["image_size"])
+        for pattern, replacement in OPENAI_NAMES:
+            weights = {re.sub(pattern, replacement, n): w for n, w in weights.items()}
+        for name in ("config.json", "open_clip_config.json"):           # the one thing that shapes do not tell
+            if (path.parent / name).exists():
+                config = json.loads((path.parent / name).read_text())
+                arch["quick_gelu"] = (config.get("model_cfg", {}).get("quick_gelu", False) if name[0] == "o"
+                                      else config.get("vision_config", {}).get("hidden_act", "quick_gelu") == "quick_gelu")
+    model = DualEncoder(**arch | options | {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v})
+    copy_weights(model, weights, path, old_grid)
+    if left:
+        print(f"clip: left out, for they are no encoders: {', '.join(left)}")
+    return model
+
+
+def tokenizer_for(source, path, mask=False):
+    """The tokenizer that belongs to the weights: the one named, that of our checkpoint, or the vocabulary beside the weights file."""
+    if path:
+        return data.load_tokenizer(path, mask)
+    file = find_weights(source)
+    if is_ours(file):
+        saved = read_file(file)["tokenizer"]
+        return data.Tokenizer([m.split(" ") for m in saved["merges"]], mask)
+    names = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
+    found = next((file.parent / n for n in names if (file.parent / n).exists()), None)
+    return data.load_tokenizer(found or data.need(file.parent / names[2], "CLIP's vocabulary", "put it beside the weights, or name it with --tokenizer"), mask)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+VERSION = 1
+
+
+def is_ours(path):
+    """Whether a file is a checkpoint of this program, without reading its weights."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            name = next((n for n in z.namelist() if n.endswith("/data.pkl")), None)
+            return name is not None and b"tbps" in z.read(name)[:200]
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def save(path, content):
+    """Writes a checkpoint so that a crash or a full disk leaves the old one."""
+    part = Path(f"{path}.part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                                # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the one before it, if any, is untouched. Is the disk full?") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> model (in eval mode), tokenizer, info: all that a search needs. info has method, recipe, args, step, scores, and what
+    queries and photos need: size, norm, resize, clean."""
+    path = data.need(path, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt")
+    saved = read_file(path)
+    if not (isinstance(saved, dict) and saved.get("format") == "tbps"):
+        raise ValueError(f"{path} is not a checkpoint of this program")
+    if saved["version"] > VERSION:
+        raise ValueError(f"{path} was written by a newer version ({saved['version']}, this is {VERSION}); update the program")
+    model = DualEncoder(**saved["arch"])
+    model.load_state_dict({n: w for n, w in saved["weights"].items() if not n.startswith("heads.")})
+    tokenizer = data.Tokenizer([m.split(" ") for m in saved["tokenizer"]["merges"]], saved["tokenizer"]["mask"])
+    return model.eval().to(device), tokenizer, {k: saved[k] for k in ("method", "recipe", "args", "epoch", "step", "best", "scores")} | saved["info"]
+
+
+# ---- methods: a recipe, a step, heads -------------------------------------------------------------------------------
+
+TBPS_CLIP = dict(
+    # optimisation: AdamW with one warm-up epoch, then a cosine, per iteration
+    epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, weight_decay=0.02, sampler="random",
+    # images and captions
+    height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
+    # augmentation
+    image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0,
+    # losses
+    itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False, tau=0.0,
+    # training tricks
+    soft=0.5, soft_ramp=1.0, teacher_pass=True, text_dropout=0.05, lock_patch=True)
+SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
+BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
+                             deletion=0.0)
+KEYS = dict(  # what --help says of each key
+    epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
+    lr_end="at the last step", warmup="epochs of linear rise", weight_decay="of matrices", sampler="random, pk or random-count",
+    height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
+    resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
+    image_aug="pool (2 of 6), stack (all), none, or one of " + ", ".join(data.IMAGE_AUG[3:]), aware="no mirroring where the caption says left or right",
+    back_translation="chance to take captions_bt instead, where the data have it", deletion="chance of each word to be left out",
+    synonym="share of words replaced", insertion="share of words inserted", swap="share of words exchanged", eda="rate of one of these four at random",
+    itc="weight: contrast with one right answer each", nitc="weight: N-ITC, all captions of the person are right", ritc="weight: reversed KL",
+    ritc_eps="its label smoothing", citc="weight: cyclic consistency", ss="weight: self-supervision between two image views",
+    ss_text="weight: the same between two caption variations", mvs="a second image view in N-ITC", mvs_text="a second caption variation in N-ITC",
+    tau="temperature; 0: learned from where the weights have it", soft="share of the model's own belief in the targets of N-ITC",
+    soft_ramp="epochs until `soft` is reached", teacher_pass="the teacher's texts get a dropout mask of their own", text_dropout="on attention weights",
+    lock_patch="freeze the patch convolution")
+
+
+def tbps_clip_heads(recipe, embed):
+    """SimCLR's projection heads, where self-supervision is on."""
+    def mlp():
+        return nn.Sequential(nn.Linear(embed, 128), nn.ReLU(), nn.Linear(128, embed))
+    return {name: mlp() for name in ("ss", "ss_text") if recipe[name]}
+
+
+def tbps_clip_losses(model, batch, recipe, alpha, autocast):
+    """The weighted losses of one step of TBPS-CLIP (arXiv 2308.10045) by name; their sum is the objective.
+
+    batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, 77) likewise.
+    alpha: share of the model's own belief in the targets, now. All views go through the encoder in one forward."""
+    r, pid, B = recipe, batch["pid"], len(batch["pid"])
+    with autocast():
+        image = model.encode_image(batch["pixels"].flatten(0, 1)).view(-1, B, model.arch["embed"])      # (V, B, D)
+        text = model.encode_text(batch["tokens"].flatten(0, 1)).view(-1, B, model.arch["embed"])        # (U, B, D)
+        teacher_text = text.detach()
+        # The teacher is the model itself. Its image features are the student's, for nothing is random in the image tower. Its text
+        # features differ by the dropout mask if it gets a pass of its own, as in the released code; it costs a forward of the text tower.
+        if alpha > 0 and r["teacher_pass"] and r["text_dropout"] > 0:
+            with torch.no_grad():
+                teacher_text = model.encode_text(batch["tokens"][:1 + r["mvs_text"]].flatten(0, 1)).view(-1, B, model.arch["embed"])
+        a, b = (model.heads["ss"](image[-2:]) if r["ss"] else (None, None))
+        c, d = (model.heads["ss_text"](text[-2:]) if r["ss_text"] else (None, None))
+    scale, out = model.scale(), {}
+    if r["itc"]:
+        out["itc"] = r["itc"] * losses.itc(image[0], text[0], scale)
+    if r["nitc"]:                                                       # multi-view supervision: the mean over the views
+        views = [(0, 0), (int(r["mvs"]), int(r["mvs_text"]))] if r["mvs"] or r["mvs_text"] else [(0, 0)]
+        out["nitc"] = r["nitc"] / len(views) * sum(losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u])
+                                                   for v, u in views)
+    if r["ritc"]:
+        out["ritc"] = r["ritc"] * losses.ritc(image[0], text[0], pid, scale, r["ritc_eps"])
+    if r["citc"]:
+        out["citc"] = r["citc"] * losses.citc(image[0], text[0])
+    if r["ss"]:
+        out["ss"] = r["ss"] * losses.nt_xent(a, b)
+    if r["ss_text"]:
+        out["ss_text"] = r["ss_text"] * losses.nt_xent(c, d)
+    return out
+
+
+METHODS = {  # name: (recipe, heads, losses of a step)
+    "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
+    "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
+    "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
+}
+TOY = dict(height=96, width=48, epochs=16, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5)     # on top of a recipe, for toy people
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def lr_at(it, n, recipe):
+    """Learning rate at iteration `it`, n iterations per epoch: linear from lr_start to lr inclusive, then half a cosine to lr_end."""
+    warm = round(recipe["warmup"] * n)
+    if it < warm:
+        return recipe["lr_start"] + (recipe["lr"] - recipe["lr_start"]) * it / max(1, warm - 1)
+    done = (it - warm) / max(1, recipe["epochs"] * n - warm)
+    return recipe["lr_end"] + 0.5 * (recipe["lr"] - recipe["lr_end"]) * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model, recipe, fused):
+    """AdamW in two groups: matrices decay; biases, norms, the class token and the temperature do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=recipe["weight_decay"]),
+              dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=(0.9, 0.98), eps=1e-8, fused=fused)
+
+
+def build(args, recipe, vocab):
+    """The model for a run, with its method's heads."""
+    torch.manual_seed(data.mix(args.seed))
+    options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
+    size, stride = (recipe["height"], recipe["width"]), recipe["stride"] or None
+    if args.clip == "none":
+        model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
+    else:
+        model = load_clip(args.clip, size, stride, **options)
+    for name, head in METHODS[args.method][1](recipe, model.arch["embed"]).items():
+        model.heads[name] = head
+    if recipe["tau"]:
+        model.logit_scale.data.fill_(math.log(1 / recipe["tau"]))
+        model.logit_scale.requires_grad_(False)
+    return model
+
+
+def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, progress=True):
+    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then text-to-image only)."""
+    images = data.Images([r["image"] for r in records], data.EvalView(info["size"], info["norm"], info["resize"]))
+    captions = [c for r in records for c in r["captions"]]
+    g_pid = torch.tensor([r["pid"] for r in records])
+    own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
+    text = evaluation.embed_texts(model, tokenizer([data.clean_caption(c) if info["clean"] else c for c in captions]))
+    image = evaluation.embed_images(model, images, device, workers, progress=progress)
+    rows = {"text to image": evaluation.retrieval_metrics(text, image, g_pid[own], g_pid)}
+    if not sheet:
+        return rows, None
+    rows["image to text"] = evaluation.retrieval_metrics(image, text, g_pid, g_pid[own])
+    if any(n > 1 for n in data.Counter(g_pid.tolist()).values()):
+        rows["text to other images"] = evaluation.retrieval_metrics(text, image, g_pid[own], g_pid, own)
+    return rows, evaluation.retrieval_sheet(captions, text, image, g_pid[own], g_pid, own, lambda j: data.load_image(records[j]["image"]))
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, after the state was saved."""
+
+
+def train(args, recipe, model, tokenizer, pairs, val, out, info):
+    """The whole of training. Writes last.pt, best.pt and log.jsonl; returns nothing, for all that matters is in the files."""
+    device = torch.device(args.device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")      # of the encoders; losses are fp32
+    step_losses = METHODS[args.method][2]
+    model.to(device)
+    if args.compile:
+        model.image.compile()
+        model.text.compile()
+    optimizer = make_optimizer(model, recipe, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    state = dict(epoch=0, step=0, best=-1.0, scores={})                 # step: batches done in this epoch
+    if args.resume:
+        saved = read_file(out / "last.pt")
+        model.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        state = {k: saved[k] for k in state}
+
+    def checkpoint(name):
+        content = dict(format="tbps", version=VERSION, weights=model.state_dict(), arch=model.arch, info=info, method=args.method, recipe=recipe,
+                       tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None), args=settings(args), **state)
+        if name == "last.pt":                                           # best.pt is for use, not for going on
+            content |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        save(out / name, content)
+
+    def log(**facts):
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(facts) + "\n")
+
+    stop = []
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0)))
+    if n == 0:
+        raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
+    bar = tqdm(total=recipe["epochs"] * n * recipe["batch"], initial=(state["epoch"] * n + state["step"]) * recipe["batch"], unit=" pairs",
+               smoothing=0.05, disable=None)
+    saved_at = time.time()
+    while state["epoch"] < recipe["epochs"]:
+        epoch, done = state["epoch"], state["step"]
+        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch))
+        pairs.epoch = epoch
+        loader = torch.utils.data.DataLoader(pairs, batch_sampler=order[done:], num_workers=args.workers, pin_memory=device.type == "cuda",
+                                             collate_fn=functools.partial(data.collate, tokenizer))
+        model.train()
+        recent, began, finite_since = [], time.time(), done
+        for i, batch in enumerate(loader, start=done):
+            it = epoch * n + i * n / len(order)                         # samplers by person give epochs of slightly different length
+            lr = lr_at(it, n, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            alpha = recipe["soft"] * min(1, it / max(1, recipe["soft_ramp"] * n))
+            torch.manual_seed(data.mix(args.seed, epoch, i, 0))         # dropout is a function of where we are: resume is exact
+            batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}
+            parts = step_losses(model, batch, recipe, alpha, autocast)
+            loss = sum(parts.values())
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)                                      # left out by itself if fp16 overflowed
+            scaler.update()
+            state["step"] = i + 1
+            bar.update(recipe["batch"])
+            recent.append(torch.stack([loss, *parts.values()]).detach())
+            if i % args.log_every == 0 or i + 1 == len(order):          # reading a number waits for the GPU, so not always
+                values = torch.stack(recent)
+                if not values.isfinite().all():
+                    bad = finite_since + int((~values.isfinite().all(dim=1)).nonzero()[0])
+                    files = [str(pairs.items[j][0]["image"]) for j in order[bad][:4] if isinstance(pairs.items[j][0]["image"], Path)]
+                    raise FloatingPointError(f"the loss is not finite in epoch {epoch}, step {bad}" + f" (images {', '.join(files)} ...)" * bool(files) +
+                                             f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
+                                             f"; {out}/last.pt is from before")
+                mean, recent, finite_since = values.mean(dim=0).tolist(), [], i + 1
+                bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)))
+                log(at=[epoch, i + 1], epoch=epoch + (i + 1) / len(order), lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
+            if stop or time.time() - saved_at > 60 * args.save_minutes:
+                checkpoint("last.pt")
+                saved_at = time.time()
+            if stop:
+                bar.close()
+                raise Stopped(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. Go on with the same command and --resume")
+
+        state |= dict(epoch=epoch + 1, step=0)
+        speed = (len(order) - done) * recipe["batch"] / (time.time() - began)
+        line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {speed:.0f} pairs/s"
+        if val:
+            scores, _ = evaluate(model, tokenizer, info, val, device, args.workers, sheet=False, progress=False)
+            state["scores"] = scores["text to image"]
+            line += f"  val {evaluation.show(state['scores'])}"
+            log(at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
+        bar.write(line) if not bar.disable else print(line, flush=True)
+        if not val or state["scores"]["R@1"] > state["best"]:           # without a validation split the last epoch is the best
+            state["best"] = state["scores"].get("R@1", -1.0)
+            checkpoint("best.pt")
+        checkpoint("last.pt")
+        saved_at = time.time()
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
+    keys = "\n".join(f"  {k:18}{str(v):12}{KEYS[k]}" for k, v in TBPS_CLIP.items())
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog=f"keys of a recipe, for --set, with the values of tbps-clip:\n{keys}\n\n"
+                                f"tbps-clip-simplified differs in: {differences(SIMPLIFIED)}\nbaseline differs in: {differences(BASELINE)}\n"
+                                f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}")
+    g = p.add_argument_group("what")
+    g.add_argument("--dataset", choices=data.DATASETS, default="toy", help="the data set (default: toy, drawn on the spot)")
+    g.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
+    g.add_argument("--method", choices=METHODS, help="default: tbps-clip-simplified on toy people, else tbps-clip")
+    g.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
+    g.add_argument("--epochs", type=int, help="short for --set epochs=")
+    g.add_argument("--batch", type=int, help="short for --set batch=, pairs per step")
+    g.add_argument("--lr", type=float, help="short for --set lr=, the peak")
+    g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="folders of generate.py whose pairs are trained on too")
+    g.add_argument("--val", choices=["auto", "none"], default="auto", help="none: train on what a set without validation split would hold out, keep the last epoch")
+    g.add_argument("--skip-bad", action="store_true", help="decode all images first and leave out those that fail (default: stop at one)")
+    g = p.add_argument_group("from what")
+    g.add_argument("--clip", help="CLIP weights: a file, folder, hub id, checkpoint of ours, or none (default: none on toy people, else openai/clip-vit-base-patch16)")
+    g.add_argument("--tokenizer", help="CLIP's vocabulary, if it is not beside the weights: bpe_simple_vocab_16e6.txt.gz or tokenizer.json")
+    g.add_argument("--size", choices=SIZES, help="architecture for --clip none (default: toy on toy people, else ViT-B/16)")
+    g = p.add_argument_group("how")
+    g.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
+    g.add_argument("--out", help="the run's folder (default: runs/DATASET-METHOD-SEED)")
+    g.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder, exactly")
+    g.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
+    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the encoders (default: bf16 or fp16 on CUDA, off elsewhere)")
+    g.add_argument("--compile", action="store_true", help="torch.compile the towers: slow start, faster steps on a GPU")
+    g.add_argument("--workers", type=int, help="processes that decode and augment (default: 1 on toy people, else the number of cores, at most 8)")
+    g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
+    g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
+    args = p.parse_args(argv)
+
+    toy = args.dataset.startswith("toy")
+    args.method = args.method or ("tbps-clip-simplified" if toy else "tbps-clip")
+    recipe = METHODS[args.method][0] | (TOY if toy else {})
+    given = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
+    for text in given + args.set:
+        key, _, value = text.partition("=")
+        if key not in recipe:
+            raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
+        recipe[key] = typed(key, value, recipe[key])
+    for key, able in dict(sampler=["random", "pk", "random-count"], norm=list(data.NORMS), resize=["bilinear", "bicubic"],
+                          eval_resize=["bilinear", "bicubic"], image_aug=data.IMAGE_AUG).items():
+        if recipe[key] not in able:
+            raise ValueError(f"{key} must be one of {', '.join(able)}, not {recipe[key]!r}")
+    args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
+    args.size = args.size or ("toy" if toy else "ViT-B/16")
+    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
+    args.workers = args.workers if args.workers is not None else 1 if toy else min(8, os.cpu_count())
+    if args.amp == "auto":
+        args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if args.device.startswith("cuda") else "off"
+    return args, recipe
+
+
+def differences(recipe):
+    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != TBPS_CLIP[k])
+
+
+def typed(key, value, like):
+    """The text of a --set value as the type its key has."""
+    try:
+        if isinstance(like, bool):
+            return {"0": False, "1": True, "false": False, "true": True}[value.lower()]
+        return type(like)(value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{key} takes {'0 or 1' if isinstance(like, bool) else 'a whole number' if isinstance(like, int) else 'a number'}, not {value!r}") from None
+
+
+def settings(args):
+    """What of the arguments decides the result; where it is computed, and how often it is saved, does not."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out", "device", "workers", "save_minutes", "log_every", "set", "epochs", "batch", "lr")}
+
+
+def open_run(args, recipe, out):
+    """The run's folder: new, or the one to resume, with the same settings."""
+    last = out / "last.pt"
+    if args.resume:
+        saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
+        before, now = saved["args"] | saved["recipe"], settings(args) | recipe
+        if changed := [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
+            raise ValueError(f"{last} was made with other options, so going on would not be the same run:\n  " + "\n  ".join(changed))
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        with open(out / "log.jsonl", "w") as f:                         # steps after the checkpoint will be done, and logged, again
+            f.writelines(json.dumps(line) + "\n" for line in lines if line["at"] <= [saved["epoch"], saved["step"]])
+        return
+    if last.exists() and not args.overwrite:
+        raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it, --out or --seed makes another")
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "code").mkdir(parents=True)
+    for file in Path(__file__).parent.glob("*.py"):
+        shutil.copy(file, out / "code")
+
+
+def load_data(args, recipe):
+    """-> {split: records}; the training split with what --extra adds."""
+    splits = {s: data.read(args.dataset, args.data_root, s, hold_out=args.val == "auto") for s in ("train", "val", "test") if s != "val" or args.val == "auto"}
+    for folder in args.extra:
+        splits["train"] = splits["train"] + data.read("pairs", folder, "train", hold_out=False)
+    return splits
+
+
+def describe(args, splits):
+    for split, records in splits.items():
+        if records:
+            print(f"{args.dataset} {split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
+
+
+def main():
+    args, recipe = parse_args()
+    out = Path(args.out)
+    open_run(args, recipe, out)
+    splits = load_data(args, recipe)
+    if args.skip_bad:
+        for split, records in splits.items():
+            bad = data.broken(records)
+            for record, why in bad:
+                print(f"left out: {why}")
+            splits[split] = [r for r in records if not any(r is b for b, _ in bad)]
+    describe(args, splits)
+
+    rates = {k: recipe[k] for k in ("deletion", "synonym", "insertion", "swap", "eda")}
+    if recipe["back_translation"] and not any(r.get("captions_bt") for r in splits["train"]):
+        print("no back-translations (captions_bt) in these data: that augmentation is off")
+    pairs = data.Pairs(splits["train"], (recipe["height"], recipe["width"]), args.seed, views=1 + recipe["mvs"], self_views=2 * (recipe["ss"] > 0),
+                       texts=1 + recipe["mvs_text"], self_texts=2 * (recipe["ss_text"] > 0), image_aug=recipe["image_aug"], norm=recipe["norm"],
+                       resize=recipe["resize"], clean=recipe["clean"], back_translation=recipe["back_translation"], text=rates, aware=recipe["aware"])
+    if args.clip == "none":
+        captions = [c for r in splits["train"] for c in r["captions"]]
+        tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else data.train_tokenizer(captions)
+    else:
+        tokenizer = tokenizer_for(args.clip, args.tokenizer)
+    model = build(args, recipe, tokenizer.vocab)
+    if tokenizer.vocab != model.arch["vocab"]:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
+    info = dict(size=(recipe["height"], recipe["width"]), norm=recipe["norm"], resize=recipe["eval_resize"], clean=recipe["clean"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; "
+          f"{recipe['height']}x{recipe['width']} pixels, {model.image.grid[0]}x{model.image.grid[1]} patches; "
+          f"batch {recipe['batch']}, {recipe['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
+
+    began = time.time()
+    train(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info)
+    minutes = (time.time() - began) / 60
+    rows = {}
+    for name in ("last.pt", "best.pt"):                                 # the test split is looked at here, once, and selects nothing
+        model, tokenizer, info = load_checkpoint(out / name, args.device)
+        scores, sheet = evaluate(model, tokenizer, info, splits["test"], args.device, args.workers)
+        rows |= {f"{name}, {way}": s for way, s in scores.items()}
+    report(out, args, recipe, rows, sheet, minutes)
+    print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
+    print(f"test {evaluation.show(rows['best.pt, text to image'])}")
+
+
+def report(out, args, recipe, rows, sheet, minutes):
+    """report.html: settings, curves, scores, retrieval sheet."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
+    parts = [k for k in steps[0] if k not in ("at", "epoch", "lr", "scale")]
+    curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in parts})
+    curves += evaluation.curve("validation, %", {k: [(x["epoch"], x["val"][k]) for x in vals] for k in (vals[0]["val"] if vals else [])})
+    curves += evaluation.curve("learning rate", {"lr": [(x["epoch"], x["lr"]) for x in steps]})
+    curves += evaluation.curve("scale = 1 / temperature", {"scale": [(x["epoch"], x["scale"]) for x in steps]})
+    shown = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((settings(args) | recipe).items()))
+    evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", ("Test scores, %", evaluation.table(rows)),
+                          ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet),
+                          ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(130)
