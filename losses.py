@@ -123,5 +123,5 @@ def gather(x):
     Without torch.distributed, or with one rank, x itself."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return x
-    import torch.distributed.nn                             # here: it warns on machines that have no use for it
-    return torch.cat(torch.distributed.nn.functional.all_gather(x))
+    from torch.distributed.nn.functional import all_gather
+    return torch.cat(all_gather(x))

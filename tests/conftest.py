@@ -1,0 +1,105 @@
+"""Shared by the tests: the project on the path, and data sets on disk in the layouts of the real ones, made from toy people."""
+
+import html
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data                                                             # noqa: E402
+
+
+def run(*command, cwd=None, code=0, timeout=280):
+    """Runs `python *command` as a user would and returns what it printed, both streams together."""
+    env = os.environ | dict(OMP_NUM_THREADS="2", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd or ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=timeout)
+    assert done.returncode == code, f"exit code {done.returncode} instead of {code}\n{done.stdout}"
+    assert code != 2 or "Traceback" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def error(*command, cwd=None):
+    """Runs a command that must fail as a user's mistake should: exit code 2, no traceback, a sentence. Returns the sentence."""
+    return run(*command, cwd=cwd, code=2)
+
+
+@pytest.fixture(scope="session")
+def people():
+    """A few toy people: 6 persons, 24 images, 48 captions."""
+    return data.toy("train", persons=6)
+
+
+def cuhk_rows(records):
+    """Toy records as the list in reid_raw.json: ids from 1, several folders, jpg, png and bmp, odd captions."""
+    rows = []
+    for n, r in enumerate(records):
+        split = ["train", "train", "train", "val", "test", "test"][(r["pid"] % 6)]
+        folder, ending = [("CUHK01", "png"), ("cam_a", "bmp"), ("Market", "jpg"), ("test_query", "jpg")][n % 4]
+        rows.append(dict(split=split, captions=list(r["captions"]), file_path=f"{folder}/{r['pid']:04}_{n:05}.{ending}",
+                         processed_tokens=[c.lower().split() for c in r["captions"]], id=r["pid"] + 1))
+    rows[0]["captions"][0] = "A man &amp;quot;in&amp;quot; a jekyll &amp; hyde t-shirt, " + html.escape("it's <red>")
+    rows[1]["captions"] = [f"{c} Number {k}." for k in range(5) for c in rows[1]["captions"]]           # ten captions
+    rows[2]["captions"][1] = ("The man wears a black coat and grey trousers, " * 12)[:490]              # 490 characters
+    assert len(rows[1]["captions"]) == 10 and len(rows[2]["captions"][1]) == 490
+    return rows
+
+
+def write_images(folder, paths, records):
+    for path, r in zip(paths, records):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(r["image"]).save(folder / path)
+
+
+@pytest.fixture(scope="session")
+def cuhk(tmp_path_factory, people):
+    """A directory in the layout of CUHK-PEDES."""
+    root = tmp_path_factory.mktemp("data") / "CUHK-PEDES"
+    rows = cuhk_rows(people)
+    write_images(root / "imgs", [r["file_path"] for r in rows], people)
+    (root / "reid_raw.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def icfg(tmp_path_factory, people):
+    """ICFG-PEDES: one caption per image, no validation split, ids from 0, folders that look like splits but are not."""
+    root = tmp_path_factory.mktemp("data") / "ICFG-PEDES"
+    rows = [dict(split="test" if r["pid"] >= 4 else "train", captions=r["captions"][:1], id=r["pid"], processed_tokens=[[]],
+                 file_path=f"{['train', 'test'][n % 2]}/{r['pid']:04}/{r['pid']:04}_{n:03}_02_0303morning_0101_1.jpg") for n, r in enumerate(people)]
+    write_images(root / "imgs", [r["file_path"] for r in rows], people)
+    (root / "ICFG_PEDES.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def rstp(tmp_path_factory, people):
+    """RSTPReid: flat images, img_path instead of file_path."""
+    root = tmp_path_factory.mktemp("data") / "RSTPReid"
+    rows = [dict(id=r["pid"], img_path=f"{r['pid']:04}_c{n % 15}_{n:04}.jpg", captions=r["captions"],
+                 split=["train", "train", "train", "train", "val", "test"][r["pid"]]) for n, r in enumerate(people)]
+    write_images(root / "imgs", [r["img_path"] for r in rows], people)
+    (root / "data_captions.json").write_text(json.dumps(rows))
+    return root
+
+
+def bpe_file():
+    """OpenAI's merges file, where somebody has put it; it is not part of this project."""
+    places = [os.environ.get("CLIP_BPE", ""), ROOT / "bpe_simple_vocab_16e6.txt.gz", ROOT.parent / "shared/data/bpe_simple_vocab_16e6.txt.gz"]
+    return next((Path(p) for p in places if p and Path(p).exists()), None)
+
+
+needs_bpe = pytest.mark.skipif(bpe_file() is None, reason="needs OpenAI's bpe_simple_vocab_16e6.txt.gz: name it in CLIP_BPE")
+
+
+def sines(a, b, c, rows=4, dim=3):
+    """The raw features of the golden values: sin(a i + b d + c), float64."""
+    i, d = torch.arange(rows, dtype=torch.float64)[:, None], torch.arange(dim, dtype=torch.float64)
+    return torch.sin(a * i + b * d + c)

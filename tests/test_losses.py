@@ -1,0 +1,129 @@
+"""Losses: golden values of the released code (float64), formulas by hand, slow loops."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing
+import torch.nn.functional as F
+
+import losses
+from conftest import sines
+
+IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT = sines(1.0, 0.5, 0.1), sines(0.9, 0.6, 0.2), sines(1.1, 0.4, 0.3), sines(0.8, 0.7, 0.4)
+PID, SCALE = torch.tensor([7, 7, 2, 5]), 10
+
+
+@pytest.mark.parametrize("alpha, teacher, golden", [
+    (0.0, (), 0.5498112900547281), (0.25, (), 0.5177729456145578), (0.25, (TEACHER_IMAGE, TEACHER_TEXT), 0.5197544479173546),
+    (0.5, (), 0.4857346011743874), (0.5, (TEACHER_IMAGE, TEACHER_TEXT), 0.4896976057799811)])
+def test_nitc(alpha, teacher, golden):
+    assert losses.nitc(IMAGE, TEXT, PID, SCALE, alpha, *teacher).item() == pytest.approx(golden, rel=1e-12)
+
+
+def test_ritc():
+    assert losses.ritc(IMAGE, TEXT, PID, SCALE, eps=0.01).item() == pytest.approx(0.1959548894888226, rel=1e-12)
+
+
+def test_ritc_minimum():
+    # 320 lonely pairs, belief p = (q + eps) / (1 + 320 eps): the loss is -log(1 + 320 * 0.01) = -1.435
+    logit = math.log(1.01 / 0.01)                                       # of the right pair over a wrong one
+    eye = torch.eye(320, dtype=torch.float64)
+    assert losses.ritc(eye, eye, torch.arange(320), logit).item() == pytest.approx(-math.log(1 + 320 * 0.01), abs=1e-9)
+
+
+def test_citc():
+    assert losses.citc(IMAGE, TEXT, 1, 0).item() == pytest.approx(0.02098163504514564, rel=1e-12)
+    assert losses.citc(IMAGE, TEXT, 0, 1).item() == pytest.approx(0.010310926924320675, rel=1e-12)
+    assert losses.citc(IMAGE, TEXT).item() == pytest.approx(0.007823140492366579, rel=1e-12)
+
+
+def test_nt_xent():
+    assert losses.nt_xent(TEACHER_IMAGE, TEACHER_TEXT, tau=0.1).item() == pytest.approx(0.31931483503194735, rel=1e-12)
+
+
+def test_nt_xent_is_the_formula_of_the_paper():
+    a, b, tau = F.normalize(IMAGE, dim=1), F.normalize(TEXT, dim=1), 0.1
+    total = 0
+    for x, y in ((a, b), (b, a)):
+        for i in range(4):
+            positive = math.exp(x[i] @ y[i] / tau)
+            others = sum(math.exp(x[i] @ y[j] / tau) for j in range(4)) + sum(math.exp(x[i] @ x[j] / tau) for j in range(4) if j != i)
+            total -= math.log(positive / others) / 4 / 2
+    assert losses.nt_xent(IMAGE, TEXT, tau).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_itc_by_hand():
+    # two pairs, image_0 = text_0 = x, image_1 = text_1 = y, at scale 2: each row is softmax of (2, 0)
+    eye = torch.eye(2)
+    assert losses.itc(3 * eye, eye, 2.0).item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
+
+
+def test_itc_is_nitc_of_strangers():
+    assert losses.itc(IMAGE, TEXT, SCALE).item() == pytest.approx(losses.nitc(IMAGE, TEXT, torch.arange(4), SCALE).item(), rel=1e-12)
+    assert losses.itc(IMAGE, TEXT, SCALE).item() != pytest.approx(losses.nitc(IMAGE, TEXT, PID, SCALE).item(), rel=1e-3)
+
+
+def test_nitc_by_slow_loop():
+    image, text = F.normalize(IMAGE, dim=1), F.normalize(TEXT, dim=1)
+    total = 0
+    for x, y in ((image, text), (text, image)):
+        for i in range(4):
+            p = torch.softmax(SCALE * torch.stack([x[i] @ y[j] for j in range(4)]), 0)
+            right = [j for j in range(4) if PID[j] == PID[i]]
+            total -= sum(math.log(p[j]) / len(right) for j in right) / 4 / 2
+    assert losses.nitc(IMAGE, TEXT, PID, SCALE).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_the_teacher_gets_no_gradient():
+    image, text, scale = IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_(), torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    teachers = [t.clone().requires_grad_() for t in (TEACHER_IMAGE, TEACHER_TEXT)]
+    losses.nitc(image, text, PID, scale, 0.5, *teachers).backward()
+    assert all(t.grad is None for t in teachers) and scale.grad != 0
+    # the scale in the targets is constant: the gradient equals that with frozen targets, by finite differences
+    with torch.no_grad():
+        belief = 10.0 * F.normalize(TEACHER_IMAGE, dim=1) @ F.normalize(TEACHER_TEXT, dim=1).T
+        q = losses.same_person(PID, torch.float64)
+        target = [0.5 * b.softmax(1) + 0.5 * q for b in (belief, belief.T)]
+
+        def value(s):
+            logits = s * F.normalize(IMAGE, dim=1) @ F.normalize(TEXT, dim=1).T
+            return (losses.soft_cross_entropy(logits, target[0]) + losses.soft_cross_entropy(logits.T, target[1])) / 2
+        assert scale.grad.item() == pytest.approx(((value(10.001) - value(9.999)) / 0.002).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("call", [
+    lambda i, t: losses.itc(i, t, 100.0), lambda i, t: losses.nitc(i, t, PID, 100.0, 0.5), lambda i, t: losses.ritc(i, t, PID, 100.0),
+    lambda i, t: losses.citc(i, t), lambda i, t: losses.nt_xent(i, t)])
+def test_full_precision_whatever_autocast_says(call):
+    image, text = IMAGE.float(), TEXT.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call(image, text)
+    assert inside.dtype == torch.float32 and inside.item() == call(image, text).item()
+    assert call(image.bfloat16(), text.bfloat16()).dtype == torch.float32
+    assert call(IMAGE, TEXT).dtype == torch.float64
+
+
+def _gathered(rank, port, result):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    image, text = (x[2 * rank:2 * rank + 2].clone().requires_grad_() for x in (IMAGE, TEXT))
+    loss = losses.nitc(losses.gather(image), losses.gather(text), losses.gather(PID[2 * rank:2 * rank + 2]), SCALE)
+    (loss / 2).backward()                                               # DistributedDataParallel averages over the ranks
+    result[rank] = [loss.item(), image.grad, text.grad]
+    torch.distributed.destroy_process_group()
+
+
+def test_gather_gives_the_gradient_of_the_whole_batch():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        result = manager.dict()
+        torch.multiprocessing.spawn(_gathered, (port, result), nprocs=2)
+        image, text = IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_()
+        whole = losses.nitc(losses.gather(image), losses.gather(text), PID, SCALE)                      # one process: gather does nothing
+        whole.backward()
+        for k, x in ((1, image), (2, text)):
+            torch.testing.assert_close(torch.cat([result[0][k], result[1][k]]), x.grad, rtol=1e-12, atol=1e-12)
+        assert result[0][0] == result[1][0] == pytest.approx(whole.item(), rel=1e-12)
