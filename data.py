@@ -890,7 +890,7 @@ def toy_caption(rng, person, visible, domain, heldout):
         if value is None:
             return ""
         usual, _, new = WORDS.get(value, value).partition(" | ")
-        return rng.choice((new if new and fresh and rng.random() < 0.15 else usual).split(", "))
+        return rng.choice((new if new and fresh and rng.random() < 0.06 else usual).split(", "))
 
     def join(*phrases):
         return " ".join(p for p in phrases if p)
