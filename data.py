@@ -552,11 +552,10 @@ PEOPLE = dict(                                      # the main domain: attribute
     hat={"none": 7, "cap": 2, "woolly hat": 2}, hat_colour=dict.fromkeys(["black", "white", "red", "blue", "green", "purple"], 1),
     glasses={"none": 7, "glasses": 3},
     top={"t-shirt": 4, "shirt": 3, "hoodie": 3, "jacket": 3, "coat": 3}, sleeves={"short": 5, "long": 5},
-    top_colour={"black": 4, "white": 3, "grey": 2, "red": 2, "blue": 2, "navy": 1, "green": 2, "yellow": 2, "orange": 1,
-                "purple": 1, "pink": 2, "beige": 1},
+    top_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "pink", "brown", "beige"], 1),
     pattern={"plain": 5, "striped": 3, "checked": 2}, logo={"none": 7, "logo": 3},
     bottom={"trousers": 5, "shorts": 4, "skirt": 3},
-    bottom_colour={"black": 4, "blue": 3, "grey": 3, "white": 2, "navy": 2, "beige": 2, "brown": 2, "red": 1, "green": 1},
+    bottom_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "brown", "beige"], 1),
     shoes={"black": 3, "white": 3, "grey": 2, "red": 2, "blue": 1, "brown": 2, "yellow": 1},
     bag={"none": 5, "backpack": 4, "handbag": 3, "shoulder bag": 3, "suitcase": 2}, bag_size={"small": 5, "large": 5},
     bag_side={"left": 5, "right": 5}, bag_colour={"black": 3, "red": 2, "orange": 2, "blue": 2, "green": 2, "pink": 2, "brown": 2, "white": 2})
@@ -624,8 +623,8 @@ def toy_applies(person, name):
 
 
 # what members of a family differ in, and how often: mostly not the colours of the garments, or reading colours would be enough
-FAMILY = dict(top=5, top_colour=5, bottom=5, bottom_colour=5, pattern=6, logo=2, sleeves=3, shoes=8, bag=8, bag_colour=8, bag_side=7, bag_size=1,
-              hair=4, hair_colour=5, hat=6, hat_colour=5, glasses=3, sex=6, build=2)
+FAMILY = dict(top=10, top_colour=14, bottom=10, bottom_colour=14, pattern=8, logo=2, sleeves=3, shoes=8, bag=8, bag_colour=7, bag_side=4, bag_size=1,
+              hair=2, hair_colour=4, hat=5, hat_colour=4, glasses=2, sex=6, build=1)
 
 
 def toy_family(rng, domain):

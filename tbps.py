@@ -684,7 +684,7 @@ def parse_args(argv=None):
     g.add_argument("--dataset", choices=data.DATASETS, default="toy", help="the data set (default: toy, drawn on the spot)")
     g.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
     g.add_argument("--method", choices=METHODS, help="default: tbps-clip-simplified on toy people, else tbps-clip")
-    g.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
+    g.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
     g.add_argument("--epochs", type=int, help="short for --set epochs=")
     g.add_argument("--batch", type=int, help="short for --set batch=, pairs per step")
     g.add_argument("--lr", type=float, help="short for --set lr=, the peak")
