@@ -13,6 +13,7 @@ V views of an image, U variations of a caption. image, text are features; pixels
 1 / temperature. Everything is (B, T, C) throughout."""
 
 import argparse
+import collections
 import functools
 import hashlib
 import json
@@ -24,12 +25,15 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -57,11 +61,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False):
+    def forward(self, x, causal=False, at=None):
+        """(B, T, C) -> (B, T, C), or with `at` (B,) the result of these tokens alone, (B, 1, C)."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)           # each (B, H, T, C/H)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+        dropout = self.dropout if self.training else 0.0
+        if at is None:
+            q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)       # each (B, H, T, C/H)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+        else:
+            q = F.linear(pick(x, at), self.qkv.weight[:C], self.qkv.bias[:C]).view(B, 1, self.heads, -1).transpose(1, 2)      # (B, H, 1, C/H)
+            k, v = F.linear(x, self.qkv.weight[C:], self.qkv.bias[C:]).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            seen = (torch.arange(T, device=x.device) <= at[:, None])[:, None, None] if causal else None                       # (B, 1, 1, T)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+        return self.proj(x.transpose(1, 2).reshape(B, -1, C))
+
+
+def pick(x, at):
+    """Token at[b] of each sample: (B, T, C), (B,) -> (B, 1, C)."""
+    return x[torch.arange(len(x), device=x.device), at][:, None]
 
 
 class Block(nn.Module):
@@ -73,8 +90,9 @@ class Block(nn.Module):
         self.ln2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.quick_gelu = quick_gelu
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln1(x), causal)
+    def forward(self, x, causal=False, at=None):
+        attended = self.attn(self.ln1(x), causal, at)
+        x = (x if at is None else pick(x, at)) + attended
         h = self.fc1(self.ln2(x))
         # OpenAI's CLIP was trained with this cheap GELU, and one must keep what one was trained with; LAION's have the exact one
         return x + self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
@@ -92,7 +110,8 @@ def init_blocks(blocks, width):
 
 
 class ImageTower(nn.Module):
-    """Vision transformer: patches and a class token in, as many tokens out, not yet normalised and projected."""
+    """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
+    and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
 
     def __init__(self, size, patch, stride, width, layers, embed, quick_gelu=True):
         super().__init__()
@@ -105,17 +124,17 @@ class ImageTower(nn.Module):
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         init_blocks(self.blocks, width)
 
-    def forward(self, pixels):
+    def forward(self, pixels, at=None):
         x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos                # (B, T, C)
         x = self.ln_pre(x)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return x
+        return self.blocks[-1](x, at=at)
 
 
 class TextTower(nn.Module):
-    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, not yet normalised and projected."""
+    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above."""
 
     def __init__(self, vocab, context, width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
@@ -127,11 +146,11 @@ class TextTower(nn.Module):
         nn.init.normal_(self.tok.weight, std=0.02)
         init_blocks(self.blocks, width)
 
-    def forward(self, tokens):
+    def forward(self, tokens, at=None):
         x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                               # (B, T, C)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, causal=True)
-        return x
+        return self.blocks[-1](x, causal=True, at=at)
 
 
 class DualEncoder(nn.Module):
@@ -162,13 +181,13 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels):
         """(B, 3, H, W) -> (B, D), not normalised: the class token."""
-        return self.image.ln_post(self.image(pixels)[:, 0]) @ self.image.proj
+        cls = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        return self.image.ln_post(self.image(pixels, at=cls)[:, 0]) @ self.image.proj
 
     def encode_text(self, tokens):
         """(B, 77) ids -> (B, D), not normalised: the token at EOT, which has the largest id. Tokens may still be on the CPU."""
         tokens, eot = self.cut(tokens)
-        x = self.text(tokens)                                                                           # (B, T, C)
-        return self.text.ln_post(x[torch.arange(len(x), device=x.device), eot]) @ self.text.proj
+        return self.text.ln_post(self.text(tokens, at=eot)[:, 0]) @ self.text.proj
 
     def cut(self, tokens):
         """Tokens without the padding after the longest caption, and where each EOT is. The tower is causal, so nothing changes
@@ -242,34 +261,42 @@ def find_weights(source):
     return Path(next(found[n] for n in WEIGHT_FILES if n in found))
 
 
+def names_in(path):
+    """The names in a zip archive, which TorchScript and torch.save write; nothing for other files."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
 def read_file(path):
     """Any weights file -> what is in it: a dict of tensors, or a training checkpoint that holds one."""
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, a text that stands for the file. Fetch the file itself: git lfs pull")
+    if path.suffix != ".safetensors" and not head.startswith((b"PK", b"\x80")):                          # neither zip nor pickle
+        raise ValueError(f"{path} cannot be read as weights: it has {path.stat().st_size:,} bytes and begins with {head[:24]!r}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):        # TorchScript
-            sha = hashlib.file_digest(open(path, "rb"), "sha256").hexdigest()
+        if any(name.endswith("/constants.pkl") for name in names_in(path)):                             # TorchScript
+            with open(path, "rb") as f:
+                sha = hashlib.file_digest(f, "sha256").hexdigest()
             if sha not in KNOWN_SHA256:
                 print(f"warning: {path} is a TorchScript archive, but none that OpenAI published (sha256 {sha[:12]}...)", file=sys.stderr)
-            return torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)          # torch would rather see torch.export; OpenAI's files are what they are
+                return torch.jit.load(path, map_location="cpu").state_dict()
         # TBPS-CLIP's authors pickled their configuration, an EasyDict: let it become a plain dict, and nothing else run
-        with torch.serialization.safe_globals([(dict, "easydict.EasyDict")]):
+        with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as weights: {str(e).splitlines()[0]}\n  Is the download complete? It has "
-                         f"{path.stat().st_size:,} bytes") from None
-    except Exception as e:                                              # safetensors has an exception of its own
-        if type(e).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"{path} is not a complete safetensors file: {e}") from None
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
+        raise ValueError(f"{path} cannot be read as weights: {why}\n  Is the download complete? It has {path.stat().st_size:,} bytes") from None
 
 
-def to_openai_names(weights):
+def to_openai_names(weights, source):
     """Hugging Face's CLIPModel -> OpenAI's names: q, k, v become one in_proj, the projections are transposed."""
     theirs = {}
     for name, w in weights.items():
@@ -278,7 +305,7 @@ def to_openai_names(weights):
         if ".self_attn.q_proj." in name:
             parts = [name.replace("q_proj", p) for p in ("q_proj", "k_proj", "v_proj")]
             if missing := [p for p in parts if p not in weights]:
-                raise ValueError(f"the CLIP weights lack {missing[0]}")
+                raise ValueError(f"{source} lacks {missing[0]}")
             w = torch.cat([weights[p] for p in parts])
         if name in ("visual_projection.weight", "text_projection.weight"):
             w = w.T
@@ -296,19 +323,44 @@ def read_arch(weights, source):
         if name not in weights:
             raise ValueError(f"{source} is no CLIP that can be read: it lacks {name}. It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
 
+    for name, dims in {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2, "text_projection": 2}.items():
+        if weights[name].ndim != dims:
+            raise ValueError(f"{source}: tensor {name} is {tuple(weights[name].shape)}, it should have {dims} dimensions")
+
     def depth(pattern):
         return 1 + max((int(m[1]) for n in weights if (m := re.match(pattern, n))), default=-1)
 
+    layers = depth(r"visual\.transformer\.resblocks\.(\d+)\."), depth(r"transformer\.resblocks\.(\d+)\.")
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     n = len(weights["visual.positional_embedding"]) - 1
     side = math.isqrt(n)
     rows, cols = (side, side) if side * side == n else (3 * math.isqrt(n // 3), math.isqrt(n // 3))       # persons: 24 x 8
+    if width > 1024 or width % HEAD_WIDTH or 0 in layers:               # larger towers have heads of 80 and more, which shapes do not tell
+        raise ValueError(f"{source} is a CLIP with {layers[0]} + {layers[1]} layers, {width} wide; known are ViT-B/32, ViT-B/16 and ViT-L/14")
     if rows * cols != n:
         raise ValueError(f"{source} has {n} patch positions, neither a square grid nor one of 3 : 1")
     return dict(embed=weights["text_projection"].shape[1], image_size=(rows * patch, cols * patch), patch=patch, image_width=width,
-                image_layers=depth(r"visual\.transformer\.resblocks\.(\d+)\."), text_width=weights["token_embedding.weight"].shape[1],
-                text_layers=depth(r"transformer\.resblocks\.(\d+)\."), vocab=len(weights["token_embedding.weight"]),
+                image_layers=layers[0], text_width=weights["token_embedding.weight"].shape[1], text_layers=layers[1], vocab=len(weights["token_embedding.weight"]),
                 context=len(weights["positional_embedding"]))
+
+
+def read_activation(folder):
+    """Whether QuickGELU, the one thing that shapes do not tell, and from where it is known: a config.json beside the weights, or
+    the assumption that weights without one are OpenAI's."""
+    for name in ("config.json", "open_clip_config.json"):
+        if not (folder / name).exists():
+            continue
+        try:
+            config = json.loads((folder / name).read_text())
+            quick = config["model_cfg"].get("quick_gelu", False) if name[0] == "o" else config["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{folder / name} is not the configuration of a CLIP; remove it, or get it again") from None
+        return quick, f"({name})"
+    return True, "(assumed: OpenAI's; LAION's models need their config.json beside the weights)"
+
+
+def layers_of(arch):
+    return f"patch {arch['patch']}, image {arch['image_layers']} layers of {arch['image_width']}, text {arch['text_layers']} layers of {arch['text_width']}"
 
 
 def resize_pos(pos, old, new):
@@ -330,8 +382,8 @@ def copy_weights(model, weights, source, old_grid):
         if name == "image.pos" and old_grid != model.image.grid:
             w = resize_pos(w, old_grid, model.image.grid)
             resized = f"positions from {old_grid[0]}x{old_grid[1]} to {model.image.grid[0]}x{model.image.grid[1]}"
-        if w.shape != ours[name].shape:
-            raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)}, it should be {tuple(ours[name].shape)}")
+        if w.shape != ours[name].shape or not w.is_floating_point():
+            raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)} {w.dtype}, it should be {tuple(ours[name].shape)} of floating point")
         ours[name].copy_(w)                                             # shares memory with the model; casts fp16 to fp32
     if missing := sorted(ours.keys() - weights.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors, e.g. {', '.join(missing[:3])}")
@@ -347,7 +399,9 @@ def load_clip(source, image_size=None, stride=None, **options):
     Raises FileNotFoundError or ValueError, in words, if anything is missing, left over or of another shape."""
     path = find_weights(source)
     weights, left = read_file(path), []
-    if isinstance(weights, dict) and weights.get("format") == "tbps":
+    if not isinstance(weights, dict) or not all(isinstance(n, str) for n in weights):
+        raise ValueError(f"{path} holds no dict of named tensors but a {type(weights).__name__}")
+    if weights.get("format") == "tbps":
         arch, weights = dict(weights["arch"]), {n: w for n, w in weights["weights"].items() if not n.startswith("heads.")}
         old_grid = tuple((side - arch["patch"]) // arch["stride"] + 1 for side in arch["image_size"])
     else:
@@ -356,20 +410,20 @@ def load_clip(source, image_size=None, stride=None, **options):
         if not all(torch.is_tensor(w) for w in weights.values()):
             raise ValueError(f"{path} holds {', '.join(sorted(map(str, weights))[:5])}, not a dict of tensors; --clip wants model weights")
         if any(n.startswith("text_model.") for n in weights):
-            weights = to_openai_names(weights)
+            weights = to_openai_names(weights, path)
         if nested is not None:                                          # a training checkpoint: encoders under a prefix, and heads
             left = sorted({n.split(".")[0] for n in weights if not re.match(ENCODER, n)})
-            weights = {m[1]: w for n, w in weights.items() if (m := re.match(ENCODER, n))}
-            weights.setdefault("logit_scale", torch.tensor(math.log(100)))      # IRRA and RDE drop it for a fixed temperature
+            found = {n: m[1] for n in weights if (m := re.match(ENCODER, n))}
+            if twice := [n for n, times in collections.Counter(found.values()).items() if times > 1]:
+                raise ValueError(f"{path} holds more than one encoder: {', '.join(n for n in found if found[n] == twice[0])}")
+            weights = {found[n]: weights[n] for n in found}
+            weights.setdefault("logit_scale", torch.tensor(math.log(50)))       # IRRA fixes the temperature at 0.02 and stores none
         arch = read_arch(weights, path)
         old_grid = tuple(side // arch["patch"] for side in arch["image_size"])
         for pattern, replacement in OPENAI_NAMES:
             weights = {re.sub(pattern, replacement, n): w for n, w in weights.items()}
-        for name in ("config.json", "open_clip_config.json"):           # the one thing that shapes do not tell
-            if (path.parent / name).exists():
-                config = json.loads((path.parent / name).read_text())
-                arch["quick_gelu"] = (config.get("model_cfg", {}).get("quick_gelu", False) if name[0] == "o"
-                                      else config.get("vision_config", {}).get("hidden_act", "quick_gelu") == "quick_gelu")
+        arch["quick_gelu"], known = read_activation(path.parent)
+        print(f"clip: {layers_of(arch)}, {'Quick' if arch['quick_gelu'] else ''}GELU {known}")
     model = DualEncoder(**arch | options | {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v})
     copy_weights(model, weights, path, old_grid)
     if left:
@@ -397,12 +451,11 @@ VERSION = 1
 
 def is_ours(path):
     """Whether a file is a checkpoint of this program, without reading its weights."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            name = next((n for n in z.namelist() if n.endswith("/data.pkl")), None)
-            return name is not None and b"tbps" in z.read(name)[:200]
-    except (zipfile.BadZipFile, OSError):
+    name = next((n for n in names_in(path) if n.endswith("/data.pkl")), None)
+    if name is None:
         return False
+    with zipfile.ZipFile(path) as archive:
+        return b"tbps" in archive.read(name)[:200]
 
 
 def save(path, content):

@@ -16,6 +16,17 @@ sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: at full size, minutes each; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="at full size: run with -m slow"))
+
+
 def run(*command, cwd=None, code=0, timeout=280):
     """Runs `python *command` as a user would and returns what it printed, both streams together."""
     env = os.environ | dict(OMP_NUM_THREADS="2", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")

@@ -1,0 +1,224 @@
+"""Speed and memory, as ratios within one run: ours against the plain way to do the same.
+
+    python tests/benchmark.py                  every row, about 8 minutes on 2 cores
+    python tests/benchmark.py --only metric    rows whose name holds this word
+
+Each side of a row runs in a process of its own: a warm-up, then medians; memory is what its peak adds to what stood before the first
+call. Share of peak: floating-point operations of the step (counted by torch) per second, over those of a 1024^3 fp32 matrix product
+measured in the same process. Quote ratios; absolute times belong to the machine, which the last line names."""
+
+import argparse
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data                                                             # noqa: E402
+import eval as evaluation                                               # noqa: E402
+import losses                                                           # noqa: E402
+import tbps                                                             # noqa: E402
+
+
+# ---- ranking metrics ------------------------------------------------------------------------------------------------
+
+def features(queries, gallery, persons):
+    """Features in which a query is somewhat like the images of its person, as a trained model gives them."""
+    g = torch.Generator().manual_seed(0)
+    centre = torch.randn(persons, 512, generator=g)
+    g_pid = torch.arange(gallery) % persons
+    q_pid = torch.arange(queries) % persons
+    return centre[q_pid] + 2 * torch.randn(queries, 512, generator=g), centre[g_pid] + 2 * torch.randn(gallery, 512, generator=g), q_pid, g_pid
+
+
+def full_sort_metrics(query, gallery, q_pid, g_pid):
+    """The usual implementation of the field: the whole similarity matrix, sorted, and cumulative sums over it."""
+    scores = F.normalize(query, dim=1) @ F.normalize(gallery, dim=1).T                                  # (Q, G)
+    matches = g_pid[torch.argsort(scores, dim=1, descending=True)] == q_pid[:, None]
+    hits = matches.cumsum(1)
+    number = matches.sum(1)
+    ap = (hits / torch.arange(1, len(gallery) + 1) * matches).sum(1) / number
+    last = torch.tensor([int(row.nonzero()[-1]) + 1 for row in matches])
+    return {f"R@{k}": 100 * matches[:, :k].any(1).float().mean().item() for k in (1, 5, 10)} | {
+        "mAP": 100 * ap.mean().item(), "mINP": 100 * (number / last).mean().item()}
+
+
+def metric(which, queries, gallery, persons):
+    sample = features(queries, gallery, persons)
+    return lambda: (evaluation.retrieval_metrics if which == "ours" else full_sort_metrics)(*sample)
+
+
+# ---- encoding and one step at ViT-B/16 ------------------------------------------------------------------------------
+
+def captions(number, length=28):
+    """Token rows as CLIP's tokenizer makes them of person descriptions, `length` tokens on average."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.zeros(number, 77, dtype=torch.int64)
+    for row, n in zip(tokens, torch.randint(length - 8, length + 9, (number,), generator=g).tolist()):
+        row[:n] = torch.randint(1, 49000, (n,), generator=g)
+        row[0], row[n] = 49406, 49407
+    return tokens
+
+
+def text(which):
+    torch.manual_seed(0)
+    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_layers=1)).eval()
+    tokens = captions(64)
+
+    def run():
+        with torch.no_grad():
+            if which == "ours":
+                model.encode_text(tokens)
+            else:                                                       # all 77 positions through every block
+                x = model.text.ln_post(model.text(tokens)) @ model.text.proj
+                x[torch.arange(64), tokens.argmax(1)]
+    return run
+
+
+def step(which, batch=4):
+    """One step of full TBPS-CLIP. The plain form: a forward per view, the teacher's images and texts in passes of their own, all
+    77 text positions, every token through the last block, losses by the same functions."""
+    torch.manual_seed(0)
+    recipe = tbps.TBPS_CLIP
+    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"], lock_patch=True, text_dropout=0.05)
+    for name, head in tbps.tbps_clip_heads(recipe, 512).items():
+        model.heads[name] = head
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
+    tokens = captions(batch)
+    sample = dict(pixels=torch.randn(4, batch, 3, 224, 224), tokens=tokens[None], pid=torch.arange(batch))
+
+    def plain():
+        def encode_text():
+            return (model.text.ln_post(model.text(tokens)) @ model.text.proj)[torch.arange(batch), tokens.argmax(1)]
+
+        def encode_image(v):
+            return model.image_tokens(sample["pixels"][v])[:, 0]
+        with torch.no_grad():
+            teacher, teacher_text = [encode_image(0), encode_image(1)], encode_text()
+        image, text, pid, scale = [encode_image(v) for v in range(4)], encode_text(), sample["pid"], model.scale()
+        return (sum(losses.nitc(image[v], text, pid, scale, 0.5, teacher[v], teacher_text) for v in (0, 1)) / 2 + losses.ritc(image[0], text, pid, scale)
+                + 0.1 * losses.citc(image[0], text) + 0.4 * losses.nt_xent(model.heads["ss"](image[2]), model.heads["ss"](image[3])))
+
+    def ours():
+        return sum(tbps.tbps_clip_losses(model, sample, recipe, 0.5, functools.partial(torch.autocast, "cpu", enabled=False)).values())
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        (ours if which == "ours" else plain)().backward()
+        optimizer.step()
+    return run
+
+
+def toy_step():
+    torch.manual_seed(0)
+    people = data.toy("train", persons=48)
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]])
+    recipe = tbps.SIMPLIFIED | tbps.TOY
+    pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
+    sample = data.collate(tokenizer, [pairs[i] for i in range(recipe["batch"])])
+    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"]))
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
+
+    def run():
+        loss = sum(tbps.tbps_clip_losses(model, sample, recipe, recipe["soft"], functools.partial(torch.autocast, "cpu", enabled=False)).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return run
+
+
+# ---- the data pipeline ----------------------------------------------------------------------------------------------
+
+def pipeline(which, number=200):
+    """Training items from JPEG files of 128 x 384 pixels, in this process. Plain: the four views of full TBPS-CLIP, each from a
+    file decoded anew. Ours: decoded once. Simplified: its one view."""
+    folder = tempfile.mkdtemp()
+    rng = np.random.default_rng(0)
+    small = [Image.fromarray(rng.integers(0, 255, (24, 8, 3), np.uint8)).resize((128, 384), Image.Resampling.BICUBIC) for _ in range(number)]
+    records = []
+    for n, image in enumerate(small):
+        image.save(f"{folder}/{n}.jpg", quality=92)
+        records.append(dict(image=Path(f"{folder}/{n}.jpg"), captions=["a man in a red jacket with a black backpack and white shoes"], pid=n))
+    views = {"simplified": [dict()], "ours": [dict(views=2, self_views=2)], "plain": [dict(), dict(), dict(views=0, self_views=1), dict(views=0, self_views=1)]}[which]
+    made = [data.Pairs(records, (224, 224), text=dict(deletion=0.05), **v) for v in views]
+    return lambda: [pairs[i] for pairs in made for i in range(number)]
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+ROWS = [  # name, the plain side (or None), ours; each (function, arguments), repetitions, items per call
+    ("metric, CUHK size 6,156 x 3,074", (metric, "plain", 6156, 3074, 1000), (metric, "ours", 6156, 3074, 1000), 5, 6156),
+    ("metric, ICFG size 19,848 x 19,848", (metric, "plain", 19848, 19848, 1000), (metric, "ours", 19848, 19848, 1000), 1, 19848),
+    ("text, 64 captions, cut to the longest", (text, "plain"), (text, "ours"), 3, 64),
+    ("step, TBPS-CLIP, ViT-B/16, batch 4", (step, "plain"), (step, "ours"), 3, 4),
+    ("step, toy, batch 128", None, (toy_step,), 10, 128),
+    ("data, 4 views at 224 x 224", (pipeline, "plain"), (pipeline, "ours"), 3, 200),
+    ("data, 1 view at 224 x 224", None, (pipeline, "simplified"), 3, 200),
+]
+
+
+def measure(make, arguments, times):
+    """In a process of its own: median seconds, peak memory above the start (MB), share of the matrix-product peak (%)."""
+    run = make(*arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    run()
+    seconds = [time.perf_counter() - began]
+    if times > 1:
+        seconds = []
+        for _ in range(times):
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    share = None
+    if make in (step, toy_step, text):
+        from torch.utils.flop_counter import FlopCounterMode
+        with FlopCounterMode(display=False) as counter:
+            run()
+        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        peaks = []
+        for _ in range(20):
+            began = time.perf_counter()
+            a @ b
+            peaks.append(2 * 1024 ** 3 / (time.perf_counter() - began))
+        share = 100 * counter.get_total_flops() / statistics.median(seconds) / max(peaks)
+    return statistics.median(seconds), memory, share
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", default="", help="rows whose name holds this word (default: all)")
+    p.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)                                   # row and side, for the processes
+    args = p.parse_args()
+    if args.one:
+        name, plain, ours, times, _ = ROWS[args.one[0]]
+        make, *arguments = (plain, ours)[args.one[1]]
+        print(json.dumps(measure(make, arguments, times)))
+        return
+    print(f"{'':40}{'plain s':>9}{'ours s':>9}{'faster':>8}{'plain MB':>10}{'ours MB':>9}{'items/s':>9}{'of peak':>9}")
+    for n, (name, plain, ours, times, items) in enumerate(ROWS):
+        if args.only not in name:
+            continue
+        results = [json.loads(subprocess.run([sys.executable, __file__, "--one", str(n), str(side)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+                   if which else None for side, which in enumerate((plain, ours))]
+        (a, b) = results
+        print(f"{name:40}" + (f"{a[0]:9.3f}" if a else f"{'-':>9}") + f"{b[0]:9.3f}" + (f"{a[0] / b[0]:7.1f}x" if a else f"{'-':>8}") +
+              (f"{a[1]:10.0f}" if a else f"{'-':>10}") + f"{b[1]:9.0f}{items / b[0]:9.0f}" + (f"{b[2]:8.0f}%" if b[2] else f"{'-':>9}"), flush=True)
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if os.path.exists("/proc/cpuinfo") else ""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu} {torch.backends.cpu.get_cpu_capability()}")
+
+
+if __name__ == "__main__":
+    main()
