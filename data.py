@@ -648,8 +648,8 @@ def toy_view(rng, person, back, domain):
     two = 2                                                             # drawn twice as large and averaged: smooth edges
     canvas = Image.new("L", (two * W, two * H), PART["wall"])
     draw = ImageDraw.Draw(canvas)
-    unit = two * H * rng.uniform(0.76, 0.94) / 100                      # a person is 100 units tall
-    cx, y0 = two * W * rng.uniform(0.40, 0.60), two * H * 0.97 - 98 * unit - two * rng.uniform(0, 4)
+    unit = two * H * rng.uniform(0.84, 0.95) / 100                      # a person is 100 units tall and fills the frame, as detectors crop them
+    cx, y0 = two * W * rng.uniform(0.45, 0.55), two * H * 0.98 - 98 * unit - two * rng.uniform(0, 2)
     wide = {"slim": 0.82, "medium": 1.0, "heavy": 1.24}[person["build"]]
     man = person["sex"] == "man"
     side = -1 if back else 1                                            # the person's left hand is right in the picture, from the front
@@ -823,7 +823,8 @@ def toy_paint(rng, index, person, domain):
 
     c = {name: PALETTE[person[name + "_colour"]] for name in ("hair", "hat", "top", "bottom", "bag")}
     c["shoes"], skin = PALETTE[person["shoes"]], SKIN[rng.randrange(len(SKIN))]
-    wall = tuple(rng.uniform(70, 205) for _ in range(3))
+    gray, vivid = rng.uniform(85, 195), 55 if domain == "generic" else 28
+    wall = tuple(gray + rng.uniform(-vivid, vivid) for _ in range(3))
     light = lambda colour: shade(colour, 0.72) if sum(colour) > 330 else tuple(40 + 0.8 * v for v in colour)      # noqa: E731
     table = dict(wall=wall, deco=shade(wall, rng.uniform(0.7, 1.2)), ground=shade((128, 124, 118), rng.uniform(0.6, 1.2)), skin=skin,
                  face=shade(skin, 0.45), hair=c["hair"], hat=c["hat"], hat_trim=light(c["hat"]), glasses=(16, 16, 18), top=c["top"],
@@ -833,12 +834,12 @@ def toy_paint(rng, index, person, domain):
     colours = np.array([table[p] for p in PARTS], np.float32)
     if domain == "generic":                                             # another camera: paler, shifted towards green
         colours = 30 + 0.78 * colours + np.float32([-8, 10, 0])
-    gain = rng.uniform(0.68, 1.12) * np.float32([rng.uniform(0.95, 1.05) for _ in range(3)])
+    gain = rng.uniform(0.75, 1.1) * np.float32([rng.uniform(0.96, 1.04) for _ in range(3)])
     image = (colours * gain)[index]                                                                        # (2H, 2W, 3)
     H, W = TOY_SIZE
     image = image.reshape(H, 2, W, 2, 3).mean(axis=(1, 3))
     image *= np.linspace(1 + (tilt := rng.uniform(-0.12, 0.12)), 1 - tilt, W, dtype=np.float32)[None, :, None]
-    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, rng.uniform(2, 8), (H, W, 3)).astype(np.float32)
+    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, rng.uniform(2, 6), (H, W, 3)).astype(np.float32)
     return (image + noise).clip(0, 255).astype(np.uint8)
 
 
