@@ -899,8 +899,8 @@ def toy_caption(rng, person, visible, domain, heldout):
         return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
     def thing(noun, colour, *more):
-        """The noun with its adjectives: "striped red shirt", "red striped shirt", and in the fresh captions "striped shirt in red"."""
-        if colour and fresh and rng.random() < 0.2:
+        """The noun with its adjectives: "striped red shirt", "red striped shirt", "striped shirt in red"."""
+        if colour and rng.random() < 0.12:
             return join(*more, noun, "in", word(colour))
         adjectives = [*more, word(colour)]
         return join(*(adjectives if rng.random() < 0.5 else adjectives[::-1]), noun)

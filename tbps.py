@@ -46,18 +46,17 @@ SIZES = {
     "ViT-B/32": dict(embed=512, image_size=(224, 224), patch=32, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
     "ViT-B/16": dict(embed=512, image_size=(224, 224), patch=16, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
     "ViT-L/14": dict(embed=768, image_size=(224, 224), patch=14, image_width=1024, image_layers=24, text_width=768, text_layers=12, vocab=49408),
-    "toy": dict(embed=128, image_size=(96, 48), patch=8, image_width=128, image_layers=3, text_width=128, text_layers=3, vocab=1024),
+    "toy": dict(embed=128, image_size=(96, 48), patch=12, image_width=128, image_layers=3, text_width=128, text_layers=2, vocab=1024, head_width=32),
 }
-HEAD_WIDTH = 64                                     # of every CLIP ViT; the number of heads follows from the width
 
 
 class Attention(nn.Module):
     """Multi-head self-attention. qkv rows are stacked q, k, v, as in nn.MultiheadAttention's in_proj."""
 
-    def __init__(self, width, dropout=0.0):
+    def __init__(self, width, head_width, dropout=0.0):
         super().__init__()
-        self.heads, self.dropout = max(1, width // HEAD_WIDTH), dropout
-        assert width % self.heads == 0, f"width {width} does not split into {self.heads} heads"
+        assert width % head_width == 0, f"width {width} does not split into heads of {head_width}"
+        self.heads, self.dropout = width // head_width, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -84,9 +83,9 @@ def pick(x, at):
 class Block(nn.Module):
     """Pre-norm transformer block; both towers are built from it. Dropout is on the attention weights only."""
 
-    def __init__(self, width, dropout=0.0, quick_gelu=True):
+    def __init__(self, width, head_width, dropout=0.0, quick_gelu=True):
         super().__init__()
-        self.ln1, self.attn = nn.LayerNorm(width), Attention(width, dropout)
+        self.ln1, self.attn = nn.LayerNorm(width), Attention(width, head_width, dropout)
         self.ln2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.quick_gelu = quick_gelu
 
@@ -94,8 +93,9 @@ class Block(nn.Module):
         attended = self.attn(self.ln1(x), causal, at)
         x = (x if at is None else pick(x, at)) + attended
         h = self.fc1(self.ln2(x))
-        # OpenAI's CLIP was trained with this cheap GELU, and one must keep what one was trained with; LAION's have the exact one
-        return x + self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+        # OpenAI's CLIP was trained with QuickGELU, h * sigmoid(1.702 h), and one must keep what one was trained with; LAION's models have
+        # the exact one. Written with silu it keeps one tensor for the backward pass instead of two
+        return x + self.fc2(F.silu(1.702 * h) / 1.702 if self.quick_gelu else F.gelu(h))
 
 
 def init_blocks(blocks, width):
@@ -113,14 +113,16 @@ class ImageTower(nn.Module):
     """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
     and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
 
-    def __init__(self, size, patch, stride, width, layers, embed, quick_gelu=True):
+    def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True):
         super().__init__()
         self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
+        if min(self.grid) < 1:
+            raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
         self.patch = nn.Conv2d(3, width, patch, stride, bias=False)
         self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.pos = nn.Parameter(width ** -0.5 * torch.randn(1 + self.grid[0] * self.grid[1], width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, quick_gelu=quick_gelu) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, head_width, quick_gelu=quick_gelu) for _ in range(layers))
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         init_blocks(self.blocks, width)
 
@@ -136,11 +138,11 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above."""
 
-    def __init__(self, vocab, context, width, layers, embed, dropout=0.0, quick_gelu=True):
+    def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
         self.tok = nn.Embedding(vocab, width)
         self.pos = nn.Parameter(0.01 * torch.randn(context, width))
-        self.blocks = nn.ModuleList(Block(width, dropout, quick_gelu) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         nn.init.normal_(self.tok.weight, std=0.02)
@@ -158,13 +160,13 @@ class DualEncoder(nn.Module):
     a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
 
     def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
-                 stride=None, quick_gelu=True, text_dropout=0.0, lock_patch=False):
+                 head_width=64, stride=None, quick_gelu=True, text_dropout=0.0, lock_patch=False):
         super().__init__()
         self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
-                         text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, stride=stride or patch,
-                         quick_gelu=quick_gelu)
-        self.image = ImageTower(image_size, patch, stride or patch, image_width, image_layers, embed, quick_gelu)
-        self.text = TextTower(vocab, context, text_width, text_layers, embed, text_dropout, quick_gelu)
+                         text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, head_width=head_width,
+                         stride=stride or patch, quick_gelu=quick_gelu)
+        self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu)
+        self.text = TextTower(vocab, context, text_width, head_width, text_layers, embed, text_dropout, quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
         # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
@@ -335,7 +337,7 @@ def read_arch(weights, source):
     n = len(weights["visual.positional_embedding"]) - 1
     side = math.isqrt(n)
     rows, cols = (side, side) if side * side == n else (3 * math.isqrt(n // 3), math.isqrt(n // 3))       # persons: 24 x 8
-    if width > 1024 or width % HEAD_WIDTH or 0 in layers:               # larger towers have heads of 80 and more, which shapes do not tell
+    if width > 1024 or width % 64 or 0 in layers:               # larger towers have heads of 80 and more, which shapes do not tell
         raise ValueError(f"{source} is a CLIP with {layers[0]} + {layers[1]} layers, {width} wide; known are ViT-B/32, ViT-B/16 and ViT-L/14")
     if rows * cols != n:
         raise ValueError(f"{source} has {n} patch positions, neither a square grid nor one of 3 : 1")
@@ -619,6 +621,12 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     return rows, evaluation.retrieval_sheet(captions, text, image, g_pid[own], g_pid, own, lambda j: data.load_image(records[j]["image"]))
 
 
+def quiet_worker(_):
+    """Ctrl-C reaches every process of the terminal; the workers leave it to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Stopped(Exception):
     """Ctrl-C or SIGTERM, after the state was saved."""
 
@@ -666,10 +674,10 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
         epoch, done = state["epoch"], state["step"]
         order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch))
         pairs.epoch = epoch
-        loader = torch.utils.data.DataLoader(pairs, batch_sampler=order[done:], num_workers=args.workers, pin_memory=device.type == "cuda",
-                                             collate_fn=functools.partial(data.collate, tokenizer))
+        loader = torch.utils.data.DataLoader(pairs, batch_sampler=order[done:], num_workers=args.workers, worker_init_fn=quiet_worker,
+                                             pin_memory=device.type == "cuda", collate_fn=functools.partial(data.collate, tokenizer))
         model.train()
-        recent, began, finite_since = [], time.time(), done
+        recent, began = [], time.time()
         for i, batch in enumerate(loader, start=done):
             it = epoch * n + i * n / len(order)                         # samplers by person give epochs of slightly different length
             lr = lr_at(it, n, recipe)
@@ -687,23 +695,26 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
             state["step"] = i + 1
             bar.update(recipe["batch"])
             recent.append(torch.stack([loss, *parts.values()]).detach())
-            if i % args.log_every == 0 or i + 1 == len(order):          # reading a number waits for the GPU, so not always
+            now, due = i % args.log_every == 0 or i + 1 == len(order), stop or time.time() - saved_at > 60 * args.save_minutes
+            if now or due:                                              # reading a number waits for the GPU, so not at every step
                 values = torch.stack(recent)
                 if not values.isfinite().all():
-                    bad = finite_since + int((~values.isfinite().all(dim=1)).nonzero()[0])
+                    bad = i + 1 - len(recent) + int((~values.isfinite().all(dim=1)).nonzero()[0])
                     files = [str(pairs.items[j][0]["image"]) for j in order[bad][:4] if isinstance(pairs.items[j][0]["image"], Path)]
                     raise FloatingPointError(f"the loss is not finite in epoch {epoch}, step {bad}" + f" (images {', '.join(files)} ...)" * bool(files) +
                                              f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
-                                             f"; {out}/last.pt is from before")
-                mean, recent, finite_since = values.mean(dim=0).tolist(), [], i + 1
+                                             f"; {out}/last.pt, if there, is from before")
+            if now:
+                mean, recent = values.mean(dim=0).tolist(), []
                 bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)))
                 log(at=[epoch, i + 1], epoch=epoch + (i + 1) / len(order), lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
-            if stop or time.time() - saved_at > 60 * args.save_minutes:
+            if due and i + 1 < len(order):
                 checkpoint("last.pt")
                 saved_at = time.time()
-            if stop:
-                bar.close()
-                raise Stopped(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. Go on with the same command and --resume")
+                if stop:
+                    bar.close()
+                    raise Stopped(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. "
+                                  "Go on with the same command and --resume")
 
         state |= dict(epoch=epoch + 1, step=0)
         speed = (len(order) - done) * recipe["batch"] / (time.time() - began)
@@ -719,6 +730,9 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
             checkpoint("best.pt")
         checkpoint("last.pt")
         saved_at = time.time()
+        if stop:
+            bar.close()
+            raise Stopped(f"stopped after epoch {epoch + 1}; {out}/last.pt is saved. Go on with the same command and --resume")
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -774,6 +788,10 @@ def parse_args(argv=None):
                           eval_resize=["bilinear", "bicubic"], image_aug=data.IMAGE_AUG).items():
         if recipe[key] not in able:
             raise ValueError(f"{key} must be one of {', '.join(able)}, not {recipe[key]!r}")
+    if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
+        raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here; take --device cpu, or install the driver")
     args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
@@ -802,77 +820,80 @@ def settings(args):
     return {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out", "device", "workers", "save_minutes", "log_every", "set", "epochs", "batch", "lr")}
 
 
-def open_run(args, recipe, out):
-    """The run's folder: new, or the one to resume, with the same settings."""
+WRITTEN = ["last.pt", "best.pt", "log.jsonl", "report.html", "code"]      # what a run's folder holds
+
+
+def check_run(args, recipe, out):
+    """Before anything is read: a new run must not meet an old one, a resumed one must have the same settings."""
     last = out / "last.pt"
+    if not args.resume:
+        if last.exists() and not args.overwrite:
+            raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it, --out or --seed makes another")
+        return
+    saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
+    before, now = saved["args"] | saved["recipe"], settings(args) | recipe
+    if changed := [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
+        raise ValueError(f"{last} was made with other options, so going on would not be the same run:\n  " + "\n  ".join(changed))
+
+
+def open_run(args, out):
+    """The run's folder, when all is ready to start: emptied of an old run, or its log cut back to the checkpoint."""
     if args.resume:
-        saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
-        before, now = saved["args"] | saved["recipe"], settings(args) | recipe
-        if changed := [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
-            raise ValueError(f"{last} was made with other options, so going on would not be the same run:\n  " + "\n  ".join(changed))
+        saved = read_file(out / "last.pt")
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         with open(out / "log.jsonl", "w") as f:                         # steps after the checkpoint will be done, and logged, again
             f.writelines(json.dumps(line) + "\n" for line in lines if line["at"] <= [saved["epoch"], saved["step"]])
         return
-    if last.exists() and not args.overwrite:
-        raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it, --out or --seed makes another")
-    shutil.rmtree(out, ignore_errors=True)
+    for name in WRITTEN:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     (out / "code").mkdir(parents=True)
     for file in Path(__file__).parent.glob("*.py"):
         shutil.copy(file, out / "code")
 
 
-def load_data(args, recipe):
-    """-> {split: records}; the training split with what --extra adds."""
-    splits = {s: data.read(args.dataset, args.data_root, s, hold_out=args.val == "auto") for s in ("train", "val", "test") if s != "val" or args.val == "auto"}
+def load_data(args):
+    """-> {split: records}; the training split with what --extra adds, without what --skip-bad finds."""
+    hold_out = args.val == "auto"
+    splits = {s: data.read(args.dataset, args.data_root, s, hold_out) for s in (("train", "val", "test") if hold_out else ("train", "test"))}
     for folder in args.extra:
         splits["train"] = splits["train"] + data.read("pairs", folder, "train", hold_out=False)
-    return splits
-
-
-def describe(args, splits):
     for split, records in splits.items():
-        if records:
-            print(f"{args.dataset} {split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
+        if args.skip_bad:
+            bad = data.broken(records)
+            for _, why in bad:
+                print(f"left out: {why}")
+            splits[split] = records = [r for r in records if not any(r is b for b, _ in bad)]
+        print(f"{args.dataset} {split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
+    return splits
 
 
 def main():
     args, recipe = parse_args()
     out = Path(args.out)
-    open_run(args, recipe, out)
-    splits = load_data(args, recipe)
-    if args.skip_bad:
-        for split, records in splits.items():
-            bad = data.broken(records)
-            for record, why in bad:
-                print(f"left out: {why}")
-            splits[split] = [r for r in records if not any(r is b for b, _ in bad)]
-    describe(args, splits)
-
-    rates = {k: recipe[k] for k in ("deletion", "synonym", "insertion", "swap", "eda")}
+    check_run(args, recipe, out)
+    splits = load_data(args)
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in splits["train"]):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
-    pairs = data.Pairs(splits["train"], (recipe["height"], recipe["width"]), args.seed, views=1 + recipe["mvs"], self_views=2 * (recipe["ss"] > 0),
-                       texts=1 + recipe["mvs_text"], self_texts=2 * (recipe["ss_text"] > 0), image_aug=recipe["image_aug"], norm=recipe["norm"],
-                       resize=recipe["resize"], clean=recipe["clean"], back_translation=recipe["back_translation"], text=rates, aware=recipe["aware"])
-    if args.clip == "none":
-        captions = [c for r in splits["train"] for c in r["captions"]]
-        tokenizer = data.load_tokenizer(args.tokenizer) if args.tokenizer else data.train_tokenizer(captions)
-    else:
+    r, size = recipe, (recipe["height"], recipe["width"])
+    pairs = data.Pairs(splits["train"], size, args.seed, views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"],
+                       self_texts=2 * (r["ss_text"] > 0), image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
+                       back_translation=r["back_translation"], text={k: r[k] for k in ("deletion", "synonym", "insertion", "swap", "eda")}, aware=r["aware"])
+    if args.tokenizer or args.clip != "none":
         tokenizer = tokenizer_for(args.clip, args.tokenizer)
+    else:
+        tokenizer = data.train_tokenizer([c for r in splits["train"] for c in r["captions"]])
     model = build(args, recipe, tokenizer.vocab)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
-    info = dict(size=(recipe["height"], recipe["width"]), norm=recipe["norm"], resize=recipe["eval_resize"], clean=recipe["clean"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; "
-          f"{recipe['height']}x{recipe['width']} pixels, {model.image.grid[0]}x{model.image.grid[1]} patches; "
-          f"batch {recipe['batch']}, {recipe['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
+    print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; {size[0]}x{size[1]} pixels, "
+          f"{model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, {r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
 
+    open_run(args, out)
     began = time.time()
-    train(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info)
-    minutes = (time.time() - began) / 60
-    rows = {}
+    train(args, recipe, model, tokenizer, pairs, splits.get("val"), out,
+          info=dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"]))
+    minutes, rows = (time.time() - began) / 60, {}
     for name in ("last.pt", "best.pt"):                                 # the test split is looked at here, once, and selects nothing
         model, tokenizer, info = load_checkpoint(out / name, args.device)
         scores, sheet = evaluate(model, tokenizer, info, splits["test"], args.device, args.workers)
@@ -897,11 +918,19 @@ def report(out, args, recipe, rows, sheet, minutes):
                           ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>"))
 
 
+def sentence(e):
+    """The message of an error, also of one that travelled here from a worker with its traceback."""
+    return str(e).rsplit(f"\n{type(e).__name__}: ", 1)[-1].rstrip()
+
+
 if __name__ == "__main__":
     try:
         main()
+    except torch.cuda.OutOfMemoryError as e:
+        print(f"error: {sentence(e).split('. ')[0]}\n  Lower --batch, or take --method tbps-clip-simplified, which has one view instead of four", file=sys.stderr)
+        sys.exit(2)
     except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {sentence(e)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as e:
         print(e, file=sys.stderr)

@@ -273,7 +273,7 @@ def test_one_token_equals_all_tokens(model):
 
 @pytest.mark.parametrize("size, stride, grid", [((384, 128), 16, (24, 8)), ((384, 128), 12, (31, 10)), ((224, 224), 16, (14, 14)), ((50, 40), 16, (3, 2))])
 def test_any_size_and_stride(size, stride, grid):
-    model = tbps.DualEncoder(embed=16, image_size=size, patch=16, stride=stride, image_width=32, image_layers=1, text_width=32, text_layers=1, vocab=50)
+    model = tbps.DualEncoder(embed=16, image_size=size, patch=16, stride=stride, image_width=64, image_layers=1, text_width=64, text_layers=1, vocab=50)
     assert model.image.grid == grid and model.image_tokens(torch.zeros(1, 3, *size)).shape == (1, 1 + grid[0] * grid[1], 16)
 
 

@@ -206,16 +206,16 @@ def test_resume_is_exact(cuhk, tmp_path, workers):
                 "--log-every", "1", "--out", tmp_path / out]
     quiet = run(*command("a"))
     env = os.environ | dict(OMP_NUM_THREADS="2")
-    popen = functools.partial(subprocess.Popen, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    popen = functools.partial(subprocess.Popen, start_new_session=True, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     first = popen([sys.executable, *map(str, command("b")), "--save-minutes", "0"])
     wait_for_line(tmp_path / "b/log.jsonl", 7, first)
-    first.send_signal(signal.SIGINT)
+    os.killpg(first.pid, signal.SIGINT)                                 # as a terminal does: the workers get it too
     said = first.communicate(timeout=60)[0]
     assert first.returncode == 130 and "--resume" in said and "Traceback" not in said
     second = popen([sys.executable, *map(str, command("b")), "--resume", "--save-minutes", "0"])
     lines = len((tmp_path / "b/log.jsonl").read_text().splitlines())
     wait_for_line(tmp_path / "b/log.jsonl", lines + 7, second)
-    second.kill()
+    os.killpg(second.pid, signal.SIGKILL)
     second.communicate()
     resumed = run(*command("b"), "--resume")
     a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in "ab")
