@@ -465,12 +465,15 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool", norm="imagenet",
                  resize="bilinear", clean=True, back_translation=0.1, text=None, aware=False):
+        cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
+        self.captions = [cleaned(r["captions"][n]) for r, n in self.items]
+        self.translated = [any(bt := r.get("captions_bt", [])[n:n + 1]) and cleaned(bt[0]) for r, n in self.items]
         label = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in records}))}       # ids have gaps, classes not
         self.pids = [label[r["pid"]] for r, _ in self.items]
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
-        self.texts, self.clean, self.back_translation, self.text, self.aware = texts + self_texts, clean, back_translation, text or {}, aware
+        self.texts, self.back_translation, self.text, self.aware = texts + self_texts, back_translation, text or {}, aware
         self.seed, self.epoch = seed, 0
 
     def __len__(self):
@@ -483,11 +486,8 @@ class Pairs(torch.utils.data.Dataset):
         record, n = self.items[i]
         captions = []
         for _ in range(self.texts):
-            caption = record["captions"][n]
-            if rng.random() < self.back_translation and any(record.get("captions_bt", [])[n:n + 1]):
-                caption = record["captions_bt"][n]
-            caption = clean_caption(caption) if self.clean else caption
-            captions.append(vary_caption(caption, rng, **self.text))
+            translated = rng.random() < self.back_translation and self.translated[i]
+            captions.append(vary_caption(translated or self.captions[i], rng, **self.text))
         flip = not (self.aware and re.search(r"\b(left|right)\b", record["captions"][n], re.I))
         image = load_image(record["image"])
         return dict(pixels=torch.stack([view(image, flip) for view in self.views]), captions=captions, pid=self.pids[i], item=i)
@@ -573,7 +573,7 @@ SKIN = [(250, 214, 186), (232, 180, 144), (196, 138, 98), (140, 92, 62), (98, 64
 
 # how a garment is cut: sleeve (0 none, 1 short, 2 long, None: the attribute says), where it ends (100 = the soles), details
 TOPS = {"t-shirt": (None, 53, ""), "shirt": (None, 54, "buttons collar"), "hoodie": (2, 54, "hood pocket"), "jacket": (2, 51, "zip band"),
-        "coat": (2, 71, "zip collar"), "vest": (0, 52, ""), "sweater": (2, 54, "band"), "raincoat": (2, 66, "hood buttons")}
+        "coat": (2, 74, "zip collar"), "vest": (0, 52, ""), "sweater": (2, 54, "band"), "raincoat": (2, 66, "hood buttons")}
 BOTTOMS = {"trousers": ("legs", 93, 3.9), "shorts": ("legs", 69, 4.6), "leggings": ("legs", 92, 2.8), "skirt": ("skirt", 69, 0), "long skirt": ("skirt", 88, 0)}
 
 # every pixel is first one of these parts; colour, light and noise come after, so a mask per garment costs nothing
@@ -747,23 +747,23 @@ def toy_view(rng, person, back, domain):
     large = person["bag_size"] == "large"
     hx, hy = hands[s]
     if bag == "backpack" and back:
-        w, bottom = (8.6, 47) if large else (6.0, 38)
+        w, bottom = (9.4, 49) if large else (6.6, 38)
         draw.rounded_rectangle([*at(-w, 20), *at(w, bottom)], 3 * unit, PART["bag"])
         box("bag_trim", -w + 2, bottom - 9, w - 2, bottom - 7.6)
     elif bag == "backpack":
         for x in (-1, 1):
             line("bag", 3.0, (x * shoulder * 0.62, 19), (x * shoulder * 0.66, 40))
     elif bag == "handbag":
-        w, h = (7.0, 13) if large else (4.6, 9)
+        w, h = (8.2, 15) if large else (5.4, 10)
         line("bag_trim", 1.3, (hx - 3, hy + 5), (hx, hy), (hx + 3, hy + 5))
         box("bag", hx - w, hy + 4, hx + w, hy + 4 + h)
     elif bag == "shoulder bag":
-        w, h = (6.4, 15) if large else (4.6, 10)
+        w, h = (7.4, 17) if large else (5.2, 11)
         x = s * (shoulder + 1.0)
         line("bag_trim", 1.7, (s * shoulder * 0.66, 19), (x, 40))
         box("bag", x - w, 38, x + w, 38 + h)
     elif bag == "suitcase":
-        w, h = (6.4, 30) if large else (5.0, 21)
+        w, h = (7.4, 33) if large else (5.8, 22)
         x = hx + s * 2.0
         line("bag_trim", 1.4, (hx, hy), (x, 97 - h))
         draw.rounded_rectangle([*at(x - w, 97 - h), *at(x + w, 97)], 1.5 * unit, PART["bag"])
@@ -790,13 +790,13 @@ def toy_view(rng, person, back, domain):
         line("hair", 3.4, (0, 12), (0, 31))
         oval("hair", 0, 31, 1.8, 2.6)
     if person["hat"] == "cap":
-        draw.pieslice([*at(-6.4, -1), *at(6.4, 14)], 180, 360, PART["hat"])
+        draw.pieslice([*at(-6.6, -1.5), *at(6.6, 14)], 180, 360, PART["hat"])
         if not back:
-            poly("hat_trim", (-6.6, 5.4), (6.6, 5.4), (5.0, 7.8), (-5.0, 7.8))
+            poly("hat_trim", (-8.2, 5.4), (8.2, 5.4), (6.0, 8.0), (-6.0, 8.0))
     elif person["hat"] == "woolly hat":
-        draw.pieslice([*at(-6.6, -1.5), *at(6.6, 15)], 180, 360, PART["hat"])
-        box("hat_trim", -6.6, 5.0, 6.6, 7.4)
-        oval("hat", 0, -1.6, 2.4, 2.2)
+        draw.pieslice([*at(-7.0, -2.5), *at(7.0, 15)], 180, 360, PART["hat"])
+        box("hat_trim", -7.0, 4.6, 7.0, 7.4)
+        oval("hat", 0, -2.4, 2.8, 2.4)
     elif person["hat"] == "straw hat":
         oval("hat", 0, 4.8, 11.0, 2.4)
         draw.pieslice([*at(-5.6, -2.5), *at(5.6, 11)], 180, 360, PART["hat"])
@@ -825,12 +825,15 @@ def toy_paint(rng, index, person, domain):
     c["shoes"], skin = PALETTE[person["shoes"]], SKIN[rng.randrange(len(SKIN))]
     gray, vivid = rng.uniform(85, 195), 55 if domain == "generic" else 28
     wall = tuple(gray + rng.uniform(-vivid, vivid) for _ in range(3))
-    light = lambda colour: shade(colour, 0.72) if sum(colour) > 330 else tuple(40 + 0.8 * v for v in colour)      # noqa: E731
+
+    def trim(colour):                                                   # seams, zips, pockets: darker, or on something dark lighter
+        return shade(colour, 0.55) if sum(colour) > 330 else tuple(70 + 0.8 * v for v in colour)
+
     table = dict(wall=wall, deco=shade(wall, rng.uniform(0.7, 1.2)), ground=shade((128, 124, 118), rng.uniform(0.6, 1.2)), skin=skin,
-                 face=shade(skin, 0.45), hair=c["hair"], hat=c["hat"], hat_trim=light(c["hat"]), glasses=(16, 16, 18), top=c["top"],
-                 top_arm=light(c["top"]) if domain == "generic" else shade(c["top"], 0.88), top_pattern=other(c["top"], person["top_colour"]),
-                 top_trim=light(c["top"]), logo=other(c["top"], person["top_colour"]), bottom=c["bottom"], bottom_trim=light(c["bottom"]),
-                 shoes=c["shoes"], bag=c["bag"], bag_trim=light(c["bag"]), occluder=tuple(rng.uniform(40, 150) for _ in range(3)))
+                 face=shade(skin, 0.45), hair=c["hair"], hat=c["hat"], hat_trim=trim(c["hat"]), glasses=(16, 16, 18), top=c["top"],
+                 top_arm=trim(c["top"]) if domain == "generic" else shade(c["top"], 0.88), top_pattern=other(c["top"], person["top_colour"]),
+                 top_trim=trim(c["top"]), logo=other(c["top"], person["top_colour"]), bottom=c["bottom"], bottom_trim=trim(c["bottom"]),
+                 shoes=c["shoes"], bag=c["bag"], bag_trim=trim(c["bag"]), occluder=tuple(rng.uniform(40, 150) for _ in range(3)))
     colours = np.array([table[p] for p in PARTS], np.float32)
     if domain == "generic":                                             # another camera: paler, shifted towards green
         colours = 30 + 0.78 * colours + np.float32([-8, 10, 0])
@@ -890,7 +893,7 @@ def toy_caption(rng, person, visible, domain, heldout):
         if value is None:
             return ""
         usual, _, new = WORDS.get(value, value).partition(" | ")
-        return rng.choice((new if new and fresh and rng.random() < 0.06 else usual).split(", "))
+        return rng.choice((new if new and fresh and rng.random() < 0.05 else usual).split(", "))
 
     def join(*phrases):
         return " ".join(p for p in phrases if p)
@@ -899,11 +902,9 @@ def toy_caption(rng, person, visible, domain, heldout):
         return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
     def thing(noun, colour, *more):
-        """The noun with its adjectives: "striped red shirt", "red striped shirt", "striped shirt in red"."""
-        if colour and rng.random() < 0.12:
-            return join(*more, noun, "in", word(colour))
-        adjectives = [*more, word(colour)]
-        return join(*(adjectives if rng.random() < 0.5 else adjectives[::-1]), noun)
+        """The noun with its adjectives: "striped red shirt", now and then "striped shirt in red"."""
+        more = rng.sample(more, len(more))
+        return join(*more, noun, "in", word(colour)) if colour and rng.random() < 0.12 else join(*more, word(colour), noun)
 
     def pair(phrase):
         return "a pair of " + phrase if rng.random() < 0.15 else phrase
@@ -933,7 +934,7 @@ def toy_caption(rng, person, visible, domain, heldout):
         worn = worn[::-1] if not fresh else rng.sample(worn, len(worn))
     worn = ", ".join(worn[:-1]) + " and " + worn[-1] if len(worn) > 1 else "".join(worn) or "plain clothes"
 
-    style, colour, hair = says("hair", 0.6), says("hair_colour", 0.7), ""
+    style, colour, hair = says("hair", 0.6), says("hair_colour", 0.65), ""
     if style or colour:
         tail = style == "ponytail" and rng.choice(["in a ponytail", "tied back"])
         hair = " with " + join(not tail and style, word(colour), "hair", tail)

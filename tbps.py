@@ -46,7 +46,7 @@ SIZES = {
     "ViT-B/32": dict(embed=512, image_size=(224, 224), patch=32, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
     "ViT-B/16": dict(embed=512, image_size=(224, 224), patch=16, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
     "ViT-L/14": dict(embed=768, image_size=(224, 224), patch=14, image_width=1024, image_layers=24, text_width=768, text_layers=12, vocab=49408),
-    "toy": dict(embed=128, image_size=(96, 48), patch=12, image_width=128, image_layers=3, text_width=128, text_layers=2, vocab=1024, head_width=32),
+    "toy": dict(embed=128, image_size=(96, 48), patch=8, image_width=128, image_layers=2, text_width=128, text_layers=2, vocab=1024, head_width=32),
 }
 
 
@@ -109,6 +109,13 @@ def init_blocks(blocks, width):
         nn.init.zeros_(block.attn.proj.bias)
 
 
+def sincos(positions, width):
+    """Sine-cosine embedding of numbers (T,) -> (T, width): [sin(p w_k), cos(p w_k)], w_k = 10000^(-k / (width / 2))."""
+    w = 10000 ** (-torch.arange(width // 2) / (width // 2))
+    angle = positions[:, None] * w                                                                      # (T, width/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
 class ImageTower(nn.Module):
     """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
     and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
@@ -120,7 +127,11 @@ class ImageTower(nn.Module):
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
         self.patch = nn.Conv2d(3, width, patch, stride, bias=False)
         self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))
-        self.pos = nn.Parameter(width ** -0.5 * torch.randn(1 + self.grid[0] * self.grid[1], width))
+        # From scratch, positions start as sines of column and row rather than CLIP's noise: neighbours are then alike from the
+        # first step on, which is worth many epochs where there are only a few
+        row, column = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in self.grid)).T
+        grid = torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=1)                  # (T-1, C)
+        self.pos = nn.Parameter(torch.cat([torch.zeros(1, width), 0.5 * grid]))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, head_width, quick_gelu=quick_gelu) for _ in range(layers))
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
@@ -141,7 +152,7 @@ class TextTower(nn.Module):
     def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
         self.tok = nn.Embedding(vocab, width)
-        self.pos = nn.Parameter(0.01 * torch.randn(context, width))
+        self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))      # about as large as the tokens
         self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
@@ -565,7 +576,9 @@ METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
 }
-TOY = dict(height=96, width=48, epochs=16, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5)     # on top of a recipe, for toy people
+# On top of any recipe, for toy people learned from scratch: a smaller model and rate, more and smaller batches. There is nothing to lock or to
+# believe in before anything is learned, so the patch convolution learns too and the targets are the labels
+TOY = dict(height=96, width=48, epochs=12, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, soft=0.0, lock_patch=False)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -770,7 +783,7 @@ def parse_args(argv=None):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the encoders (default: bf16 or fp16 on CUDA, off elsewhere)")
     g.add_argument("--compile", action="store_true", help="torch.compile the towers: slow start, faster steps on a GPU")
-    g.add_argument("--workers", type=int, help="processes that decode and augment (default: 1 on toy people, else the number of cores, at most 8)")
+    g.add_argument("--workers", type=int, help="processes that decode and augment (default: 0 on toy people, else the number of cores, at most 8)")
     g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
     args = p.parse_args(argv)
@@ -795,7 +808,7 @@ def parse_args(argv=None):
     args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
-    args.workers = args.workers if args.workers is not None else 1 if toy else min(8, os.cpu_count())
+    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
     if args.amp == "auto":
         args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if args.device.startswith("cuda") else "off"
     return args, recipe
