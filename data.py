@@ -553,7 +553,7 @@ PEOPLE = dict(                                      # the main domain: attribute
     glasses={"none": 7, "glasses": 3},
     top={"t-shirt": 4, "shirt": 3, "hoodie": 3, "jacket": 3, "coat": 3}, sleeves={"short": 5, "long": 5},
     top_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "pink", "brown", "beige"], 1),
-    pattern={"plain": 5, "striped": 3, "checked": 2}, logo={"none": 7, "logo": 3},
+    pattern={"plain": 4, "striped": 3, "checked": 3, "dotted": 3}, logo={"none": 7, "logo": 3},
     bottom={"trousers": 5, "shorts": 4, "skirt": 3},
     bottom_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "brown", "beige"], 1),
     shoes={"black": 3, "white": 3, "grey": 2, "red": 2, "blue": 1, "brown": 2, "yellow": 1},
@@ -721,7 +721,11 @@ def toy_view(rng, person, back, domain):
     if person["pattern"] != "plain":
         before = np.asarray(canvas)
         for y in range(23, hem, 6):
-            box("top_pattern", -40, y, 40, y + 2.2)
+            if person["pattern"] == "dotted":
+                for x in range(-18 + y % 4, 20, 6):
+                    oval("top_pattern", x, y, 1.5, 1.5)
+            else:
+                box("top_pattern", -40, y, 40, y + 2.2)
         if person["pattern"] == "checked":
             for x in range(-36, 40, 6):
                 box("top_pattern", x, 17, x + 1.8, hem)
@@ -873,7 +877,7 @@ WORDS = {"man": "man, male, guy | gentleman", "woman": "woman, female, lady | gi
          "trousers": "trousers, pants | slacks", "shorts": "shorts, short pants", "skirt": "skirt, short skirt", "leggings": "leggings, tights",
          "cap": "cap, baseball cap", "woolly hat": "beanie, woolly hat | knitted hat", "backpack": "backpack, rucksack | knapsack",
          "handbag": "handbag, hand bag | purse", "shoulder bag": "shoulder bag, satchel", "suitcase": "suitcase, trolley | rolling case",
-         "shoes": "shoes, sneakers | trainers", "glasses": "glasses | spectacles", "striped": "striped | stripy", "checked": "checked, plaid",
+         "shoes": "shoes, sneakers | trainers", "glasses": "glasses | spectacles", "striped": "striped | stripy", "checked": "checked, plaid", "dotted": "dotted | spotted",
          "logo": "logo, print | emblem", "small": "small | little", "large": "large, big", "grey": "grey, gray", "navy": "navy, dark blue",
          "beige": "beige, tan", "purple": "purple, violet", "red": "red | crimson"}
 
