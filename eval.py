@@ -29,7 +29,7 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
 
     query (Q, D), gallery (G, D): features of any norm;  q_pid (Q,), g_pid (G,): who it is
     own (Q,): the gallery index that each query was written for, left out of its ranking; queries that then have nobody left to
-        find are dropped and counted as "dropped" in the result
+        find are dropped, and counted as "dropped" in the result if there are any
 
     R@k   share of queries with at least one right image among the first k
     mAP   mean over queries of AP = 1/R sum_j j / rank_j, over the ranks rank_1 < ... < rank_R of its right images
@@ -77,12 +77,12 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
     last = ranks.gather(1, found[:, None] - 1)[:, 0]
     scores = {f"R@{k}": 100 * (ranks[:, 0] <= k).double().mean().item() for k in (1, 5, 10)}
     scores |= {"mAP": 100 * ap.double().mean().item(), "mINP": 100 * (found / last).double().mean().item()}
-    return scores if own is None else scores | {"dropped": Q - len(ranks)}
+    return scores | ({"dropped": Q - len(ranks)} if Q > len(ranks) else {})
 
 
 def show(scores):
     """Scores on a line: R@1 62.05 R@5 ..."""
-    return " ".join(f"{name} {value:.2f}" if name != "dropped" else f"({value} dropped)" * bool(value) for name, value in scores.items())
+    return " ".join(f"{name} {value:.2f}" if name != "dropped" else f"({value} queries dropped)" for name, value in scores.items())
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
@@ -128,8 +128,9 @@ def curve(title, series, width=480, height=240):
     if not points:
         return ""
     (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*points)]
-    x1, y0, y1 = max(x1, x0 + 1e-9), min(y0, 0), y1 + 1e-9 if y1 == min(y0, 0) else y1
-    left, right, top, bottom = 46, width - 96, 28, height - 32
+    x0, y0 = min(x0, 0), min(y0, 0)
+    x1, y1 = max(x1, x0 + 1e-9), max(y1, y0 + 1e-9)
+    left, right, top, bottom = 64, width - 96, 28, height - 32
 
     def at(x, y):
         return f"{left + (right - left) * (x - x0) / (x1 - x0):.1f},{bottom - (bottom - top) * (y - y0) / (y1 - y0):.1f}"
@@ -150,8 +151,8 @@ def curve(title, series, width=480, height=240):
 def table(rows):
     """{name: scores} -> an HTML table."""
     names = list(dict.fromkeys(k for scores in rows.values() for k in scores))
-    cells = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{s[k]:.2f}</td>" if k in s else "<td></td>" for k in names) + "</tr>"
-                    for name, s in rows.items())
+    cells = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{s.get(k, ''):{'.2f' if isinstance(s.get(k), float) else ''}}</td>" for k in names)
+                    + "</tr>" for name, s in rows.items())
     return f"<table><tr><th></th>{''.join(f'<th>{k}</th>' for k in names)}</tr>{cells}</table>"
 
 
