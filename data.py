@@ -553,7 +553,7 @@ PEOPLE = dict(                                      # the main domain: attribute
     glasses={"none": 7, "glasses": 3},
     top={"t-shirt": 4, "shirt": 3, "hoodie": 3, "jacket": 3, "coat": 3}, sleeves={"short": 5, "long": 5},
     top_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "pink", "brown", "beige"], 1),
-    pattern={"plain": 4, "striped": 3, "checked": 3, "dotted": 3}, logo={"none": 7, "logo": 3},
+    pattern={"plain": 5, "striped": 3, "checked": 3}, logo={"none": 7, "logo": 3},
     bottom={"trousers": 5, "shorts": 4, "skirt": 3},
     bottom_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "brown", "beige"], 1),
     shoes={"black": 3, "white": 3, "grey": 2, "red": 2, "blue": 1, "brown": 2, "yellow": 1},
@@ -721,11 +721,7 @@ def toy_view(rng, person, back, domain):
     if person["pattern"] != "plain":
         before = np.asarray(canvas)
         for y in range(23, hem, 6):
-            if person["pattern"] == "dotted":
-                for x in range(-18 + y % 4, 20, 6):
-                    oval("top_pattern", x, y, 1.5, 1.5)
-            else:
-                box("top_pattern", -40, y, 40, y + 2.2)
+            box("top_pattern", -40, y, 40, y + 2.2)
         if person["pattern"] == "checked":
             for x in range(-36, 40, 6):
                 box("top_pattern", x, 17, x + 1.8, hem)
@@ -756,7 +752,7 @@ def toy_view(rng, person, back, domain):
         box("bag_trim", -w + 2, bottom - 9, w - 2, bottom - 7.6)
     elif bag == "backpack":
         for x in (-1, 1):
-            line("bag", 3.0, (x * shoulder * 0.62, 19), (x * shoulder * 0.66, 40))
+            line("bag", 4.0, (x * shoulder * 0.62, 19), (x * shoulder * 0.66, 40))
     elif bag == "handbag":
         w, h = (8.2, 15) if large else (5.4, 10)
         line("bag_trim", 1.3, (hx - 3, hy + 5), (hx, hy), (hx + 3, hy + 5))
@@ -805,7 +801,7 @@ def toy_view(rng, person, back, domain):
         oval("hat", 0, 4.8, 11.0, 2.4)
         draw.pieslice([*at(-5.6, -2.5), *at(5.6, 11)], 180, 360, PART["hat"])
         box("hat_trim", -5.6, 2.6, 5.6, 4.2)
-    if rng.random() < 0.15:                                             # something in front: a post, or a box at the feet
+    if rng.random() < 0.12:                                             # something in front: a post, or a box at the feet
         if rng.random() < 0.5:
             x = cx + two * rng.choice([-1, 1]) * rng.uniform(5, 12)
             draw.rectangle([x, 0, x + two * rng.uniform(3, 6), two * H], PART["occluder"])
@@ -841,7 +837,7 @@ def toy_paint(rng, index, person, domain):
     colours = np.array([table[p] for p in PARTS], np.float32)
     if domain == "generic":                                             # another camera: paler, shifted towards green
         colours = 30 + 0.78 * colours + np.float32([-8, 10, 0])
-    gain = rng.uniform(0.75, 1.1) * np.float32([rng.uniform(0.96, 1.04) for _ in range(3)])
+    gain = rng.uniform(0.84, 1.08) * np.float32([rng.uniform(0.97, 1.03) for _ in range(3)])
     image = (colours * gain)[index]                                                                        # (2H, 2W, 3)
     H, W = TOY_SIZE
     image = image.reshape(H, 2, W, 2, 3).mean(axis=(1, 3))
@@ -872,12 +868,12 @@ def toy_visible(person, parts, back):
 
 # Words per value: before the bar what everybody says, after it what only val, test and the generic domain say.
 WORDS = {"man": "man, male, guy | gentleman", "woman": "woman, female, lady | girl", "slim": "slim, thin | skinny", "heavy": "heavy, stout | big",
-         "t-shirt": "t-shirt, tee shirt | tee", "shirt": "shirt, button-up shirt | dress shirt", "hoodie": "hoodie, hooded sweatshirt | hooded top",
-         "jacket": "jacket, zip jacket | windbreaker", "coat": "coat, long coat | overcoat", "vest": "vest, tank top", "sweater": "sweater, jumper",
-         "trousers": "trousers, pants | slacks", "shorts": "shorts, short pants", "skirt": "skirt, short skirt", "leggings": "leggings, tights",
-         "cap": "cap, baseball cap", "woolly hat": "beanie, woolly hat | knitted hat", "backpack": "backpack, rucksack | knapsack",
-         "handbag": "handbag, hand bag | purse", "shoulder bag": "shoulder bag, satchel", "suitcase": "suitcase, trolley | rolling case",
-         "shoes": "shoes, sneakers | trainers", "glasses": "glasses | spectacles", "striped": "striped | stripy", "checked": "checked, plaid", "dotted": "dotted | spotted",
+         "t-shirt": "t-shirt | tee", "shirt": "shirt, button-up shirt | dress shirt", "hoodie": "hoodie, hooded sweatshirt | hooded top",
+         "jacket": "jacket | windbreaker", "coat": "coat, long coat | overcoat", "vest": "vest, tank top", "sweater": "sweater, jumper",
+         "trousers": "trousers, pants | slacks", "leggings": "leggings, tights",
+         "cap": "cap | baseball cap", "woolly hat": "beanie, woolly hat | knitted hat", "backpack": "backpack, rucksack | knapsack",
+         "handbag": "handbag | purse", "shoulder bag": "shoulder bag, satchel", "suitcase": "suitcase, trolley | rolling case",
+         "shoes": "shoes, sneakers | trainers", "glasses": "glasses | spectacles", "striped": "striped | stripy", "checked": "checked, plaid",
          "logo": "logo, print | emblem", "small": "small | little", "large": "large, big", "grey": "grey, gray", "navy": "navy, dark blue",
          "beige": "beige, tan", "purple": "purple, violet", "red": "red | crimson"}
 
