@@ -65,10 +65,11 @@ def hugging_face(weights):
                 out[base + {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
                             "mlp.c_proj": "mlp.fc2"}[module] + "." + kind] = w
         else:
+            turned = w.T.contiguous() if w.ndim == 2 else w
             out |= {"class_embedding": {"vision_model.embeddings.class_embedding": w}, "conv1.weight": {"vision_model.embeddings.patch_embedding.weight": w},
-                    "positional_embedding": {f"{tower}.embeddings.position_embedding.weight": w}, "proj": {"visual_projection.weight": w.T.contiguous()},
+                    "positional_embedding": {f"{tower}.embeddings.position_embedding.weight": w}, "proj": {"visual_projection.weight": turned},
                     "token_embedding.weight": {"text_model.embeddings.token_embedding.weight": w}, "logit_scale": {"logit_scale": w},
-                    "text_projection": {"text_projection.weight": w.T.contiguous()}, "ln_final.weight": {"text_model.final_layer_norm.weight": w},
+                    "text_projection": {"text_projection.weight": turned}, "ln_final.weight": {"text_model.final_layer_norm.weight": w},
                     "ln_final.bias": {"text_model.final_layer_norm.bias": w}, "ln_pre.weight": {"vision_model.pre_layrnorm.weight": w},
                     "ln_pre.bias": {"vision_model.pre_layrnorm.bias": w}, "ln_post.weight": {"vision_model.post_layernorm.weight": w},
                     "ln_post.bias": {"vision_model.post_layernorm.bias": w}}[rest]
