@@ -69,6 +69,8 @@ def read(name, root="data", split="train", hold_out=True):
     if name.startswith("toy"):
         return toy("few" if name == "toy-few" and split == "train" else split, domain="generic" if name == "toy-generic" else "people")
     rows = {"csv": read_csv, "reid": read_reid, "pairs": read_pairs}.get(name, functools.partial(read_json, name))(Path(root))
+    if unknown := sorted({str(r["split"]) for r in rows} - {"train", "val", "test"}):
+        raise ValueError(f"{name} in {root} has rows of the split {unknown[0]!r}; the splits are train, val and test")
     if not any(r["split"] == "val" for r in rows) and hold_out:
         pids = sorted({r["pid"] for r in rows if r["split"] == "train"})
         held = set(random.Random(0).sample(pids, min(200, -(-len(pids) // 10))))
@@ -76,7 +78,7 @@ def read(name, root="data", split="train", hold_out=True):
     records = [{k: v for k, v in r.items() if k != "split"} for r in rows if r["split"] == split]
     if not records:
         raise ValueError(f"{name} in {root} has no images in the split {split!r}; it has " +
-                         ", ".join(f"{n} in {s!r}" for s, n in Counter(r["split"] for r in rows).items()))
+                         (", ".join(f"{n} in {s!r}" for s, n in Counter(r["split"] for r in rows).items()) or "no rows at all"))
     for folder in sorted({r["image"].parent for r in records}):
         need(folder, f"a folder of images that the {split} split of {name} uses", "unpack the rest of the archive, or " + ASK)
     return records
@@ -105,11 +107,14 @@ def load_rows(file, path_key, images, split=None):
     """A JSON list with id, captions, split and a path -> rows."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
+        for e in entries:
+            if not (isinstance(e["captions"], list) and e["captions"] and all(isinstance(c, str) for c in e["captions"])):
+                raise TypeError(f"captions of {e[path_key]} are {str(e['captions'])[:40]!r}, not a list of sentences")
         return [dict(image=images / e[path_key], captions=list(e["captions"]), pid=int(e["id"]), split=split or e["split"])
                 | ({"captions_bt": e["captions_bt"]} if e.get("captions_bt") else {}) for e in entries]
     except json.JSONDecodeError as e:
         raise ValueError(f"{file} is not JSON ({e}); is the download complete?") from None
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file} should be a list of objects with id, captions, {path_key}{'' if split else ' and split'}; "
                          f"one of them fails with {type(e).__name__}: {e}") from None
 
@@ -124,16 +129,23 @@ def read_reid(root):
 
 def read_csv(root):
     """One's own data: a csv file with the columns image, caption, pid, split; a line per caption, images relative to the file."""
-    files = [root] if root.suffix == ".csv" else sorted(root.glob("*.csv"))
+    need(root, "the csv file or its folder", "name it with --data-root FILE.csv")
+    files = [root] if root.is_file() else sorted(root.glob("*.csv"))
     if len(files) != 1:
         raise ValueError(f"{root} holds {len(files)} .csv files; name the one to read with --data-root FILE.csv")
-    need(files[0], "the csv file", "--data-root is the file or its folder")
     rows = {}
-    with open(files[0], newline="", encoding="utf-8") as f:
+    try:
+        text = files[0].read_text(encoding="utf-8-sig")                 # Excel begins its UTF-8 with a mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{files[0]} is not in UTF-8; save it as such") from None
+    with io.StringIO(text, newline="") as f:
         reader = csv.DictReader(f)
         if missing := {"image", "caption", "pid", "split"} - set(reader.fieldnames or []):
-            raise ValueError(f"{files[0]} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['none'])}")
+            raise ValueError(f"{files[0]} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['none'])} "
+                             "(columns are separated by commas)")
         for line in reader:
+            if None in line or None in line.values():
+                raise ValueError(f"{files[0]}, line {reader.line_num}: it does not have {len(reader.fieldnames)} fields")
             try:
                 row = rows.setdefault(line["image"], dict(image=files[0].parent / line["image"], captions=[], pid=int(line["pid"]), split=line["split"]))
             except ValueError:
@@ -165,6 +177,8 @@ def load_image(image):
         return Image.fromarray(image)
     try:
         with Image.open(image) as opened:
+            if opened.mode.startswith("I"):                             # 16 bits: convert() would cut them off at 255, all white
+                return Image.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
             return opened.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
@@ -994,6 +1008,11 @@ def check(name, root, sheet):
         wrong += differs
         print(f"{split:8}" + "".join(f"{n:10,}" for n in counts(records)) + "   " +
               ("-" if published is None else " / ".join(f"{n:,}" for n in published) + ("   DIFFERS" if differs else "   ok")))
+    for a, b in (("train", "test"), ("train", "val"), ("val", "test")):
+        both = {r["pid"] for r in splits.get(a, [])} & {r["pid"] for r in splits.get(b, [])}
+        if both:
+            wrong += 1
+            print(f"{len(both)} persons are in {a} and in {b}, e.g. {min(both)}: scores will be too good")
     records = [r for s in splits.values() for r in s]
     for record, why in (bad := broken(records)):
         print(f"bad image: {why}")
@@ -1031,7 +1050,9 @@ def main():
     p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
     p.add_argument("--sheet", help="where to write the sample sheet (default: check-DATASET.html)")
     args = p.parse_args()
-    sys.exit(1 if check(args.dataset, args.data_root, args.sheet or f"check-{args.dataset}.html") else 0)
+    sheet = Path(args.sheet or f"check-{args.dataset}.html")
+    need(sheet.absolute().parent, "the folder for the sample sheet", "make it, or name another file with --sheet")
+    sys.exit(1 if check(args.dataset, args.data_root, sheet) else 0)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
 
     fp32; equal scores rank in gallery order. Nothing is sorted: for each right image, those that come before it are counted, in
     chunks of queries that fit the cache, so memory beyond the features is a few megabytes. A query with no right image in the
-    gallery raises ValueError."""
+    gallery, or features that are not finite, raise ValueError."""
     query, gallery = F.normalize(query.float(), dim=1), F.normalize(gallery.float(), dim=1)
     q_pid, g_pid = (torch.as_tensor(p).to(query.device) for p in (q_pid, g_pid))
     Q, G = len(query), len(gallery)
     if not Q or not G:
         raise ValueError(f"nothing to score: {Q} queries, {G} gallery images")
+    if not (query.isfinite().all() and gallery.isfinite().all()):
+        raise ValueError("the features hold values that are not finite")
     # right images of each person as a row of gallery indices, padded with -1
     order = torch.argsort(g_pid, stable=True)
     pids, number = torch.unique_consecutive(g_pid[order], return_counts=True)
@@ -78,6 +80,11 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
     scores = {f"R@{k}": 100 * (ranks[:, 0] <= k).double().mean().item() for k in (1, 5, 10)}
     scores |= {"mAP": 100 * ap.double().mean().item(), "mINP": 100 * (found / last).double().mean().item()}
     return scores | ({"dropped": Q - len(ranks)} if Q > len(ranks) else {})
+
+
+def sentence(error):
+    """The message of an error, also of one that came here from a loader's process with its traceback."""
+    return str(error).rsplit(f"\n{type(error).__name__}: ", 1)[-1].rstrip()
 
 
 def show(scores):
@@ -185,12 +192,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
     p.add_argument("--dataset", choices=data.DATASETS, help="what to score on (default: what the checkpoint was trained on)")
-    p.add_argument("--data-root", help="the set's folder or its parent (default: that of the training run)")
+    p.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: that of the training run)")
     p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
     p.add_argument("--page", help="where to write the retrieval sheet (default: beside the checkpoint, eval-DATASET-SPLIT.html)")
     args = p.parse_args()
+    if args.page:
+        data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
 
     model, tokenizer, info = tbps.load_checkpoint(args.checkpoint, args.device)
     dataset, root = args.dataset or info["args"]["dataset"], args.data_root or info["args"]["data_root"]
@@ -208,6 +217,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
+        print(f"error: {sentence(e)}", file=sys.stderr)
         sys.exit(2)

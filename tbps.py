@@ -486,6 +486,8 @@ def load_checkpoint(path, device="cpu"):
     """-> model (in eval mode), tokenizer, info: all that a search needs. info has method, recipe, args, step, scores, and what
     queries and photos need: size, norm, resize, clean."""
     path = data.need(path, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; the checkpoint is a file in it, like {path / 'best.pt'}")
     saved = read_file(path)
     if not (isinstance(saved, dict) and saved.get("format") == "tbps"):
         raise ValueError(f"{path} is not a checkpoint of this program")
@@ -623,6 +625,8 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     captions = [c for r in records for c in r["captions"]]
     g_pid = torch.tensor([r["pid"] for r in records])
     own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
     text = evaluation.embed_texts(model, tokenizer([data.clean_caption(c) if info["clean"] else c for c in captions]))
     image = evaluation.embed_images(model, images, device, workers, progress=progress)
     rows = {"text to image": evaluation.retrieval_metrics(text, image, g_pid[own], g_pid)}
@@ -714,7 +718,7 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
                 if not values.isfinite().all():
                     bad = i + 1 - len(recent) + int((~values.isfinite().all(dim=1)).nonzero()[0])
                     files = [str(pairs.items[j][0]["image"]) for j in order[bad][:4] if isinstance(pairs.items[j][0]["image"], Path)]
-                    raise FloatingPointError(f"the loss is not finite in epoch {epoch}, step {bad}" + f" (images {', '.join(files)} ...)" * bool(files) +
+                    raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {bad + 1}" + f" (images {', '.join(files)} ...)" * bool(files) +
                                              f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
                                              f"; {out}/last.pt, if there, is from before")
             if now:
@@ -779,7 +783,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
     g.add_argument("--out", help="the run's folder (default: runs/DATASET-METHOD-SEED)")
     g.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder, exactly")
-    g.add_argument("--overwrite", action="store_true", help="delete what the run's folder holds")
+    g.add_argument("--overwrite", action="store_true", help="replace the run in the run's folder")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the encoders (default: bf16 or fp16 on CUDA, off elsewhere)")
     g.add_argument("--compile", action="store_true", help="torch.compile the towers: slow start, faster steps on a GPU")
@@ -801,6 +805,19 @@ def parse_args(argv=None):
                           eval_resize=["bilinear", "bicubic"], image_aug=data.IMAGE_AUG).items():
         if recipe[key] not in able:
             raise ValueError(f"{key} must be one of {', '.join(able)}, not {recipe[key]!r}")
+    for key, value in recipe.items():
+        if isinstance(value, float) and not 0 <= value < math.inf:      # nan too
+            raise ValueError(f"{key}={value} must be a number from 0 up")
+        if key in SHARES and value > 1:
+            raise ValueError(f"{key}={value} must be a share from 0 to 1")
+    if not any(recipe[k] for k in ("itc", "nitc", "ritc", "citc", "ss", "ss_text")):
+        raise ValueError("all losses have the weight 0: nothing to learn")
+    if max(recipe["height"], recipe["width"]) > 4096 or recipe["stride"] < 0 or recipe["ritc_eps"] <= 0:
+        raise ValueError("height and width go up to 4096 pixels, stride from 0, ritc_eps is above 0")
+    if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
+        raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device is cpu, mps, cuda or cuda:N, not {args.device!r}")
     if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
         raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -812,6 +829,9 @@ def parse_args(argv=None):
     if args.amp == "auto":
         args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if args.device.startswith("cuda") else "off"
     return args, recipe
+
+
+SHARES = ["back_translation", "deletion", "synonym", "insertion", "swap", "eda", "soft", "text_dropout"]
 
 
 def differences(recipe):
@@ -839,9 +859,14 @@ WRITTEN = ["last.pt", "best.pt", "log.jsonl", "report.html", "code"]      # what
 def check_run(args, recipe, out):
     """Before anything is read: a new run must not meet an old one, a resumed one must have the same settings."""
     last = out / "last.pt"
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: take one of them")
     if not args.resume:
         if last.exists() and not args.overwrite:
             raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it, --out or --seed makes another")
+        if not last.exists() and out.exists() and not (out / "log.jsonl").exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists and is not a run; --out makes another folder")
+        out.mkdir(parents=True, exist_ok=True)
         return
     saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
     before, now = saved["args"] | saved["recipe"], settings(args) | recipe
@@ -859,7 +884,8 @@ def open_run(args, out):
         return
     for name in WRITTEN:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    (out / "code").mkdir(parents=True)
+    (out / "code").mkdir()
+    (out / "log.jsonl").touch()
     for file in Path(__file__).parent.glob("*.py"):
         shutil.copy(file, out / "code")
 
@@ -931,19 +957,17 @@ def report(out, args, recipe, rows, sheet, minutes):
                           ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>"))
 
 
-def sentence(e):
-    """The message of an error, also of one that travelled here from a worker with its traceback."""
-    return str(e).rsplit(f"\n{type(e).__name__}: ", 1)[-1].rstrip()
-
-
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped before training began; there is nothing to save", file=sys.stderr)
+        sys.exit(130)
     except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {sentence(e).split('. ')[0]}\n  Lower --batch, or take --method tbps-clip-simplified, which has one view instead of four", file=sys.stderr)
+        print(f"error: {str(e).split('. ')[0]}\n  Lower --batch, or take --method tbps-clip-simplified, which has one view instead of four", file=sys.stderr)
         sys.exit(2)
     except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {sentence(e)}", file=sys.stderr)
+        print(f"error: {evaluation.sentence(e)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as e:
         print(e, file=sys.stderr)

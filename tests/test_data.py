@@ -359,3 +359,31 @@ def test_random_count_batches():
     assert len(seen) == len(set(seen)) and 0.9 < len(seen) / len(pids) <= 1
     share = np.mean([np.mean([Counter(pids[i] for i in b)[pids[j]] > 1 for j in b]) for b in batches])
     assert 0.40 < share < 0.60
+
+
+def test_more_mistakes_in_data(cuhk, tmp_path):
+    """What a newcomer's data had wrong: a misspelt split, a person on both sides, Excel's mark, 16-bit images, captions that are no list."""
+    def csv(text, encoding="utf-8"):
+        (tmp_path / "x.csv").write_text(text, encoding=encoding)
+        return data.read("csv", tmp_path / "x.csv", "train", hold_out=False)
+    head = "image,caption,pid,split\n"
+    Image.new("RGB", (48, 96)).save(tmp_path / "a.png")
+    assert csv(head + "a.png,a man,1,train\n", "utf-8-sig")[0]["captions"] == ["a man"]
+    for text, words in ((head + "a.png,a man,1,Train\n", "rows of the split 'Train'; the splits are train, val and test"),
+                        (head + "a.png,a man\n", "line 2: it does not have 4 fields"), (head, "it has no rows at all"),
+                        ("image;caption;pid;split\n", "separated by commas")):
+        with pytest.raises(ValueError, match=words):
+            csv(text)
+    with pytest.raises(ValueError, match="not in UTF-8"):
+        csv(head + "a.png,caf\u00e9,1,train\n", "latin-1")
+    csv(head + "".join(f"a.png{s},a,1,{s}\n" for s in ("train", "val", "test")).replace("a.pngtrain", "a.png"))
+    for s in ("val", "test"):
+        Image.new("RGB", (48, 96)).save(tmp_path / f"a.png{s}", "PNG")
+    assert "1 persons are in train and in test, e.g. 1" in run("data.py", "--dataset", "csv", "--data-root", tmp_path / "x.csv", "--sheet",
+                                                                tmp_path / "s.html", code=1)
+    Image.fromarray(np.full((96, 48), 32768, np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(data.load_image(tmp_path / "deep.png"))[0, 0].tolist() == [127, 127, 127]
+    for captions in ("a man", [None], []):
+        (tmp_path / "reid_raw.json").write_text(json.dumps([dict(split="train", captions=captions, id=1, file_path="a.png")]))
+        with pytest.raises(ValueError, match="not a list of sentences"):
+            data.read("cuhk", tmp_path, "train")

@@ -252,9 +252,29 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
     assert "is not a checkpoint of this program" in error("eval.py", "--checkpoint", tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize("bad, words", [
+    (["lr=nan"], "lr=nan must be"), (["deletion=2"], "a share from 0 to 1"), (["nitc=0", "ritc=0", "citc=0", "ss=0"], "nothing to learn"),
+    (["stride=-1"], "stride from 0"), (["height=5000"], "4096 pixels")])
+def test_values_that_make_no_sense(bad, words):
+    with pytest.raises(ValueError, match=words):
+        tbps.parse_args(["--set", *bad])
+    for option in (["--seed", "-1"], ["--log-every", "0"], ["--device", "gpu"], ["--save-minutes", "nan"]):
+        with pytest.raises(ValueError):
+            tbps.parse_args(option)
+
+
+def test_other_peoples_files_stay(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/thesis.py").write_text("mine")
+    assert "exists and is not a run" in error("tbps.py", "--out", tmp_path) and "is not a run" in error("tbps.py", "--out", tmp_path / "code/thesis.py")
+    assert (tmp_path / "code/thesis.py").read_text() == "mine"
+    assert "take one of them" in error("tbps.py", "--out", tmp_path, "--resume", "--overwrite")
+    assert "the checkpoint is a file in it" in error("eval.py", "--checkpoint", tmp_path)
+
+
 def test_a_loss_that_is_not_finite(cuhk, tmp_path):
     said = error("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, *SMALL, "lr=1e30", "lr_start=1e30", "--out", tmp_path / "r")
-    assert "the loss is not finite in epoch 0, step" in said and "imgs/" in said and "lower --lr" in said
+    assert "the loss is not finite in epoch 1, step" in said and "imgs/" in said and "lower --lr" in said
 
 
 def test_bad_images(tmp_path, people):
