@@ -61,7 +61,7 @@ def read(name, root="data", split="train", hold_out=True):
 
     name: cuhk, icfg, rstp (their folder, or its parent, is `root`), reid (a folder with the `train_reid.json` ... of TBPS-CLIP's
     authors and the images), csv (columns image, caption, pid, split; `root` is the file or its folder), pairs (a folder
-    made by generate.py), toy, toy-few (a tenth of the persons), toy-generic (the domain for pre-training).
+    of generated ones: imgs/ and pairs.jsonl), toy, toy-few (a tenth of the persons), toy-generic (the domain for pre-training).
     A set without a validation split (ICFG-PEDES) gets one: 200 training persons, seed 0; `hold_out=False` trains on them too.
     Raises FileNotFoundError and ValueError in words made for users."""
     if name not in DATASETS:
@@ -157,13 +157,13 @@ def read_csv(root):
 
 
 def read_pairs(root):
-    """A folder made by generate.py: imgs/ and pairs.jsonl, each generated person with an id of its own."""
-    file = need(root / "pairs.jsonl", "the list of generated pairs", "python generate.py makes such a folder")
+    """A folder of generated pairs: imgs/ and pairs.jsonl, each generated person with an id of its own."""
+    file = need(root / "pairs.jsonl", "the list of generated pairs", "such a folder holds imgs/ and pairs.jsonl")
     try:
         entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [e | dict(image=root / "imgs" / e["image"], source=e["source_image"]) for e in entries]
     except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is not as generate.py writes it ({type(e).__name__}: {e})") from None
+        raise ValueError(f"{file} is not a list of generated pairs ({type(e).__name__}: {e})") from None
 
 
 def counts(records):

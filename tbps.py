@@ -772,7 +772,7 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=int, help="short for --set epochs=")
     g.add_argument("--batch", type=int, help="short for --set batch=, pairs per step")
     g.add_argument("--lr", type=float, help="short for --set lr=, the peak")
-    g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="folders of generate.py whose pairs are trained on too")
+    g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="folders of generated pairs (imgs/ and pairs.jsonl) to train on too")
     g.add_argument("--val", choices=["auto", "none"], default="auto", help="none: train on what a set without validation split would hold out, keep the last epoch")
     g.add_argument("--skip-bad", action="store_true", help="decode all images first and leave out those that fail (default: stop at one)")
     g = p.add_argument_group("from what")
