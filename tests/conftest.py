@@ -103,7 +103,7 @@ def rstp(tmp_path_factory, people):
 
 def bpe_file():
     """OpenAI's merges file, where somebody has put it; it is not part of this project."""
-    places = [os.environ.get("CLIP_BPE", ""), ROOT / "bpe_simple_vocab_16e6.txt.gz", ROOT.parent / "shared/data/bpe_simple_vocab_16e6.txt.gz"]
+    places = [os.environ.get("CLIP_BPE", ""), ROOT / "bpe_simple_vocab_16e6.txt.gz"]
     return next((Path(p) for p in places if p and Path(p).exists()), None)
 
 
