@@ -1022,6 +1022,9 @@ def check(name, root, sheet):
         for caption in r["captions"]:
             persons[clean_caption(caption)].add(r["pid"])
     shared = sorted((c for c in persons if len(persons[c]) > 1), key=lambda c: -len(persons[c]))
+    if name.startswith("toy"):
+        oracles = [toy_oracle(splits["test"], n) for n in (None, ["top", "top_colour", "bottom", "bottom_colour"], ["top_colour", "bottom_colour"])]
+        print("laboratory version {}: oracle R@1 on test {:.1f}, knowing only the two garments {:.1f}, only their colours {:.1f}".format(TOY_VERSION, *oracles))
     lengths = [len(c.split()) for r in records for c in r["captions"]]
     print(f"captions: {np.mean(lengths):.1f} words on average, {max(lengths)} at most; {len(persons.get('', ()))} persons with an empty one; "
           f"{len(shared)} texts are shared by different persons (label noise)" + "".join(f"\n  {len(persons[c])} persons: {c[:100]}" for c in shared[:3]))

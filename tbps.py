@@ -633,7 +633,7 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     if not sheet:
         return rows, None
     rows["image to text"] = evaluation.retrieval_metrics(image, text, g_pid, g_pid[own])
-    if any(n > 1 for n in data.Counter(g_pid.tolist()).values()):
+    if any(n > 1 for n in collections.Counter(g_pid.tolist()).values()):
         rows["text to other images"] = evaluation.retrieval_metrics(text, image, g_pid[own], g_pid, own)
     return rows, evaluation.retrieval_sheet(captions, text, image, g_pid[own], g_pid, own, lambda j: data.load_image(records[j]["image"]))
 
