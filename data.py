@@ -21,6 +21,7 @@ import os
 import random
 import re
 import sys
+import traceback
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -992,6 +993,27 @@ def toy_oracle(records, names=None):
     return 100 * float(((best & (q_pid[:, None] == g_pid)).sum(axis=1) / best.sum(axis=1)).mean())
 
 
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+def command(main):
+    """Runs the main function of a script: a user's mistake ends in a sentence and exit code 2, Ctrl-C in 130."""
+    code = 0
+    try:
+        main()
+    except KeyboardInterrupt as e:
+        print(e if e.args else "stopped", file=sys.stderr)
+        code = 130
+    except torch.OutOfMemoryError as e:
+        print(f"error: {str(e).split('. ')[0]}\n  Lower --batch; --help tells what else costs memory", file=sys.stderr)
+        code = 2
+    except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
+        said = str(e).rsplit(f"\n{type(e).__name__}: ", 1)[-1].rstrip()          # one from a loader's process brings its traceback along
+        print(f"error: {said}", file=sys.stderr)
+        traceback.clear_frames(e.__traceback__)                         # they hold the loader, whose processes can now end in order
+        code = 2
+    sys.exit(code)
+
+
 # ---- the checker ----------------------------------------------------------------------------------------------------
 
 def check(name, root, sheet):
@@ -1059,8 +1081,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -6,7 +6,7 @@
 Prints R@1, R@5, R@10, mAP and mINP in percent, text-to-image (the protocol of the field: every caption a query, every image of the
 split in the gallery), image-to-text, and text-to-image without the image that the caption was written for, and writes a
 self-contained page with queries and their top 10. As a module it needs torch, torchvision, numpy and what these bring along
-(Pillow, tqdm): `retrieval_metrics` can be copied as it stands. CUHK-PEDES (6,156 queries x 3,074 images) takes it 0.3 s on 2 cores."""
+(Pillow, tqdm): `retrieval_metrics` can be copied as it stands. CUHK-PEDES (6,156 queries x 3,074 images) takes it 0.25 s on 2 cores."""
 
 import argparse
 import base64
@@ -35,9 +35,9 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
     mAP   mean over queries of AP = 1/R sum_j j / rank_j, over the ranks rank_1 < ... < rank_R of its right images
     mINP  mean over queries of R / rank_R: how deep one must look to find all of them (Ye et al., arXiv 2001.04193)
 
-    fp32; equal scores rank in gallery order. Nothing is sorted: for each right image, those that come before it are counted, in
-    chunks of queries that fit the cache, so memory beyond the features is a few megabytes. A query with no right image in the
-    gallery, or features that are not finite, raise ValueError."""
+    fp32; equal scores rank in gallery order. No ranking is built: for each right image, those that score higher are counted, by a
+    search in the sorted scores, in chunks of queries, so memory beyond the features is some megabytes. A query with no right
+    image in the gallery, or features that are not finite, raise ValueError."""
     query, gallery = F.normalize(query.float(), dim=1), F.normalize(gallery.float(), dim=1)
     q_pid, g_pid = (torch.as_tensor(p).to(query.device) for p in (q_pid, g_pid))
     Q, G = len(query), len(gallery)
@@ -55,21 +55,22 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
         raise ValueError(f"{int(lost.sum())} queries have no image of their person in the gallery, e.g. query {i} (pid {int(q_pid[i])})")
     ranks = torch.full((Q, int(number.max())), torch.inf, device=query.device)                          # 1 = first
     by_number = torch.argsort(number[person], stable=True)              # a chunk shares its number of right images
-    for rows in by_number.split(max(16, 2 ** 20 // G)):
+    for rows in by_number.split(max(128, 2 ** 19 // G)):
         score = query[rows] @ gallery.T                                                                 # (chunk, G)
+        many = number[person[rows], None]
+        j = torch.arange(int(many.max()), device=query.device)
+        right = order[(start[person[rows], None] + j).clamp(max=G - 1)]                                 # (chunk, R) gallery indices
         if own is not None:
-            mine = torch.as_tensor(own).to(query.device)[rows]
-            score[torch.arange(len(rows), device=query.device), mine] = -torch.inf
-        for j in range(int(number[person[rows]].max())):
-            able = j < number[person[rows]]
-            right = order[(start[person[rows]] + j).clamp(max=G - 1)]                                   # (chunk,) gallery index
-            own_score = score.gather(1, right[:, None])                                                 # (chunk, 1)
-            before = (score > own_score).sum(dim=1)
-            tied = ((score >= own_score).sum(dim=1) > before + 1).nonzero()[:, 0]
-            for i in tied:                                              # rare, so it may be slow
-                before[i] += (score[i, :right[i]] == own_score[i]).sum()
-            able &= right != mine if own is not None else able
-            ranks[rows, j] = torch.where(able, before + 1.0, torch.inf)
+            mine = torch.as_tensor(own).to(query.device)[rows, None]
+            score.scatter_(1, mine, -torch.inf)
+        mark = score.gather(1, right)                                                                   # (chunk, R) their scores
+        ordered = torch.from_numpy(np.sort(score.numpy())) if score.device.type == "cpu" else score.sort(dim=1).values       # numpy's is fast
+        before = G - torch.searchsorted(ordered, mark, right=True)                                      # how many score higher
+        tied = G - torch.searchsorted(ordered, mark) > before + 1
+        for i, k in tied.nonzero().tolist():                            # rare, so it may be slow
+            before[i, k] += (score[i, :right[i, k]] == mark[i, k]).sum()
+        able = (j < many) & (right != mine if own is not None else True)
+        ranks[rows, :len(j)] = torch.where(able, before + 1.0, torch.inf)
     ranks = ranks.sort(dim=1).values
     found = ranks.isfinite().sum(dim=1)                                                                 # (Q,) right images
     ranks, found = ranks[found > 0], found[found > 0]
@@ -80,11 +81,6 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
     scores = {f"R@{k}": 100 * (ranks[:, 0] <= k).double().mean().item() for k in (1, 5, 10)}
     scores |= {"mAP": 100 * ap.double().mean().item(), "mINP": 100 * (found / last).double().mean().item()}
     return scores | ({"dropped": Q - len(ranks)} if Q > len(ranks) else {})
-
-
-def sentence(error):
-    """The message of an error, also of one that came here from a loader's process with its traceback."""
-    return str(error).rsplit(f"\n{type(error).__name__}: ", 1)[-1].rstrip()
 
 
 def show(scores):
@@ -215,8 +211,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {sentence(e)}", file=sys.stderr)
-        sys.exit(2)
+    from data import command
+    command(main)

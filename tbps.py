@@ -14,6 +14,7 @@ V views of an image, U variations of a caption. image, text are features; pixels
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -258,7 +259,7 @@ def find_weights(source):
         if any(n in found for n in WEIGHT_FILES):
             break
         try:
-            found[name] = hf_hub_download(str(source), name)
+            found[name] = hf_hub_download(str(source), name, local_files_only=reason is not None)         # having waited for the hub once
         except LocalEntryNotFoundError as e:                            # no network, and not in the cache
             reason = e
         except RepositoryNotFoundError:
@@ -644,12 +645,21 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM, after the state was saved."""
+@contextlib.contextmanager
+def asked_to_stop():
+    """A list that Ctrl-C and SIGTERM add to, instead of ending the program then and there."""
+    asked = []
+    handlers = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def train(args, recipe, model, tokenizer, pairs, val, out, info):
-    """The whole of training. Writes last.pt, best.pt and log.jsonl; returns nothing, for all that matters is in the files."""
+def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
+    """The whole of training. Writes last.pt, best.pt and log.jsonl; returns nothing, for all that matters is in the files. Saves
+    and raises KeyboardInterrupt, with what to do next, when something is in `stop`."""
     device = torch.device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")      # of the encoders; losses are fp32
@@ -679,8 +689,6 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(facts) + "\n")
 
-    stop = []
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0)))
     if n == 0:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
@@ -730,7 +738,7 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
                 saved_at = time.time()
                 if stop:
                     bar.close()
-                    raise Stopped(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. "
+                    raise KeyboardInterrupt(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. "
                                   "Go on with the same command and --resume")
 
         state |= dict(epoch=epoch + 1, step=0)
@@ -749,10 +757,8 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info):
         saved_at = time.time()
         if stop:
             bar.close()
-            raise Stopped(f"stopped after epoch {epoch + 1}; {out}/last.pt is saved. Go on with the same command and --resume")
+            raise KeyboardInterrupt(f"stopped after epoch {epoch + 1}; {out}/last.pt is saved. Go on with the same command and --resume")
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -910,6 +916,8 @@ def main():
     args, recipe = parse_args()
     out = Path(args.out)
     check_run(args, recipe, out)
+    if args.clip != "none":
+        find_weights(args.clip)                                         # before anything that takes time
     splits = load_data(args)
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in splits["train"]):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
@@ -930,8 +938,9 @@ def main():
 
     open_run(args, out)
     began = time.time()
-    train(args, recipe, model, tokenizer, pairs, splits.get("val"), out,
-          info=dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"]))
+    info = dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
+    with asked_to_stop() as stop:
+        train(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info, stop)
     minutes, rows = (time.time() - began) / 60, {}
     for name in ("last.pt", "best.pt"):                                 # the test split is looked at here, once, and selects nothing
         model, tokenizer, info = load_checkpoint(out / name, args.device)
@@ -958,17 +967,4 @@ def report(out, args, recipe, rows, sheet, minutes):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("stopped before training began; there is nothing to save", file=sys.stderr)
-        sys.exit(130)
-    except torch.cuda.OutOfMemoryError as e:
-        print(f"error: {str(e).split('. ')[0]}\n  Lower --batch, or take --method tbps-clip-simplified, which has one view instead of four", file=sys.stderr)
-        sys.exit(2)
-    except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {evaluation.sentence(e)}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as e:
-        print(e, file=sys.stderr)
-        sys.exit(130)
+    data.command(main)

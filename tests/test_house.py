@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import tbps
-from conftest import ROOT, run
+from conftest import ROOT, run, start
 
 TREE = {"losses": set(), "data": set(), "eval": set(),            # leaves: no project imports
         "tbps": {"losses", "data", "eval"}, "generate": {"tbps", "losses", "data", "eval"}, "distill": {"tbps", "losses", "data", "eval"}}
@@ -33,7 +33,15 @@ def test_imports_follow_the_tree(name):
 @pytest.mark.parametrize("name", ["losses", "data", "eval"])
 def test_leaves_can_be_copied_alone(name, tmp_path):
     (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    run("-c", f"import {name}", cwd=tmp_path)
+    process = start("-c", f"import {name}", cwd=tmp_path)
+    assert process.wait() == 0, process.communicate()[0]
+
+
+def test_a_process_of_its_own(tmp_path):
+    """The other tests run commands in their own process; here is one from the shell, with its exit code and sentence."""
+    process = start("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
+    said = process.communicate()[0]
+    assert process.returncode == 2 and "\nerror: the annotation of CUHK" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n != "losses"])
