@@ -200,6 +200,88 @@ def broken(records):
         return [(record, reason) for record, reason in zip(records, found) if reason]
 
 
+# ---- captions: which words carry the content ------------------------------------------------------------------------
+
+# What kind of word: N noun, J adjective, P pronoun, V verb, O other. Nouns are what is not listed and has no telling ending, so
+# only those nouns are here that an ending would mislead. Extend at will.
+KINDS = {"P": "he she it they him her his hers its their theirs them himself herself itself themselves i we you my your our me us",
+         "O": """a an the this that these those which who whom whose what where when while as and or but nor so yet if because both either neither each
+    every all any some no not none another there here in on at of off by to from for with without over under underneath beneath above below behind
+    beside besides between across along around near next through during into onto out up down away toward towards against about after before
+    until upon inside outside than then too also very quite rather slightly just only still even maybe perhaps possibly probably apparently almost
+    well together forward forwards backward backwards ahead straight currently today once twice again one two three four five six seven eight
+    nine ten twenty thirty forty fifty half fast since like per via plus except despite instead""",
+         "V": """is are was were be been being am has have had having do does did can could may might will would must should wear wears wearing wore worn
+    carry carries carrying carried hold holds holding held walking walked stand standing stood sit sits sitting sat ride rides riding rode
+    run runs running ran go goes going went seen see sees seem seems appear appears appearing look looking looked face facing faced made make makes
+    put puts putting take takes taking taken took keep keeps kept let lets get gets got come comes came hang hangs hanging hung push pushes pull pulls
+    pulling drag drags lean leans leaning bend bends bent use uses using used talk talking speaking texting tied tucked dressed clad said says think
+    show shows showing shown give gives gave featuring feature features contain contains include includes including consist consists
+    reach reaches reaching fall falls falling fell cover covers covering covered match matches try tries trying sling slung draped wrapped
+    rolled pulled zipped buttoned unbuttoned untucked swinging moving moves move steps stepping cross crosses crossing wait waits waiting turn turns
+    turning turned going pushing dragging reading eating drinking smoking smiling laughing smiles waving checking checks glancing glances jumps laughs leads describe describes thrown heading stare stares""",
+         "J": """black white red blue green yellow orange purple pink brown grey gray beige tan navy khaki teal maroon turquoise violet crimson cyan magenta golden
+    silver gold cream burgundy olive lavender dark light bright pale deep plain solid solid-colored long short medium small large big little tiny tall thin
+    slim slender skinny fat heavy stout plump chubby broad wide narrow tight loose baggy fitted young old middle-aged elderly adult male female
+    left right front rear upper lower high low full open closed new same other different similar multiple several many few much more most less first
+    second last single double casual formal sporty athletic denim leather woolen woollen woolly cotton plastic floral plaid checked checkered chequered striped stripy
+    patterned printed spotted dotted camouflage colorful colourful colored coloured multicolored ripped faded torn folded cropped cuffed padded quilted hooded
+    sleeveless bare bald curly wavy straightened blond blonde brunette asian african caucasian european visible clear black-and-white round square thick
+    average normal dirty clean fashionable free light-weight overweight petite muscular neat sheer uneven auburn charcoal tartan polka-dot tie-dye mobile chinese american warm cold wet shiny soft empty own
+    such certain shorter longer darker lighter bigger smaller larger taller better matching revealing""",
+         "N": """clothing building earring earrings railing stockings legging leggings ring wing string king thing things something anything nothing morning evening
+    ceiling painting shopping walking-stick piping lining trimming lettering writing drawing marking markings wedding lady body baby boy key keys tray jersey hoody
+    belly family city country party story day way pony tummy trolley bed shed sled kid red-head tie dress watch top back side
+    need weed seed feed speed velvet lanyard fanny guy navy-blue bag material"""}
+KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
+VERB_OR_NOUN = {"walk", "walks", "looks", "talks", "stands", "ties", "watches", "faces", "falls", "turns", "tops", "backs", "works", "work", "strolls", "strides",
+                "poses", "waits", "holds", "steps", "heads", "waves", "matches", "runs", "moves", "covers"}
+ENDINGS = [("ly", "O"), ("ing", "V"), ("ish", "J"), ("ous", "J"), ("ful", "J"), ("less", "J"), ("able", "J"), ("ible", "J"), ("ive", "J"), ("ical", "J"), ("ity", "N"), ("way", "N"), ("y", "J")]
+WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*|\d+|'\w*|[^\w\s]")
+
+
+@functools.lru_cache(maxsize=2 ** 18)
+def tag_words(caption):
+    """The words of a caption with their kind, in the order of the text: [(start, end, kind), ...], kinds as in KINDS. A table,
+    endings and a little context instead of a tagger to download; tests/tagged.txt tells how often it is right."""
+    found = [(m.start(), m.end(), m[0].lower()) for m in WORD.finditer(caption)]
+    words = [w for _, _, w in found] + [""]
+    kinds = []
+    for i, (word, following) in enumerate(zip(words, words[1:])):
+        kind, last = KIND.get(word), word.rsplit("-", 1)[-1]
+        if not word[0].isalpha():
+            kind = "O"
+        elif word in VERB_OR_NOUN:
+            subject = kinds[-1:] == ["N"] or i > 0 and words[i - 1] in ("he", "she", "it", "they", "who", "that", "and")
+            kind = "V" if subject else "N"
+        elif kind is None and last != word:                             # long-sleeved, knee-length, but t-shirt
+            kind = "J" if last.endswith("ed") or last in ("length", "sleeve", "style", "size", "high", "neck") else KIND.get(last, "N")
+        elif kind is None:
+            kind = next((k for ending, k in ENDINGS if word.endswith(ending) and len(word) > len(ending) + 2), "N")
+        if kind in "NV" and word.endswith("ed") and KIND.get(word) in (None, "V"):
+            named = following.isalpha() and KIND.get(following, "N") in "NJ"                  # "a knitted hat" against "is knitted", "knitted by"
+            kind = "J" if named and (not kinds or kinds[-1] in "OJP") else "V"
+        kinds.append(kind)
+    return [(start, end, kind) for (start, end, _), kind in zip(found, kinds)]
+
+
+def prune_caption(caption):
+    """Only its nouns, adjectives and pronouns (UIT's text pruning); the caption itself where nothing would be left."""
+    return " ".join(caption[start:end] for start, end, kind in tag_words(caption) if kind in "NJP") or caption
+
+
+COLOURS = """black white red blue green yellow orange purple pink brown grey gray beige tan navy khaki teal maroon turquoise violet crimson
+    cream burgundy olive lavender golden gold silver magenta cyan""".split()
+
+
+def change_colour(caption):
+    """The caption with another first colour word: red, or blue where it was a red one. None if it names no colour."""
+    found = re.search(rf"\b({'|'.join(COLOURS)})\b", caption, re.I)
+    if found:
+        new = "blue" if found[0].lower() in "red orange pink crimson maroon burgundy magenta purple violet brown".split() else "red"
+        return caption[:found.start()] + new + caption[found.end():]
+
+
 # ---- captions: cleaning and variation -------------------------------------------------------------------------------
 
 def clean_caption(caption):
@@ -282,10 +364,11 @@ def delete_words(words, rate, rng):
 TEXT_OPS = {"synonym": replace_synonyms, "insertion": insert_synonyms, "swap": swap_words, "deletion": delete_words}
 
 
-def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0):
+def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0):
     """The text augmentations of TBPS-CLIP's study by their rates (0 = off); its recipe is deletion alone. `eda` is one of the
-    four at random, as in EDA (arXiv 1901.11196). White space is collapsed; a caption with words keeps at least one."""
-    words = caption.split()
+    four at random, as in EDA (arXiv 1901.11196); `prune` is the chance of UIT's text pruning, which comes first. White space is
+    collapsed; a caption with words keeps at least one."""
+    words = (prune_caption(caption) if prune and rng.random() < prune else caption).split()
     for name, rate in dict(synonym=synonym, insertion=insertion, swap=swap, deletion=deletion).items():
         words = TEXT_OPS[name](words, rate, rng) if rate else words
     return " ".join(TEXT_OPS[rng.choice(list(TEXT_OPS))](words, eda, rng) if eda else words)
@@ -334,6 +417,24 @@ class Tokenizer:
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
+    def masked(self, caption, rng, content=0.15, other=0.15):
+        """BERT's masking of one caption -> tokens (77,), and what was asked for: (77,) the token that was there, -1 elsewhere.
+
+        Tokens of nouns and adjectives are chosen with probability `content`, all others with `other` (UIT: 0.30 and 0.05; IRRA: 0.15
+        both), at least one; of the chosen ones 80 % become the mask symbol, 10 % any token, 10 % stay. Start, end and "!" never."""
+        tokens, text = self([caption])[0], plain_text(caption)
+        asked = torch.full_like(tokens, -1)
+        kind_at = {place: kind for start, end, kind in tag_words(text) for place in range(start, end)}
+        offsets = self.bpe.encode(text).offsets[:CONTEXT - 2]
+        able = [i for i in range(1, len(offsets) + 1) if tokens[i] > 0]
+        chosen = [i for i in able if rng.random() < (content if kind_at.get(offsets[i - 1][0]) in ("N", "J") else other)]
+        for i in chosen or able[:1]:
+            asked[i] = tokens[i]
+            draw = rng.random() if chosen else 0.0
+            if draw < 0.9:
+                tokens[i] = self.mask if draw < 0.8 else rng.randrange(1, self.mask)
+        return tokens, asked
+
 
 def load_tokenizer(path, mask=False):
     """CLIP's tokenizer from OpenAI's bpe_simple_vocab_16e6.txt.gz, a Hugging Face tokenizer.json or merges.txt, or a folder that
@@ -373,7 +474,7 @@ def train_tokenizer(captions, vocab=1024, mask=False):
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
          "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 POOL = ["jitter", "rotation", "crop", "gray", "flip", "erase"]         # what TBPS-CLIP draws from
-IMAGE_AUG = ["pool", "stack", "none", *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
+IMAGE_AUG = ["pool", "stack", "reid", "none", *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
 
 
 def crop_ratio(size, low=3 / 4, high=4 / 3):
@@ -388,20 +489,24 @@ def image_ops(size):
             "gray": v2.RandomGrayscale(0.1), "flip": v2.RandomHorizontalFlip(0.5),
             "erase": v2.RandomErasing(0.5, scale=(0.10, 0.20), ratio=(0.3, 3.3), value=0),
             "hue": v2.ColorJitter(hue=0.1), "blur": v2.GaussianBlur(3), "vflip": v2.RandomVerticalFlip(0.5),
-            "autoaugment": v2.AutoAugment(), "randaugment": v2.RandAugment(2, 9), "trivialaugment": v2.TrivialAugmentWide()}
+            "padcrop": v2.RandomCrop(size, padding=max(1, round(10 * size[0] / 384))), "autoaugment": v2.AutoAugment(), "randaugment": v2.RandAugment(2, 9), "trivialaugment": v2.TrivialAugmentWide()}
 
 
 class TrainView:
     """The view of an image for the image-text losses: PIL -> (3, H, W), scaled, augmented, normalised. image_aug: one of
-    IMAGE_AUG; "pool" is two of POOL drawn with replacement, in drawn order, "stack" all of them, or the name of one."""
+    IMAGE_AUG; "pool" is two of POOL drawn with replacement, in drawn order, "stack" all of them, "reid" what IRRA does (mirror, pad
+    10 of 384 pixels and crop, after normalising erase 2 to 40 % with the *mean*, so with a light grey), or the name of one."""
 
     def __init__(self, size, image_aug="pool", norm="imagenet", resize="bilinear"):
         assert image_aug in IMAGE_AUG, image_aug
         self.scale, self.ops, self.image_aug = Scale(size, resize), image_ops(size), image_aug
         self.normalize = v2.Normalize(*NORMS[norm])
+        if image_aug == "reid":
+            self.normalize = v2.Compose([self.normalize, v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(NORMS[norm][0]))])
 
     def __call__(self, image, flip=True):
-        names = {"pool": [POOL[i] for i in torch.randint(len(POOL), (2,))], "stack": POOL, "none": []}.get(self.image_aug, [self.image_aug])
+        names = {"pool": [POOL[i] for i in torch.randint(len(POOL), (2,))], "stack": POOL, "reid": ["flip", "padcrop"], "none": []}.get(
+            self.image_aug, [self.image_aug])
         pixels = self.scale(image)
         for name in names:
             if flip or name != "flip":
@@ -505,13 +610,18 @@ class Pairs(torch.utils.data.Dataset):
             captions.append(vary_caption(translated or self.captions[i], rng, **self.text))
         flip = not (self.aware and re.search(r"\b(left|right)\b", record["captions"][n], re.I))
         image = load_image(record["image"])
-        return dict(pixels=torch.stack([view(image, flip) for view in self.views]), captions=captions, pid=self.pids[i], item=i)
+        return dict(pixels=torch.stack([view(image, flip) for view in self.views]), captions=captions, pid=self.pids[i], item=i, seed=seed)
 
 
-def collate(tokenize, items):
-    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), pid (B,), item (B,)."""
-    tokens = tokenize([c for item in items for c in item["captions"]])
-    return dict(pixels=torch.stack([item["pixels"] for item in items], dim=1), tokens=tokens.view(len(items), -1, CONTEXT).transpose(0, 1),
+def collate(tokenizer, items, mask=None):
+    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), pid (B,), item (B,). With mask = (content, other), the rates of
+    Tokenizer.masked, also masked, asked (B, 77), of the first variation of each caption."""
+    tokens = tokenizer([c for item in items for c in item["captions"]])
+    more = {}
+    if mask:
+        rows = [tokenizer.masked(item["captions"][0], random.Random(item["seed"] + 1), *mask) for item in items]
+        more = dict(masked=torch.stack([row for row, _ in rows]), asked=torch.stack([asked for _, asked in rows]))
+    return more | dict(pixels=torch.stack([item["pixels"] for item in items], dim=1), tokens=tokens.view(len(items), -1, CONTEXT).transpose(0, 1),
                 pid=torch.tensor([item["pid"] for item in items]), item=torch.tensor([item["item"] for item in items]))
 
 
@@ -1024,7 +1134,7 @@ def check(name, root, sheet):
         if split == "val" and name in PUBLISHED and "val" not in PUBLISHED[name]:
             print(f"{split:8}{'none published: 200 training persons are held out by training':>62}")
             continue
-        records = splits[split] = read(name, root, split, hold_out=False)
+        records = splits[split] = read(name, root, split, hold_out=name not in PUBLISHED)
         published = PUBLISHED.get(name, {}).get(split)
         differs = published is not None and published != counts(records)
         wrong += differs

@@ -40,6 +40,12 @@ def soft_cross_entropy(logits, target):
     return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
+def reversed_kl(logits, log_q):
+    """mean_i KL(softmax_j(logits_ij) || q_i) from the logarithm of q: what is believed, priced by the labels. Both (B, B)."""
+    log_p = logits.log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+
+
 def same_person(pid, dtype=torch.float32):
     """The identity targets: q_ij = [pid_i == pid_j] / #{k: pid_i == pid_k}, (B, B). Each row is a distribution over the texts
     (or images) that are right for pair i: its own, and those of the same person that happen to be in the batch."""
@@ -87,8 +93,7 @@ def ritc(image, text, pid, scale, eps=0.01):
     p = (q + eps) / (1 + B eps). eps acts as label smoothing that grows with the batch; negative values are no mistake."""
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T                             # (B, B)
     log_q = (same_person(pid, logits.dtype) + eps).log()
-    log_p, log_p_t = logits.log_softmax(dim=1), logits.T.log_softmax(dim=1)
-    return ((log_p.exp() * (log_p - log_q)).sum(dim=1).mean() + (log_p_t.exp() * (log_p_t - log_q)).sum(dim=1).mean()) / 2
+    return (reversed_kl(logits, log_q) + reversed_kl(logits.T, log_q)) / 2
 
 
 @full_precision
@@ -102,6 +107,69 @@ def citc(image, text, weight_in=0.25, weight_cross=0.25):
     image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     cross = image @ text.T                                                                              # (B, B)
     return weight_in * (image @ image.T - text @ text.T).square().mean() + weight_cross * (cross - cross.T).square().mean()
+
+
+@full_precision
+def sdm(image, text, pid, scale=50.0):
+    """Similarity distribution matching, the main loss of IRRA (arXiv 2303.12501, Sec. 3.3):
+
+        p_ij = softmax_j(scale * cos(image_i, text_j)),    q as in `same_person`
+        loss = mean_i KL(p_i || q_i + 1e-8),   image -> text plus text -> image
+
+    image, text (B, D), pid (B,), scale = 1 / 0.02 in the paper."""
+    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T                             # (B, B)
+    log_q = (same_person(pid, logits.dtype) + 1e-8).log()               # belief in a wrong pair costs -log(1e-8) = 18.4
+    return reversed_kl(logits, log_q) + reversed_kl(logits.T, log_q)
+
+
+@full_precision
+def cmpm(image, text, pid):
+    """Cross-modal projection matching (Zhang and Lu, ECCV 2018): as `sdm`, but each feature is projected on the normalised ones
+    of the other side, without temperature, and the labels have unit length instead of unit sum. image, text (B, D), pid (B,)."""
+    same = (pid[:, None] == pid[None, :]).to(image.dtype)
+    log_q = (F.normalize(same, dim=1) + 1e-8).log()
+    return reversed_kl(image @ F.normalize(text, dim=1).T, log_q) + reversed_kl(text @ F.normalize(image, dim=1).T, log_q)
+
+
+@full_precision
+def triplet(image, text, pid, margin=0.05, hardest_positive=False):
+    """Cross-modal triplet of UIT (arXiv 2307.09059), with d = 1 - cos:
+
+        loss = mean_i relu(d(text_i, image_i) - d(text_i, image_n) + margin) + the same from images to texts
+
+    n is the nearest of other persons. The positive is the pair's own other half, or with hardest_positive the farthest of the
+    same person. image, text (B, D), pid (B,). A batch of one person has no negatives and gives 0."""
+    cos = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T                                        # (B, B)
+    same = pid[:, None] == pid[None, :]
+    if same.all():
+        return 0 * cos.sum()
+    loss = 0
+    for c in (cos, cos.T):                                              # rows: captions that look for images, then the reverse
+        positive = c.masked_fill(~same, torch.inf).amin(dim=1) if hardest_positive else c.diagonal()
+        loss = loss + F.relu(c.masked_fill(same, -torch.inf).amax(dim=1) - positive + margin).mean()
+    return loss
+
+
+# ---- what else a pair can teach -------------------------------------------------------------------------------------
+
+@full_precision
+def id_loss(image_logits, text_logits, pid):
+    """Who is it? Cross-entropy of one classifier on both sides, averaged (IRRA). logits (B, P), pid (B,) in 0 ... P-1."""
+    return (F.cross_entropy(image_logits, pid) + F.cross_entropy(text_logits, pid)) / 2
+
+
+@full_precision
+def mlm(logits, target):
+    """Masked language modelling (IRRA's implicit relation reasoning): cross-entropy over the tokens that were asked for.
+    logits (..., vocab), target (...) int, -1 where nothing was."""
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-1)
+
+
+@full_precision
+def restoration(predicted, target, dropped):
+    """Text-guided restoration of UIT: squared error of the patches that were dropped. predicted, target (B, N, patch values),
+    dropped (B, N) bool."""
+    return (predicted - target).square().mean(dim=2)[dropped].mean()
 
 
 # ---- self-supervision: two views of the same thing ------------------------------------------------------------------

@@ -17,6 +17,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import html
 import json
 import math
 import os
@@ -61,13 +62,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, at=None):
-        """(B, T, C) -> (B, T, C), or with `at` (B,) the result of these tokens alone, (B, 1, C)."""
+    def forward(self, x, causal=False, at=None, seen=None):
+        """(B, T, C) -> (B, T, C), or with `at` (B,) the result of these tokens alone, (B, 1, C). seen (B, T) bool: where to look."""
         B, T, C = x.shape
         dropout = self.dropout if self.training else 0.0
         if at is None:
             q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)       # each (B, H, T, C/H)
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+            x = F.scaled_dot_product_attention(q, k, v, None if seen is None else seen[:, None, None], dropout, causal)
         else:
             q = F.linear(pick(x, at), self.qkv.weight[:C], self.qkv.bias[:C]).view(B, 1, self.heads, -1).transpose(1, 2)      # (B, H, 1, C/H)
             k, v = F.linear(x, self.qkv.weight[C:], self.qkv.bias[C:]).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -90,8 +91,8 @@ class Block(nn.Module):
         self.ln2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.quick_gelu = quick_gelu
 
-    def forward(self, x, causal=False, at=None):
-        attended = self.attn(self.ln1(x), causal, at)
+    def forward(self, x, causal=False, at=None, seen=None):
+        attended = self.attn(self.ln1(x), causal, at, seen)
         x = (x if at is None else pick(x, at)) + attended
         h = self.fc1(self.ln2(x))
         # OpenAI's CLIP was trained with QuickGELU, h * sigmoid(1.702 h), and one must keep what one was trained with; LAION's models have
@@ -117,6 +118,12 @@ def sincos(positions, width):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+def sincos_grid(grid, width):
+    """Of a class token (zeros) and the patches of a grid (rows, columns): half the width tells the column, half the row; (T, width)."""
+    row, column = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid)).T
+    return torch.cat([torch.zeros(1, width), torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=1)])
+
+
 class ImageTower(nn.Module):
     """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
     and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
@@ -130,17 +137,18 @@ class ImageTower(nn.Module):
         self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))
         # From scratch, positions start as sines of column and row rather than CLIP's noise: neighbours are then alike from the
         # first step on, which is worth many epochs where there are only a few
-        row, column = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in self.grid)).T
-        grid = torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=1)                  # (T-1, C)
-        self.pos = nn.Parameter(torch.cat([torch.zeros(1, width), 0.5 * grid]))
+        self.pos = nn.Parameter(0.5 * sincos_grid(self.grid, width))                                    # (T, C)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, head_width, quick_gelu=quick_gelu) for _ in range(layers))
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         init_blocks(self.blocks, width)
 
-    def forward(self, pixels, at=None):
+    def forward(self, pixels, at=None, keep=None):
+        """keep (B, K): only these patches, by number, go through the transformer."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos                # (B, T, C)
+        if keep is not None:
+            x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))], dim=1)      # (B, 1+K, C)
         x = self.ln_pre(x)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -184,13 +192,13 @@ class DualEncoder(nn.Module):
         # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
         self.image.patch.weight.requires_grad_(not lock_patch)
 
-    def image_tokens(self, pixels):
-        """(B, 3, H, W) -> (B, T, D): class token first, then the patches row by row."""
-        return self.image.ln_post(self.image(pixels)) @ self.image.proj
+    def image_tokens(self, pixels, keep=None):
+        """(B, 3, H, W) -> (B, T, D): class token first, then the patches row by row, or those of `keep` (B, K)."""
+        return self.image.ln_post(self.image(pixels, keep=keep)) @ self.image.proj
 
-    def text_tokens(self, tokens):
-        """(B, 77) ids -> (B, T, D), T the longest caption of the batch."""
-        tokens, _ = self.cut(tokens)
+    def text_tokens(self, tokens, cut=True):
+        """(B, 77) ids -> (B, T, D), T the longest caption of the batch, or with cut=False all 77."""
+        tokens = self.cut(tokens)[0] if cut else tokens.to(self.logit_scale.device, non_blocking=True)
         return self.text.ln_post(self.text(tokens)) @ self.text.proj
 
     def encode_image(self, pixels):
@@ -502,49 +510,72 @@ def load_checkpoint(path, device="cpu"):
 
 # ---- methods: a recipe, a step, heads -------------------------------------------------------------------------------
 
-TBPS_CLIP = dict(
-    # optimisation: AdamW with one warm-up epoch, then a cosine, per iteration
-    epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, weight_decay=0.02, sampler="random",
+COMMON = dict(  # what every method has
+    # optimisation: a rise, then a cosine, per iteration; AdamW
+    epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, per_epoch=False, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98,
+    lr_bias=1.0, lr_new=1.0, lr_named=False, sampler="random",
     # images and captions
     height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
     # augmentation
-    image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0,
-    # losses
-    itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False, tau=0.0,
-    # training tricks
-    soft=0.5, soft_ramp=1.0, teacher_pass=True, text_dropout=0.05, lock_patch=True)
+    image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0,
+    # model
+    tau=0.0, text_dropout=0.05, lock_patch=True)
+TBPS_CLIP = COMMON | dict(
+    itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False,
+    soft=0.5, soft_ramp=1.0, teacher_pass=True)
 SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
 BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
                              deletion=0.0)
+IRRA = COMMON | dict(
+    epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5, coupled=True, eps=1e-3, beta2=0.999,
+    lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip", eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0,
+    deletion=0.0, tau=0.02, text_dropout=0.0, lock_patch=False,
+    itc=0.0, sdm=1.0, cmpm=0.0, id=1.0, triplet=0.0, hardest=False, restoration=0.0, mlm=1.0,
+    mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, released_drop=False, padding=False)
+UIT = IRRA | dict(batch=128, sampler="random-count", triplet=10.0, restoration=10.0, mlm=0.0, prune=0.2, mask_content=0.3, mask_other=0.05, mask_all=True)
 KEYS = dict(  # what --help says of each key
     epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
-    lr_end="at the last step", warmup="epochs of linear rise", weight_decay="of matrices", sampler="random, pk or random-count",
+    lr_end="at the last step", warmup="epochs of linear rise", per_epoch="the rate changes between epochs only", weight_decay="of matrices",
+    coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", lr_bias="factor of the rate of biases",
+    lr_new="factor of the rate of layers that CLIP does not have", lr_named="the factors by layers' names, as released: lr_new for cross attention, "
+    "blocks and classifiers alone, lr_bias for the former's biases", sampler="random, pk or random-count",
     height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
     resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
-    image_aug="pool (2 of 6), stack (all), none, or one of " + ", ".join(data.IMAGE_AUG[3:]), aware="no mirroring where the caption says left or right",
+    image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), none, or one of " + ", ".join(data.IMAGE_AUG[4:]),
+    aware="no mirroring where the caption says left or right",
     back_translation="chance to take captions_bt instead, where the data have it", deletion="chance of each word to be left out",
     synonym="share of words replaced", insertion="share of words inserted", swap="share of words exchanged", eda="rate of one of these four at random",
+    prune="chance of a caption to be cut to its nouns, adjectives and pronouns",
+    tau="temperature; 0: learned from where the weights have it", text_dropout="on attention weights", lock_patch="freeze the patch convolution",
     itc="weight: contrast with one right answer each", nitc="weight: N-ITC, all captions of the person are right", ritc="weight: reversed KL",
     ritc_eps="its label smoothing", citc="weight: cyclic consistency", ss="weight: self-supervision between two image views",
     ss_text="weight: the same between two caption variations", mvs="a second image view in N-ITC", mvs_text="a second caption variation in N-ITC",
-    tau="temperature; 0: learned from where the weights have it", soft="share of the model's own belief in the targets of N-ITC",
-    soft_ramp="epochs until `soft` is reached", teacher_pass="the teacher's texts get a dropout mask of their own", text_dropout="on attention weights",
-    lock_patch="freeze the patch convolution")
+    soft="share of the model's own belief in the targets of N-ITC", soft_ramp="epochs until `soft` is reached",
+    teacher_pass="the teacher's texts get a dropout mask of their own",
+    sdm="weight: similarity distribution matching", cmpm="weight: projection matching", id="weight: classifying persons",
+    triplet="weight: nearest of other persons, margin 0.05", hardest="its positive is the person's farthest, not the pair's other half",
+    restoration="weight: dropped patches from a grey image and the caption", mlm="weight: masked words from the image",
+    mask_content="chance of nouns and adjectives to be masked", mask_other="of other words", mask_all="the masked captions are used in all losses",
+    depth="blocks of the restorer and of the word guesser", drop="share of patches dropped", released_drop="one patch more is dropped than scored, as released",
+    padding="restorer and guesser see the padding of captions too, as released")
 
 
-def tbps_clip_heads(recipe, embed):
+def tbps_clip_heads(recipe, model, persons):
     """SimCLR's projection heads, where self-supervision is on."""
+    embed = model.arch["embed"]
+
     def mlp():
         return nn.Sequential(nn.Linear(embed, 128), nn.ReLU(), nn.Linear(128, embed))
     return {name: mlp() for name in ("ss", "ss_text") if recipe[name]}
 
 
-def tbps_clip_losses(model, batch, recipe, alpha, autocast):
+def tbps_clip_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of TBPS-CLIP (arXiv 2308.10045) by name; their sum is the objective.
 
     batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, 77) likewise.
-    alpha: share of the model's own belief in the targets, now. All views go through the encoder in one forward."""
+    epoch: passes done, with fraction. All views go through the encoder in one forward."""
     r, pid, B = recipe, batch["pid"], len(batch["pid"])
+    alpha = r["soft"] * (min(1, epoch / r["soft_ramp"]) if r["soft_ramp"] else 1)                       # the model's own belief in the targets
     with autocast():
         image = model.encode_image(batch["pixels"].flatten(0, 1)).view(-1, B, model.arch["embed"])      # (V, B, D)
         text = model.encode_text(batch["tokens"].flatten(0, 1)).view(-1, B, model.arch["embed"])        # (U, B, D)
@@ -574,36 +605,225 @@ def tbps_clip_losses(model, batch, recipe, alpha, autocast):
     return out
 
 
+class CrossAttention(nn.Module):
+    """Queries (B, T, C) look at a context (B, S, C) -> (B, T, C). seen (B, S) bool: where they may."""
+
+    def __init__(self, width, head_width):
+        super().__init__()
+        self.heads = width // head_width
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x, context, seen=None):
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)                                        # (B, H, T, C/H)
+        k, v = self.kv(context).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, None if seen is None else seen[:, None, None])
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class Interaction(nn.Module):
+    """What IRRA and UIT share: tokens of one kind (B, T, C) look once at those of the other (B, S, C), then a few blocks. There is
+    no residual around the look: what comes out is made of the context alone, the query only chooses where to look."""
+
+    def __init__(self, width, head_width, depth):
+        super().__init__()
+        self.ln_query, self.ln_context, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.cross = CrossAttention(width, head_width)
+        self.ln_mid = nn.Identity()                                     # a layer norm in UIT
+        self.blocks = nn.ModuleList(Block(width, head_width) for _ in range(depth))
+        for layer in (self.cross.q, self.cross.kv):
+            nn.init.normal_(layer.weight, std=width ** -0.5)
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.cross.proj.weight, std=(2 * depth * width) ** -0.5)
+        nn.init.zeros_(self.cross.proj.bias)
+        init_blocks(self.blocks, width)
+
+    def forward(self, query, context, query_seen=None, context_seen=None):
+        x = self.ln_mid(self.cross(self.ln_query(query), self.ln_context(context), context_seen))
+        for block in self.blocks:
+            x = block(x, seen=query_seen)
+        return self.ln_post(x)
+
+
+class Guesser(nn.Module):
+    """IRRA's masked language model (arXiv 2303.12501, Sec. 3.2): masked words look at the image, and are to be guessed."""
+
+    def __init__(self, width, head_width, depth, vocab):
+        super().__init__()
+        self.look = Interaction(width, head_width, depth)
+        self.fc, self.ln, self.out = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, vocab)
+        nn.init.normal_(self.fc.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.out.weight, std=(2 * depth * width) ** -0.5)
+
+    def forward(self, text, image, where, seen=None):
+        """text (B, T, D), image (B, S, D), where (B, T) bool -> logits (M, vocab) of the M tokens asked for."""
+        x = self.look(text, image, query_seen=seen)[where]
+        return self.out(self.ln(F.silu(1.702 * self.fc(x)) / 1.702))
+
+
+class Restorer(nn.Module):
+    """UIT's text-guided image restoration (arXiv 2307.09059): from the tokens of a grey image's visible patches and the words to the
+    pixels, in colour, of all patches. The colours can only come from the words."""
+
+    def __init__(self, width, head_width, depth, grid, patch):
+        super().__init__()
+        self.ln, self.embed = nn.LayerNorm(width), nn.Linear(width, width)
+        self.mask = nn.Parameter(0.02 * torch.randn(width))
+        self.register_buffer("pos", sincos_grid(grid, width), persistent=False)                         # (1+N, D), fixed
+        self.look = Interaction(width, head_width, depth)
+        self.look.ln_mid = nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * patch ** 2)
+
+    def forward(self, visible, order, text, seen=None):
+        """visible (B, 1+K, D): class token and the first K patches of `order` (B, N); text (B, T, D) -> (B, N, 3 patch^2)."""
+        x = self.embed(self.ln(visible))
+        B, K, N = len(x), x.shape[1] - 1, order.shape[1]
+        patches = torch.cat([x[:, 1:], self.mask.to(x.dtype).expand(B, N - K, -1)], dim=1)              # (B, N, D), as drawn
+        patches = patches.gather(1, order.argsort(dim=1)[..., None].expand_as(patches))                 # row by row
+        x = torch.cat([x[:, :1], patches], dim=1) + self.pos
+        return self.pixels(self.look(x, text, context_seen=seen)[:, 1:])
+
+
+def patchify(pixels, patch):
+    """(B, 3, H, W) -> (B, N, 3 patch^2): patches row by row, each by row, column, channel. Rows and columns that fill none are cut."""
+    B, _, H, W = pixels.shape
+    h, w = H // patch, W // patch
+    x = pixels[:, :, :h * patch, :w * patch].reshape(B, 3, h, patch, w, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, -1)
+
+
+def unpatchify(patches, grid, patch):
+    """The way back: (B, N, 3 patch^2) -> (B, 3, H, W)."""
+    x = patches.reshape(-1, *grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(patches), 3, grid[0] * patch, grid[1] * patch)
+
+
+def grey(pixels):
+    """Luma in all three channels, of normalised pixels as released: within 0.11 of normalising the grey image."""
+    return (pixels * pixels.new_tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(dim=1, keepdim=True).expand_as(pixels)
+
+
+def irra_heads(recipe, model, persons):
+    """The classifier, word guesser and restorer that the recipe's weights ask for."""
+    arch, heads = model.arch, {}
+    size = arch["embed"], arch["head_width"], recipe["depth"]
+    if recipe["id"]:
+        heads["id"] = nn.Linear(arch["embed"], persons)
+        nn.init.normal_(heads["id"].weight, std=0.001)
+        nn.init.zeros_(heads["id"].bias)
+    if recipe["mlm"]:
+        heads["mlm"] = Guesser(*size, arch["vocab"])
+    if recipe["restoration"]:
+        if arch["stride"] != arch["patch"]:
+            raise ValueError("restoration needs patches that do not overlap: stride=0")
+        heads["restoration"] = Restorer(*size, model.image.grid, arch["patch"])
+    return heads
+
+
+def irra_losses(model, batch, recipe, epoch, autocast):
+    """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their recipes' weights.
+
+    batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77)."""
+    r, pid, pixels, tokens = recipe, batch["pid"], batch["pixels"][0], batch["masked"] if recipe["mask_all"] else batch["tokens"][0]
+    eot = tokens.argmax(dim=1).to(pid.device)                           # of the masked caption too
+    seen = None if r["padding"] else torch.arange(int(tokens.argmax(dim=1).max()) + 1, device=pid.device) <= eot[:, None]      # (B, T)
+    out, restorer, guesser = {}, r["restoration"], r["mlm"]
+    with autocast():
+        image_tokens = model.image_tokens(pixels) if guesser else model.encode_image(pixels)[:, None]   # (B, S, D), or the class token
+        if restorer or guesser and r["mask_all"]:
+            text_tokens = model.text_tokens(tokens, cut=not r["padding"])                               # (B, T, D)
+            text = pick(text_tokens, eot)[:, 0]                                                         # (B, D)
+        else:
+            text = model.encode_text(tokens)
+        image = image_tokens[:, 0]                                                                      # (B, D)
+        if r["id"]:
+            who = model.heads["id"](image), model.heads["id"](text)                                     # (B, P)
+        if guesser:
+            words = text_tokens if r["mask_all"] else model.text_tokens(batch["masked"], cut=not r["padding"])
+            asked = batch["asked"][:, :words.shape[1]].to(pid.device)
+            guessed = model.heads["mlm"](words, image_tokens, asked >= 0, seen)                         # (M, vocab)
+        if restorer:
+            restored, dropped = restore(model, pixels, text_tokens, seen, r)
+    scale = model.scale()
+    if r["itc"]:
+        out["itc"] = r["itc"] * losses.itc(image, text, scale)
+    if r["sdm"]:
+        out["sdm"] = r["sdm"] * losses.sdm(image, text, pid, scale)
+    if r["cmpm"]:
+        out["cmpm"] = r["cmpm"] * losses.cmpm(image, text, pid)
+    if r["id"]:
+        out["id"] = r["id"] * losses.id_loss(*who, pid)
+    if r["triplet"]:
+        out["triplet"] = r["triplet"] * losses.triplet(image, text, pid, hardest_positive=r["hardest"])
+    if guesser:
+        out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0])
+    if restorer:
+        out["restoration"] = restorer * losses.restoration(restored, patchify(pixels, model.arch["patch"]), dropped)
+    return out
+
+
+def restore(model, pixels, text_tokens, seen, recipe, generator=None):
+    """-> all patches as restored (B, N, 3 patch^2) from a grey image with most of them dropped and the caption's tokens (B, T, D);
+    which of them count, (B, N) bool. Only the visible ones are computed: at drop=0.7 this costs a third of a normal pass."""
+    B, N = len(pixels), math.prod(model.image.grid)
+    order = torch.rand(B, N, generator=generator, device=pixels.device).argsort(dim=1)
+    # as released: of 192 patches 56 are visible, but 57 are taken for visible in the loss, where one is missing
+    K = int((N + 1) * (1 - recipe["drop"]) + 1e-6) - 1 if recipe["released_drop"] else int(N * (1 - recipe["drop"]) + 1e-6)
+    visible = model.image_tokens(grey(pixels), keep=order[:, :K])                                       # (B, 1+K, D)
+    dropped = order.argsort(dim=1) >= K + recipe["released_drop"]                                       # (B, N)
+    return model.heads["restoration"](visible, order, text_tokens, seen), dropped
+
+
 METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
+    "irra": (IRRA, irra_heads, irra_losses),
+    "uit": (UIT, irra_heads, irra_losses),
 }
 # On top of any recipe, for toy people learned from scratch: a smaller model and rate, more and smaller batches. There is nothing to lock or to
-# believe in before anything is learned, so the patch convolution learns too and the targets are the labels
-TOY = dict(height=96, width=48, epochs=12, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, soft=0.0, lock_patch=False)
+# believe in before anything is learned, so the patch convolution learns too and the targets are the labels; every layer is new
+TOY = dict(height=96, width=48, epochs=12, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, per_epoch=False, weight_decay=0.02, coupled=False,
+           eps=1e-8, beta2=0.98, lr_bias=1.0, lr_new=1.0, soft=0.0, lock_patch=False, depth=2)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def lr_at(it, n, recipe):
-    """Learning rate at iteration `it`, n iterations per epoch: linear from lr_start to lr inclusive, then half a cosine to lr_end."""
+    """Learning rate at iteration `it`, n iterations per epoch: linear from lr_start to lr, then half a cosine to lr_end. Per iteration
+    the warm-up ends at lr; per epoch, the first epoch after it begins there (IRRA: 0.1, 0.28 ... 0.82, then 1 of the rate)."""
+    if recipe["per_epoch"]:
+        it, n = it // n, 1
     warm = round(recipe["warmup"] * n)
     if it < warm:
-        return recipe["lr_start"] + (recipe["lr"] - recipe["lr_start"]) * it / max(1, warm - 1)
+        return recipe["lr_start"] + (recipe["lr"] - recipe["lr_start"]) * it / max(1, warm - (not recipe["per_epoch"]))
     done = (it - warm) / max(1, recipe["epochs"] * n - warm)
     return recipe["lr_end"] + 0.5 * (recipe["lr"] - recipe["lr_end"]) * (1 + math.cos(math.pi * done))
 
 
+def lr_factor(name, recipe):
+    """Factor of a parameter's learning rate: lr_new for layers that CLIP does not have, lr_bias for CLIP's biases. With lr_named as in
+    the released code, which went by names: the restorer's ends and norms stay at the rate of CLIP."""
+    new, bias = name.startswith("heads."), name.endswith("bias")
+    if recipe["lr_named"] and not re.match(r"heads\.(id|mlm\.(fc|ln|out))\.", name):
+        new = new and not bias and re.search(r"\.(cross|blocks)\.", name)
+    return recipe["lr_new"] if new else recipe["lr_bias"] if bias else 1.0
+
+
 def make_optimizer(model, recipe, fused):
-    """AdamW in two groups: matrices decay; biases, norms, the class token and the temperature do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=recipe["weight_decay"]),
-              dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=recipe["lr"], betas=(0.9, 0.98), eps=1e-8, fused=fused)
+    """AdamW: matrices decay; biases, norms, the class token and the temperature do not. Or `coupled`, as IRRA: Adam, where all but
+    biases are drawn to 0 by their gradient. Each group has a `factor` of the learning rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = not name.endswith("bias") if recipe["coupled"] else p.ndim >= 2
+            groups.setdefault((lr_factor(name, recipe), decays), []).append(p)
+    groups = [dict(params=params, factor=factor, weight_decay=recipe["weight_decay"] if decays else 0.0)
+              for (factor, decays), params in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))]
+    return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)
 
 
-def build(args, recipe, vocab):
+def build(args, recipe, vocab, persons):
     """The model for a run, with its method's heads."""
     torch.manual_seed(data.mix(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
@@ -612,7 +832,7 @@ def build(args, recipe, vocab):
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
-    for name, head in METHODS[args.method][1](recipe, model.arch["embed"]).items():
+    for name, head in METHODS[args.method][1](recipe, model, persons).items():
         model.heads[name] = head
     if recipe["tau"]:
         model.logit_scale.data.fill_(math.log(1 / recipe["tau"]))
@@ -679,7 +899,8 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
         state = {k: saved[k] for k in state}
 
     def checkpoint(name):
-        content = dict(format="tbps", version=VERSION, weights=model.state_dict(), arch=model.arch, info=info, method=args.method, recipe=recipe,
+        weights = {n: w for n, w in model.state_dict().items() if name == "last.pt" or not n.startswith("heads.")}       # searching needs no heads
+        content = dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info, method=args.method, recipe=recipe,
                        tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None), args=settings(args), **state)
         if name == "last.pt":                                           # best.pt is for use, not for going on
             content |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
@@ -698,20 +919,21 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     while state["epoch"] < recipe["epochs"]:
         epoch, done = state["epoch"], state["step"]
         order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch))
+        if alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order):
+            print(f"{alone} of {len(order)} batches show one person only: they have no negatives, the triplet loss is 0 there")
         pairs.epoch = epoch
         loader = torch.utils.data.DataLoader(pairs, batch_sampler=order[done:], num_workers=args.workers, worker_init_fn=quiet_worker,
-                                             pin_memory=device.type == "cuda", collate_fn=functools.partial(data.collate, tokenizer))
+                                             pin_memory=device.type == "cuda", collate_fn=functools.partial(data.collate, tokenizer, mask=masks(recipe)))
         model.train()
-        recent, began = [], time.time()
+        values, logged, began = [], 0, time.time()                      # of the losses, a row per step; how many rows log.jsonl has
         for i, batch in enumerate(loader, start=done):
             it = epoch * n + i * n / len(order)                         # samplers by person give epochs of slightly different length
             lr = lr_at(it, n, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            alpha = recipe["soft"] * min(1, it / max(1, recipe["soft_ramp"] * n))
+                group["lr"] = lr * group["factor"]
             torch.manual_seed(data.mix(args.seed, epoch, i, 0))         # dropout is a function of where we are: resume is exact
-            batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}
-            parts = step_losses(model, batch, recipe, alpha, autocast)
+            batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}         # tokens are cut first
+            parts = step_losses(model, batch, recipe, it / n, autocast)
             loss = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -719,18 +941,18 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
             scaler.update()
             state["step"] = i + 1
             bar.update(recipe["batch"])
-            recent.append(torch.stack([loss, *parts.values()]).detach())
+            values.append(torch.stack([loss, *parts.values()]).detach())
             now, due = i % args.log_every == 0 or i + 1 == len(order), stop or time.time() - saved_at > 60 * args.save_minutes
             if now or due:                                              # reading a number waits for the GPU, so not at every step
-                values = torch.stack(recent)
-                if not values.isfinite().all():
-                    bad = i + 1 - len(recent) + int((~values.isfinite().all(dim=1)).nonzero()[0])
+                recent = torch.stack(values[logged:])
+                if not recent.isfinite().all():
+                    bad = done + logged + int((~recent.isfinite().all(dim=1)).nonzero()[0])
                     files = [str(pairs.items[j][0]["image"]) for j in order[bad][:4] if isinstance(pairs.items[j][0]["image"], Path)]
                     raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {bad + 1}" + f" (images {', '.join(files)} ...)" * bool(files) +
                                              f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
                                              f"; {out}/last.pt, if there, is from before")
             if now:
-                mean, recent = values.mean(dim=0).tolist(), []
+                mean, logged = recent.mean(dim=0).tolist(), len(values)
                 bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)))
                 log(at=[epoch, i + 1], epoch=epoch + (i + 1) / len(order), lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
             if due and i + 1 < len(order):
@@ -743,6 +965,7 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
 
         state |= dict(epoch=epoch + 1, step=0)
         speed = (len(order) - done) * recipe["batch"] / (time.time() - began)
+        mean = torch.stack(values).mean(dim=0).tolist()
         line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {speed:.0f} pairs/s"
         if val:
             scores, _ = evaluate(model, tokenizer, info, val, device, args.workers, sheet=False, progress=False)
@@ -765,10 +988,10 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
 
 def parse_args(argv=None):
     """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
-    keys = "\n".join(f"  {k:18}{str(v):12}{KEYS[k]}" for k, v in TBPS_CLIP.items())
+    keys = "\n".join(f"  {k:18}{str(v):12}{KEYS[k]}" for k, v in (UIT | TBPS_CLIP).items())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=f"keys of a recipe, for --set, with the values of tbps-clip:\n{keys}\n\n"
-                                f"tbps-clip-simplified differs in: {differences(SIMPLIFIED)}\nbaseline differs in: {differences(BASELINE)}\n"
+                                epilog=f"keys of a recipe, for --set, with the values of tbps-clip, and below them those of irra and uit alone:\n{keys}\n\n" +
+                                "".join(f"{name} differs in: {differences(recipe)}\n" for name, (recipe, *_) in METHODS.items() if recipe != TBPS_CLIP) +
                                 f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}")
     g = p.add_argument_group("what")
     g.add_argument("--dataset", choices=data.DATASETS, default="toy", help="the data set (default: toy, drawn on the spot)")
@@ -800,7 +1023,8 @@ def parse_args(argv=None):
 
     toy = args.dataset.startswith("toy")
     args.method = args.method or ("tbps-clip-simplified" if toy else "tbps-clip")
-    recipe = METHODS[args.method][0] | (TOY if toy else {})
+    recipe = METHODS[args.method][0]
+    recipe = recipe | ({k: v for k, v in TOY.items() if k in recipe} if toy else {})
     given = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
     for text in given + args.set:
         key, _, value = text.partition("=")
@@ -816,10 +1040,12 @@ def parse_args(argv=None):
             raise ValueError(f"{key}={value} must be a number from 0 up")
         if key in SHARES and value > 1:
             raise ValueError(f"{key}={value} must be a share from 0 to 1")
-    if not any(recipe[k] for k in ("itc", "nitc", "ritc", "citc", "ss", "ss_text")):
+    if not any(recipe.get(k) for k in LOSSES):
         raise ValueError("all losses have the weight 0: nothing to learn")
-    if max(recipe["height"], recipe["width"]) > 4096 or recipe["stride"] < 0 or recipe["ritc_eps"] <= 0:
-        raise ValueError("height and width go up to 4096 pixels, stride from 0, ritc_eps is above 0")
+    if max(recipe["height"], recipe["width"]) > 4096 or recipe["stride"] < 0 or recipe.get("depth", 0) < 0:
+        raise ValueError("height and width go up to 4096 pixels, stride and depth from 0")
+    if recipe.get("ritc_eps", 1) <= 0 or recipe["eps"] <= 0 or recipe["beta2"] >= 1 or recipe.get("drop", 0) > 0.95:
+        raise ValueError("ritc_eps and eps are above 0, beta2 is below 1, drop at most 0.95")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
@@ -837,11 +1063,18 @@ def parse_args(argv=None):
     return args, recipe
 
 
-SHARES = ["back_translation", "deletion", "synonym", "insertion", "swap", "eda", "soft", "text_dropout"]
+TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune"]
+SHARES = ["back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop"]
+LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "triplet", "restoration", "mlm"]
+
+
+def masks(recipe):
+    """The rates at which words are masked, or None where the recipe has no use for masked captions."""
+    return (recipe["mask_content"], recipe["mask_other"]) if recipe.get("mlm") or recipe.get("mask_all") else None
 
 
 def differences(recipe):
-    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != TBPS_CLIP[k])
+    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != (UIT | TBPS_CLIP)[k])
 
 
 def typed(key, value, like):
@@ -877,7 +1110,8 @@ def check_run(args, recipe, out):
     saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
     before, now = saved["args"] | saved["recipe"], settings(args) | recipe
     if changed := [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
-        raise ValueError(f"{last} was made with other options, so going on would not be the same run:\n  " + "\n  ".join(changed))
+        raise ValueError(f"{last} was made with other options, so going on would not be the same run:\n  " + "\n  ".join(changed) +
+                         f"\n  --clip {last} with another --out starts a new run from these weights")
 
 
 def open_run(args, out):
@@ -916,20 +1150,18 @@ def main():
     args, recipe = parse_args()
     out = Path(args.out)
     check_run(args, recipe, out)
-    if args.clip != "none":
-        find_weights(args.clip)                                         # before anything that takes time
     splits = load_data(args)
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in splits["train"]):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
-    pairs = data.Pairs(splits["train"], size, args.seed, views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"],
-                       self_texts=2 * (r["ss_text"] > 0), image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
-                       back_translation=r["back_translation"], text={k: r[k] for k in ("deletion", "synonym", "insertion", "swap", "eda")}, aware=r["aware"])
+    more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
+    pairs = data.Pairs(splits["train"], size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
+                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"])
     if args.tokenizer or args.clip != "none":
-        tokenizer = tokenizer_for(args.clip, args.tokenizer)
+        tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
     else:
-        tokenizer = data.train_tokenizer([c for r in splits["train"] for c in r["captions"]])
-    model = build(args, recipe, tokenizer.vocab)
+        tokenizer = data.train_tokenizer([c for record in splits["train"] for c in record["captions"]], mask=masks(r) is not None)
+    model = build(args, recipe, tokenizer.vocab, pairs.persons)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -942,17 +1174,40 @@ def main():
     with asked_to_stop() as stop:
         train(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info, stop)
     minutes, rows = (time.time() - began) / 60, {}
+    restored = restorations(model, tokenizer, info, splits["test"], recipe) if r.get("restoration") else ""
     for name in ("last.pt", "best.pt"):                                 # the test split is looked at here, once, and selects nothing
         model, tokenizer, info = load_checkpoint(out / name, args.device)
         scores, sheet = evaluate(model, tokenizer, info, splits["test"], args.device, args.workers)
         rows |= {f"{name}, {way}": s for way, s in scores.items()}
-    report(out, args, recipe, rows, sheet, minutes)
+    report(out, args, recipe, rows, sheet, minutes, restored)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
     print(f"test {evaluation.show(rows['best.pt, text to image'])}")
 
 
-def report(out, args, recipe, rows, sheet, minutes):
-    """report.html: settings, curves, scores, retrieval sheet."""
+@torch.no_grad()
+def restorations(model, tokenizer, info, records, recipe, number=8):
+    """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is another."""
+    able = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
+    device, rows = model.logit_scale.device, []
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in data.NORMS[info["norm"]])
+    for record, caption, changed in able[::max(1, len(able) // number)][:number]:
+        pixels, patch = view(record["image"])[None].to(device), model.arch["patch"]
+        painted = []
+        for words in (caption, changed):
+            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]))
+            restored, dropped = restore(model, pixels, text, None, recipe, torch.Generator(device).manual_seed(len(rows)))
+            painted.append(torch.where(dropped[..., None], restored, patchify(grey(pixels), patch)))
+        seen = torch.where(dropped[..., None], 0.0, patchify(grey(pixels), patch))
+        shown = [grey(pixels), *(unpatchify(p, model.image.grid, patch) for p in (seen, *painted)), pixels]
+        images = [(255 * (x[0] * std + mean).clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy() for x in shown]
+        rows.append(f"<div class=row><p>{html.escape(caption)}<br>{html.escape(changed)}</p>" +
+                    "".join(f'<img src="{evaluation.thumbnail(data.load_image(image), 192)}">' for image in images) + "</div>")
+    return "<p>grey; what the restorer saw; painted after the first caption; after the second; the image itself</p>" + "".join(rows)
+
+
+def report(out, args, recipe, rows, sheet, minutes, restored):
+    """report.html: settings, curves, scores, retrieval sheet, restorations."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
     parts = [k for k in steps[0] if k not in ("at", "epoch", "lr", "scale")]
@@ -962,7 +1217,7 @@ def report(out, args, recipe, rows, sheet, minutes):
     curves += evaluation.curve("scale = 1 / temperature", {"scale": [(x["epoch"], x["scale"]) for x in steps]})
     shown = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((settings(args) | recipe).items()))
     evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", ("Test scores, %", evaluation.table(rows)),
-                          ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet),
+                          ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet), ("Restorations (last.pt, test split)", restored),
                           ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>"))
 
 

@@ -92,7 +92,7 @@ def step(which, batch=4):
     torch.manual_seed(0)
     recipe = tbps.TBPS_CLIP
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"], lock_patch=True, text_dropout=0.05)
-    for name, head in tbps.tbps_clip_heads(recipe, 512).items():
+    for name, head in tbps.tbps_clip_heads(recipe, model, 11003).items():
         model.heads[name] = head
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
     tokens = captions(batch)

@@ -75,6 +75,72 @@ def test_nitc_by_slow_loop():
     assert losses.nitc(IMAGE, TEXT, PID, SCALE).item() == pytest.approx(total, rel=1e-12)
 
 
+# ---- IRRA and UIT ---------------------------------------------------------------------------------------------------
+
+V, T = torch.tensor([[1, 0], [0, 1], [1, 1], [2, 1]]).double(), torch.tensor([[1, .5], [.2, 1], [1, -1], [.5, 1]]).double()
+ID = torch.tensor([0, 1, 0, 2])
+
+
+@pytest.mark.parametrize("scale, sdm, itc", [(1, 18.77321, 1.36443), (10, 14.72684, 3.01292), (50, 15.95410, 13.29432)])
+def test_sdm_and_itc_of_irra(scale, sdm, itc):
+    assert losses.sdm(V, T, ID, scale).item() == pytest.approx(sdm, abs=5e-6)
+    assert losses.itc(V, T, scale).item() == pytest.approx(itc, abs=5e-6)
+
+
+def test_cmpm():
+    assert losses.cmpm(V, T, ID).item() == pytest.approx(18.48476, abs=5e-6)
+
+
+def test_sdm_divides_the_rows():
+    """Labels that are right: with features that say exactly who is who, only the 1e-8 is left; a column-normalised q is the same
+    because same-person rows have equal sums, whatever the order of the batch."""
+    pid = torch.tensor([3, 3, 3, 5])
+    eye = torch.eye(2, dtype=torch.float64)[[0, 0, 0, 1]]
+    assert losses.sdm(eye, eye, pid, 60).item() == pytest.approx(0, abs=1e-6)
+    order = torch.tensor([2, 0, 3, 1])
+    assert losses.sdm(V[order], T[order], ID[order]).item() == pytest.approx(losses.sdm(V, T, ID).item(), rel=1e-12)
+
+
+def test_triplet():
+    assert losses.triplet(V, T, ID).item() == pytest.approx(0.49229, abs=5e-6)
+    image, text = F.normalize(V, dim=1), F.normalize(T, dim=1)
+    by_hand = [0, 0]                                                    # negatives as the specification lists them
+    for i, (n, m) in enumerate(zip([3, 2, 3, 2], [3, 3, 3, 0])):
+        by_hand[0] += max(0, (text[i] @ image[n] - text[i] @ image[i] + 0.05).item()) / 4
+        by_hand[1] += max(0, (image[i] @ text[m] - image[i] @ text[i] + 0.05).item()) / 4
+    assert by_hand == pytest.approx([0.18012, 0.31217], abs=5e-6)
+
+
+def test_triplet_with_the_hardest_positive():
+    image, text = F.normalize(IMAGE, dim=1), F.normalize(TEXT, dim=1)
+    total = 0
+    for x, y in ((text, image), (image, text)):
+        for i in range(4):
+            same, other = [j for j in range(4) if PID[j] == PID[i]], [j for j in range(4) if PID[j] != PID[i]]
+            total += max(0, (max(x[i] @ y[j] for j in other) - min(x[i] @ y[j] for j in same) + 0.05).item()) / 4
+    assert losses.triplet(IMAGE, TEXT, PID, hardest_positive=True).item() == pytest.approx(total, rel=1e-9)
+    assert total > 0.02 and losses.triplet(IMAGE, TEXT, PID).item() == 0
+
+
+def test_triplet_of_one_person_is_zero():
+    v = V.clone().requires_grad_()
+    loss = losses.triplet(v, T, torch.zeros(4))
+    loss.backward()
+    assert loss.item() == 0 and not v.grad.any()
+
+
+def test_id_mlm_and_restoration_by_hand():
+    # uniform logits over 4 classes: log 4 on either side; a certain and right one: 0
+    sure = 1e3 * F.one_hot(ID, 4).double()
+    assert losses.id_loss(torch.zeros(4, 4), torch.zeros(4, 4), ID).item() == pytest.approx(math.log(4), rel=1e-6)
+    assert losses.id_loss(sure, torch.zeros(4, 4).double(), ID).item() == pytest.approx(math.log(4) / 2, rel=1e-6)
+    # of three tokens one was asked for
+    logits = torch.tensor([[[0.0, 0, 0], [5, 5, 5 + math.log(2)], [9, 0, 0]]])
+    assert losses.mlm(logits, torch.tensor([[-1, 2, -1]])).item() == pytest.approx(math.log(2), rel=1e-6)
+    # two patches of two values, the second dropped: (1 + 9) / 2
+    assert losses.restoration(torch.tensor([[[7.0, 7], [1, 3]]]), torch.zeros(1, 2, 2), torch.tensor([[False, True]])).item() == 5
+
+
 def test_the_teacher_gets_no_gradient():
     image, text, scale = IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_(), torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
     teachers = [t.clone().requires_grad_() for t in (TEACHER_IMAGE, TEACHER_TEXT)]
@@ -94,7 +160,9 @@ def test_the_teacher_gets_no_gradient():
 
 @pytest.mark.parametrize("call", [
     lambda i, t: losses.itc(i, t, 100.0), lambda i, t: losses.nitc(i, t, PID, 100.0, 0.5), lambda i, t: losses.ritc(i, t, PID, 100.0),
-    lambda i, t: losses.citc(i, t), lambda i, t: losses.nt_xent(i, t)])
+    lambda i, t: losses.citc(i, t), lambda i, t: losses.nt_xent(i, t), lambda i, t: losses.sdm(i, t, PID), lambda i, t: losses.cmpm(i, t, PID),
+    lambda i, t: losses.triplet(i, t, PID), lambda i, t: losses.id_loss(i, t, torch.arange(4) % 3),
+    lambda i, t: losses.restoration(i[None], t[None], torch.ones(1, 4, dtype=torch.bool))])
 def test_full_precision_whatever_autocast_says(call):
     image, text = IMAGE.float(), TEXT.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):

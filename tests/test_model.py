@@ -211,9 +211,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
         tbps.load_clip(tmp_path / "empty")
 
 
-def test_without_network_the_hub_is_named(tmp_path):
+def test_without_network_the_hub_is_named(tmp_path, cuhk):
     from conftest import error
-    said = error("tbps.py", "--dataset", "toy", "--clip", "openai/clip-vit-base-patch16", "--out", tmp_path / "r")
+    said = error("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--clip", "openai/clip-vit-base-patch16", "--out", tmp_path / "r")
     assert "no CLIP weights from openai/clip-vit-base-patch16: the hub cannot be reached" in said and "--clip none" in said
 
 

@@ -35,7 +35,7 @@ def test_what_is_trained_at_full_size(method, trained, decayed, undecayed):
     with torch.device("meta"):
         model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"], lock_patch=recipe["lock_patch"], text_dropout=recipe["text_dropout"])
         assert sum(p.numel() for p in model.parameters()) == 149_620_737
-        for name, head in heads(recipe, 512).items():
+        for name, head in heads(recipe, model, 11003).items():
             model.heads[name] = head
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
     groups = tbps.make_optimizer(model, recipe, fused=False).param_groups
@@ -52,7 +52,7 @@ def test_set_is_checked():
                        ("sampler=all", "one of random, pk, random-count"), ("image_aug=cut", "one of pool")):
         with pytest.raises(ValueError, match=words):
             tbps.parse_args(["--set", bad])
-    assert tbps.KEYS.keys() == tbps.TBPS_CLIP.keys()
+    assert tbps.KEYS.keys() == (tbps.UIT | tbps.TBPS_CLIP).keys()
 
 
 # ---- the losses of a step -------------------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ def setting(people):
     """A tiny model without dropout, and a batch with every view there is."""
     torch.manual_seed(0)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600)
-    recipe = tbps.TBPS_CLIP | dict(mvs_text=True, ss_text=0.3, itc=0.7, text_dropout=0.0)
+    recipe = tbps.TBPS_CLIP | dict(mvs_text=True, ss_text=0.3, itc=0.7, text_dropout=0.0, soft=0.3, soft_ramp=2.0)
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, image_layers=1, text_layers=1, lock_patch=True))
-    for name, head in tbps.tbps_clip_heads(recipe, 128).items():
+    for name, head in tbps.tbps_clip_heads(recipe, model, 3).items():
         model.heads[name] = head
     pairs = data.Pairs(people, (96, 48), views=2, self_views=2, texts=2, self_texts=2, text=dict(deletion=0.1))
     return model.double(), recipe, data.collate(tokenizer, [pairs[i] for i in (0, 1, 9, 20, 30, 40)])
@@ -87,7 +87,7 @@ def test_stacked_views_are_the_same_objective(setting):
     model, recipe, batch = setting
     batch = batch | dict(pixels=batch["pixels"].double())
     gradients = []
-    for total in (lambda: sum(tbps.tbps_clip_losses(model, batch, recipe, 0.3, NO_AMP).values()), lambda: one_by_one(model, batch, recipe, 0.3)):
+    for total in (lambda: sum(tbps.tbps_clip_losses(model, batch, recipe, 1.0, NO_AMP).values()), lambda: one_by_one(model, batch, recipe, 0.15)):
         model.zero_grad()
         value = total()
         value.backward()
@@ -103,8 +103,8 @@ def test_stacked_views_are_the_same_objective(setting):
 def test_each_loss_can_be_left_out(setting, change, gone):
     model, recipe, batch = setting
     batch = batch | dict(pixels=batch["pixels"].double())
-    every = tbps.tbps_clip_losses(model, batch, recipe, 0.3, NO_AMP)
-    some = tbps.tbps_clip_losses(model, batch, recipe | change, 0.3, NO_AMP)
+    every = tbps.tbps_clip_losses(model, batch, recipe, 5.0, NO_AMP)
+    some = tbps.tbps_clip_losses(model, batch, recipe | change, 5.0, NO_AMP)
     assert every.keys() - some.keys() == {gone} and all(torch.equal(some[k], every[k]) for k in some)
 
 
@@ -116,7 +116,7 @@ def test_the_weights_of_the_full_recipe(setting):
     assert {k for k in r if r[k] != s[k]} == {"ss", "mvs", "citc"} and not any(s[k] for k in ("ss", "mvs", "citc"))
     model, _, batch = setting
     batch = dict(pixels=batch["pixels"].double(), tokens=batch["tokens"][:1], pid=batch["pid"])
-    parts = tbps.tbps_clip_losses(model, batch, r | dict(text_dropout=0.0), 0.5, NO_AMP)
+    parts = tbps.tbps_clip_losses(model, batch, r | dict(text_dropout=0.0), 1.0, NO_AMP)
     image, text = [model.encode_image(p) for p in batch["pixels"]], model.encode_text(batch["tokens"][0])
     scale, pid = model.scale(), batch["pid"]
     two = [losses.nitc(image[v], text, pid, scale, 0.5) for v in (0, 1)]
@@ -134,7 +134,7 @@ def test_the_teachers_text_pass(setting):
     values = {}
     for own in (True, False):
         torch.manual_seed(3)
-        values[own] = tbps.tbps_clip_losses(model.train(), batch, recipe | dict(text_dropout=0.3, teacher_pass=own), 0.5, NO_AMP)
+        values[own] = tbps.tbps_clip_losses(model.train(), batch, recipe | dict(text_dropout=0.3, teacher_pass=own), 5.0, NO_AMP)
     for block in model.text.blocks:
         block.attn.dropout = 0.0
     assert values[True]["nitc"] != values[False]["nitc"] and values[True]["ritc"] == values[False]["ritc"]
@@ -250,7 +250,7 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
 
 @pytest.mark.parametrize("bad, words", [
     (["lr=nan"], "lr=nan must be"), (["deletion=2"], "a share from 0 to 1"), (["nitc=0", "ritc=0", "citc=0", "ss=0"], "nothing to learn"),
-    (["stride=-1"], "stride from 0"), (["height=5000"], "4096 pixels")])
+    (["stride=-1"], "stride and depth from 0"), (["beta2=1"], "beta2 is below 1"), (["height=5000"], "4096 pixels")])
 def test_values_that_make_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.parse_args(["--set", *bad])
@@ -337,7 +337,7 @@ def test_what_the_objective_learns():
     pairs = data.Pairs(people, (96, 48), views=2, self_views=2)
     batch = data.collate(tokenizer, [pairs[i] for i in range(0, 24, 2)])
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, image_layers=1, text_layers=1))
-    for name, head in tbps.tbps_clip_heads(recipe, 128).items():
+    for name, head in tbps.tbps_clip_heads(recipe, model, 3).items():
         model.heads[name] = head
     optimizer, seen = tbps.make_optimizer(model, recipe, fused=False), []
     for _ in range(40):
