@@ -784,7 +784,7 @@ METHODS = {  # name: (recipe, heads, losses of a step)
 # On top of any recipe, for toy people learned from scratch: a smaller model and rate, more and smaller batches. There is nothing to lock or to
 # believe in before anything is learned, so the patch convolution learns too and the targets are the labels; every layer is new
 TOY = dict(height=96, width=48, epochs=12, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, per_epoch=False, weight_decay=0.02, coupled=False,
-           eps=1e-8, beta2=0.98, lr_bias=1.0, lr_new=1.0, soft=0.0, lock_patch=False, depth=2)
+           eps=1e-8, beta2=0.98, lr_bias=1.0, lr_new=1.0, soft=0.0, lock_patch=False, depth=1)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -1179,6 +1179,8 @@ def main():
         model, tokenizer, info = load_checkpoint(out / name, args.device)
         scores, sheet = evaluate(model, tokenizer, info, splits["test"], args.device, args.workers)
         rows |= {f"{name}, {way}": s for way, s in scores.items()}
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(dict(at=[r["epochs"], 1], minutes=minutes, test=rows)) + "\n")
     report(out, args, recipe, rows, sheet, minutes, restored)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
     print(f"test {evaluation.show(rows['best.pt, text to image'])}")
