@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 GENERIC = "runs/ablations/generic"
-FINE_TUNE = f"--dataset toy --clip {GENERIC}/best.pt --epochs 3 --lr 5e-4 --set warmup=0.5"
+FINE_TUNE = f"--dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
 SDM_ID = "--method irra --set mlm=0"
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
     "uit": (FINE_TUNE, {
@@ -32,7 +32,6 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "SDM + ID + restoration < SDM + ID": f"{SDM_ID} restoration=10",
         "SDM + ID + pruning < SDM + ID": f"{SDM_ID} prune=0.2",
         "SDM + ID + masking < SDM + ID": f"{SDM_ID} mask_content=0.3 mask_other=0.05 mask_all=1",
-        "SDM + ID + random-count < SDM + ID": f"{SDM_ID} sampler=random-count",
         "UIT, all of it < SDM + ID": "--method uit",
         "IRRA, with MLM < SDM + ID": "--method irra",
     }),
