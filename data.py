@@ -559,7 +559,7 @@ class EvalView:
 
 def mix(*numbers):
     """A 63-bit seed from some whole numbers, such that neighbours share nothing: draws for an item come from (seed, epoch, item)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Images(torch.utils.data.Dataset):

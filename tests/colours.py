@@ -1,0 +1,77 @@
+"""Does restoration follow the words? Toy people, whose garments and their colours are known.
+
+    python tests/colours.py runs/toy-uit-0/last.pt
+
+A view of the test split whose caption names the colour of the top is restored twice from the same grey patches: with its caption, and
+with the colour exchanged for another. Over the dropped pixels of the top, the mean colour must move from the old colour towards the
+new one; and, stricter, end nearer to the new one. Control: the two captions of somebody else, with their own pair of colours."""
+
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data                                                             # noqa: E402
+import tbps                                                             # noqa: E402
+
+
+def with_heads(path):
+    """The model of a run's last.pt with the heads it was trained with, its tokenizer, and info."""
+    model, tokenizer, info = tbps.load_checkpoint(path)
+    weights = tbps.read_file(Path(path))["weights"]
+    for name, head in tbps.irra_heads(info["recipe"], model, len(weights.get("heads.id.bias", ()))).items():
+        model.heads[name] = head
+    model.load_state_dict(weights)
+    return model.eval(), tokenizer, info
+
+
+def cases(records, rng):
+    """(record, caption, changed caption, old colour, new colour): the colour of the top is named by one word that occurs once."""
+    colours = list(data.PEOPLE["top_colour"])
+    for r in records:
+        old = r["attributes"]["top_colour"]
+        words = re.split(r", | \| ", data.WORDS.get(old, old))
+        for caption, said in zip(r["captions"], r["mentions"]):
+            there = [w for w in words if re.search(rf"\b{w}\b", caption)]
+            if said.get("top_colour") and len(there) == 1 and len(re.findall(rf"\b{there[0]}\b", caption)) == 1:
+                new = rng.choice([c for c in colours if c != old and data.PALETTE[c] != data.PALETTE[old]])
+                yield r, caption, re.sub(rf"\b{there[0]}\b", new, caption), old, new
+
+
+@torch.no_grad()
+def follow(model, tokenizer, info, number=1000, shuffled=False):
+    """Shares of cases in which the top's mean colour moves towards the new colour, and ends nearer to it than to the old one."""
+    rng = random.Random(0)
+    found = list(cases(data.toy("test"), rng))
+    found = rng.sample(found, min(number, len(found)))
+    texts = [(c, d) for _, c, d, _, _ in found]
+    if shuffled:
+        texts = texts[1:] + texts[:1]
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS[info["norm"]])
+    moved = nearer = total = 0
+    for n, ((r, _, _, old, new), pair) in enumerate(zip(found, texts)):
+        pixels, colours = view(r["image"])[None], []
+        for caption in pair:
+            text = model.text_tokens(tokenizer([data.clean_caption(caption) if info["clean"] else caption]))
+            restored, dropped = tbps.restore(model, pixels, text, None, info["recipe"], torch.Generator().manual_seed(n))
+            image = 255 * (tbps.unpatchify(restored, model.image.grid, model.arch["patch"])[0] * std + mean)
+            where = tbps.unpatchify(dropped[..., None].expand_as(restored).float(), model.image.grid, model.arch["patch"])[0, 0] > 0
+            where &= torch.from_numpy(data.toy_mask(r, "top") & (r["parts"] != data.PART["top_pattern"]))
+            colours.append(image[:, where].mean(dim=1))
+        if where.any():
+            a, b = (torch.tensor(data.PALETTE[c], dtype=torch.float32) for c in (old, new))
+            moved += bool((colours[1] - colours[0]) @ (b - a) > 0)
+            nearer += bool((colours[1] - b).norm() < (colours[1] - a).norm())
+            total += 1
+    return 100 * moved / total, 100 * nearer / total, total
+
+
+if __name__ == "__main__":
+    model, tokenizer, info = with_heads(sys.argv[1])
+    for shuffled in (False, True):
+        print("{}: moves towards the new colour in {:.1f} %, ends nearer to it in {:.1f} % of {} cases".format(
+            "somebody else's captions" if shuffled else "the colour of the top changed", *follow(model, tokenizer, info, shuffled=shuffled)))
