@@ -172,6 +172,43 @@ def restoration(predicted, target, dropped):
     return (predicted - target).square().mean(dim=2)[dropped].mean()
 
 
+# ---- distillation: a student learns what a richer teacher sees (LCR2S, arXiv 2310.11210) ----------------------------
+
+@full_precision
+def distil_features(student, teacher, weight=None):
+    """The student's feature of each sample shall be the teacher's: sum_i w_i |s_i - t_i|^2 / sum_i w_i, both of unit length, so
+    2 - 2 cos. student, teacher (B, D), weight (B,) or None; 0 if all weights are 0. Once per modality."""
+    away = (F.normalize(student, dim=1) - F.normalize(teacher, dim=1).detach()).square().sum(dim=1)     # (B,)
+    weight = torch.ones_like(away) if weight is None else weight.to(away.dtype)
+    return (weight * away).sum() / weight.sum().clamp(min=1e-12)
+
+
+@full_precision
+def distil_relations(image, text, rich_image, rich_text):
+    """The batch's image-text cosines shall be the teacher's: |R - R_rich|_F^2 / B, with R_ij = cos(image_i, text_j). All (B, D)."""
+    relation = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T                                   # (B, B)
+    rich = (F.normalize(rich_image, dim=1) @ F.normalize(rich_text, dim=1).T).detach()
+    return (relation - rich).square().sum() / len(relation)
+
+
+@full_precision
+def distil_affinity(image, text, rich_image, rich_text, tau=0.05, alpha=0.3):
+    """The same neighbours instead of the same cosines, with a reminder of which pair belongs together:
+
+        target_ij = (1 - alpha) softmax_j(R_rich_ij / tau) + alpha [i == j]
+        loss = mean_i KL(target_i || softmax_j(R_ij / tau)),   image -> text plus text -> image
+
+    All (B, D). Not in the paper: TinyCLIP's affinities with a pair mixed in, for a rich teacher makes a person's images alike and
+    the student would forget which of them its caption was written for."""
+    relation = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T / tau                             # (B, B)
+    rich = (F.normalize(rich_image, dim=1) @ F.normalize(rich_text, dim=1).T).detach() / tau
+    eye, loss = torch.eye(len(relation), dtype=relation.dtype, device=relation.device), 0
+    for student, teacher in ((relation, rich), (relation.T, rich.T)):
+        target = (1 - alpha) * teacher.softmax(dim=1) + alpha * eye
+        loss = loss + (torch.special.xlogy(target, target) - target * student.log_softmax(dim=1)).sum(dim=1).mean()
+    return loss
+
+
 # ---- self-supervision: two views of the same thing ------------------------------------------------------------------
 
 @full_precision

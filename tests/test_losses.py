@@ -1,5 +1,6 @@
 """Losses: golden values of the released code (float64), formulas by hand, slow loops."""
 
+import functools
 import math
 
 import pytest
@@ -141,6 +142,43 @@ def test_id_mlm_and_restoration_by_hand():
     assert losses.restoration(torch.tensor([[[7.0, 7], [1, 3]]]), torch.zeros(1, 2, 2), torch.tensor([[False, True]])).item() == 5
 
 
+# ---- distillation ---------------------------------------------------------------------------------------------------
+
+def cosines(x, y):
+    return [[(a @ b / a.norm() / b.norm()).item() for b in y] for a in x]
+
+
+def test_distillation_by_slow_loops():
+    weight = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    away = [2 - 2 * cosines([s], [t])[0][0] for s, t in zip(IMAGE, TEACHER_IMAGE)]
+    assert losses.distil_features(IMAGE, TEACHER_IMAGE).item() == pytest.approx(sum(away) / 4, rel=1e-9)
+    assert losses.distil_features(IMAGE, TEACHER_IMAGE, weight).item() == pytest.approx((away[0] + away[2] / 2 + away[3]) / 2.5, rel=1e-9)
+    assert losses.distil_features(IMAGE, TEACHER_IMAGE, 0 * weight).item() == 0
+    R, rich = cosines(IMAGE, TEXT), cosines(TEACHER_IMAGE, TEACHER_TEXT)
+    want = sum((R[i][j] - rich[i][j]) ** 2 for i in range(4) for j in range(4)) / 4
+    assert losses.distil_relations(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT).item() == pytest.approx(want, rel=1e-9)
+    total = 0
+    for student, teacher in ((R, rich), ([list(r) for r in zip(*R)], [list(r) for r in zip(*rich)])):
+        for i in range(4):
+            exp_s, exp_t = [math.exp(x / 0.1) for x in student[i]], [math.exp(x / 0.1) for x in teacher[i]]
+            for j in range(4):
+                target = 0.7 * exp_t[j] / sum(exp_t) + 0.3 * (i == j)
+                total += target * math.log(target / (exp_s[j] / sum(exp_s))) / 4
+    assert losses.distil_affinity(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT, tau=0.1, alpha=0.3).item() == pytest.approx(total, rel=1e-9)
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn():
+    order = torch.tensor([2, 0, 3, 1])
+    for loss in (losses.distil_relations, functools.partial(losses.distil_affinity, alpha=0.0), lambda i, t, ri, rt: losses.distil_features(i, ri)):
+        assert loss(IMAGE, TEXT, 3 * IMAGE, 0.1 * TEXT).item() == pytest.approx(0, abs=1e-12)           # whatever the norms
+        some = loss(IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT).item()
+        assert loss(*(x[order] for x in (IMAGE, TEXT, TEACHER_IMAGE, TEACHER_TEXT))).item() == pytest.approx(some, rel=1e-9) and some > 0.01
+        teacher = TEACHER_IMAGE.clone().requires_grad_()
+        student = IMAGE.clone().requires_grad_()
+        loss(student, TEXT, teacher, TEACHER_TEXT).backward()
+        assert student.grad.any() and teacher.grad is None
+
+
 def test_the_teacher_gets_no_gradient():
     image, text, scale = IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_(), torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
     teachers = [t.clone().requires_grad_() for t in (TEACHER_IMAGE, TEACHER_TEXT)]
@@ -162,6 +200,7 @@ def test_the_teacher_gets_no_gradient():
     lambda i, t: losses.itc(i, t, 100.0), lambda i, t: losses.nitc(i, t, PID, 100.0, 0.5), lambda i, t: losses.ritc(i, t, PID, 100.0),
     lambda i, t: losses.citc(i, t), lambda i, t: losses.nt_xent(i, t), lambda i, t: losses.sdm(i, t, PID), lambda i, t: losses.cmpm(i, t, PID),
     lambda i, t: losses.triplet(i, t, PID), lambda i, t: losses.id_loss(i, t, torch.arange(4) % 3),
+    lambda i, t: losses.distil_features(i, t), lambda i, t: losses.distil_relations(i, t, t, i), lambda i, t: losses.distil_affinity(i, t, t, i),
     lambda i, t: losses.restoration(i[None], t[None], torch.ones(1, 4, dtype=torch.bool))])
 def test_full_precision_whatever_autocast_says(call):
     image, text = IMAGE.float(), TEXT.float()
