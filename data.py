@@ -237,7 +237,7 @@ KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
 VERB_OR_NOUN = {"walk", "walks", "looks", "talks", "stands", "ties", "watches", "faces", "falls", "turns", "tops", "backs", "works", "work", "strolls", "strides",
                 "poses", "waits", "holds", "steps", "heads", "waves", "matches", "runs", "moves", "covers"}
 ENDINGS = [("ly", "O"), ("ing", "V"), ("ish", "J"), ("ous", "J"), ("ful", "J"), ("less", "J"), ("able", "J"), ("ible", "J"), ("ive", "J"), ("ical", "J"), ("ity", "N"), ("way", "N"), ("y", "J")]
-WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*|\d+|'\w*|[^\w\s]")
+WORD = re.compile(r"\w+n't|[^\W\d_]+(?:-[^\W\d_]+)*|\d+|'\w*|[^\w\s]")
 
 
 @functools.lru_cache(maxsize=2 ** 18)
@@ -251,6 +251,8 @@ def tag_words(caption):
         kind, last = KIND.get(word), word.rsplit("-", 1)[-1]
         if not word[0].isalpha():
             kind = "O"
+        elif word.endswith("n't"):
+            kind = "V"
         elif word in VERB_OR_NOUN:
             subject = kinds[-1:] == ["N"] or i > 0 and words[i - 1] in ("he", "she", "it", "they", "who", "that", "and")
             kind = "V" if subject else "N"
@@ -267,6 +269,7 @@ def tag_words(caption):
 
 def prune_caption(caption):
     """Only its nouns, adjectives and pronouns (UIT's text pruning); the caption itself where nothing would be left."""
+    caption = plain_text(caption)
     return " ".join(caption[start:end] for start, end, kind in tag_words(caption) if kind in "NJP") or caption
 
 
@@ -275,8 +278,9 @@ COLOURS = """black white red blue green yellow orange purple pink brown grey gra
 
 
 def change_colour(caption):
-    """The caption with another first colour word: red, or blue where it was a red one. None if it names no colour."""
-    found = re.search(rf"\b({'|'.join(COLOURS)})\b", caption, re.I)
+    """The caption with another first colour, hair aside: red, or blue where it was a red one. None if it names none."""
+    any_of = "|".join(COLOURS)
+    found = re.search(rf"\b({any_of})(\s+({any_of}))*\b(?!\s+(\w+\s+)?hair)", caption, re.I)
     if found:
         new = "blue" if found[0].lower() in "red orange pink crimson maroon burgundy magenta purple violet brown".split() else "red"
         return caption[:found.start()] + new + caption[found.end():]
@@ -421,7 +425,7 @@ class Tokenizer:
         """BERT's masking of one caption -> tokens (77,), and what was asked for: (77,) the token that was there, -1 elsewhere.
 
         Tokens of nouns and adjectives are chosen with probability `content`, all others with `other` (UIT: 0.30 and 0.05; IRRA: 0.15
-        both), at least one; of the chosen ones 80 % become the mask symbol, 10 % any token, 10 % stay. Start, end and "!" never."""
+        both), at least one; of the chosen ones 80 % become the mask symbol, 10 % any token, 10 % stay. Start, end and token 0 never."""
         tokens, text = self([caption])[0], plain_text(caption)
         asked = torch.full_like(tokens, -1)
         kind_at = {place: kind for start, end, kind in tag_words(text) for place in range(start, end)}

@@ -161,8 +161,9 @@ def id_loss(image_logits, text_logits, pid):
 @full_precision
 def mlm(logits, target):
     """Masked language modelling (IRRA's implicit relation reasoning): cross-entropy over the tokens that were asked for.
-    logits (..., vocab), target (...) int, -1 where nothing was."""
-    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-1)
+    logits (..., vocab), target (...) int, -1 where nothing was; 0 if nothing was anywhere."""
+    total = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-1, reduction="sum")
+    return total / (target >= 0).sum().clamp(min=1)
 
 
 @full_precision

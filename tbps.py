@@ -3,6 +3,7 @@
     python tbps.py                                          built-in toy people, from scratch, on a laptop's CPU
     python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from OpenAI's CLIP ViT-B/16
     python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the row everything is measured against
+    python tbps.py --dataset cuhk --method uit              UIT (2023), or irra: IRRA (CVPR 2023)
     python tbps.py --set mvs=0 citc=0 tau=0.01              any key of the method's recipe; --help lists them
 
 A run writes runs/DATASET-METHOD-SEED/: last.pt, best.pt (best on the validation split), log.jsonl, report.html, and a copy of
@@ -417,7 +418,7 @@ def load_clip(source, image_size=None, stride=None, **options):
     bin, Hugging Face's model.safetensors or pytorch_model.bin, the folder of one of them, a hub id; a checkpoint of ours; the
     released checkpoints of IRRA, RDE and TBPS-CLIP (encoders only, the rest is named). The architecture is read from the file.
 
-    image_size (H, W): positions are stretched to it; stride: of the patches; None keeps the file's. `options` go to DualEncoder.
+    image_size (H, W): positions are stretched to it; stride: of the patches, 0: no overlap; None keeps the file's. `options` go to DualEncoder.
     Raises FileNotFoundError or ValueError, in words, if anything is missing, left over or of another shape."""
     path = find_weights(source)
     weights, left = read_file(path), []
@@ -446,7 +447,7 @@ def load_clip(source, image_size=None, stride=None, **options):
             weights = {re.sub(pattern, replacement, n): w for n, w in weights.items()}
         arch["quick_gelu"], known = read_activation(path.parent)
         print(f"clip: {layers_of(arch)}, {'Quick' if arch['quick_gelu'] else ''}GELU {known}")
-    model = DualEncoder(**arch | options | {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v})
+    model = DualEncoder(**arch | options | {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v is not None})
     copy_weights(model, weights, path, old_grid)
     if left:
         print(f"clip: left out, for they are no encoders: {', '.join(left)}")
@@ -703,6 +704,13 @@ def grey(pixels):
     return (pixels * pixels.new_tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(dim=1, keepdim=True).expand_as(pixels)
 
 
+def visible_patches(model, recipe):
+    """How many patches the restorer sees. As released, of 192 patches 56 are visible, but 57 are taken for visible in the loss, so
+    that one of those dropped is missing there; else 57 and 57."""
+    N, share = math.prod(model.image.grid), 1 - recipe["drop"]
+    return int((N + 1) * share + 1e-6) - 1 if recipe["released_drop"] else int(N * share + 1e-6)
+
+
 def irra_heads(recipe, model, persons):
     """The classifier, word guesser and restorer that the recipe's weights ask for."""
     arch, heads = model.arch, {}
@@ -716,6 +724,9 @@ def irra_heads(recipe, model, persons):
     if recipe["restoration"]:
         if arch["stride"] != arch["patch"]:
             raise ValueError("restoration needs patches that do not overlap: stride=0")
+        N, K = math.prod(model.image.grid), visible_patches(model, recipe)
+        if not 0 < K < N - recipe["released_drop"]:
+            raise ValueError(f"drop={recipe['drop']} leaves {max(K, 0)} of {N} patches visible: some must be, and some not")
         heads["restoration"] = Restorer(*size, model.image.grid, arch["patch"])
     return heads
 
@@ -724,15 +735,16 @@ def irra_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their recipes' weights.
 
     batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77)."""
-    r, pid, pixels, tokens = recipe, batch["pid"], batch["pixels"][0], batch["masked"] if recipe["mask_all"] else batch["tokens"][0]
-    eot = tokens.argmax(dim=1).to(pid.device)                           # of the masked caption too
-    seen = None if r["padding"] else torch.arange(int(tokens.argmax(dim=1).max()) + 1, device=pid.device) <= eot[:, None]      # (B, T)
-    out, restorer, guesser = {}, r["restoration"], r["mlm"]
+    r, pid, pixels, out = recipe, batch["pid"], batch["pixels"][0], {}
+    restorer, guesser = r["restoration"], r["mlm"]
+    tokens = batch["masked"] if r["mask_all"] else batch["tokens"][0]
+    eot = tokens.argmax(dim=1)                                          # the same in masked captions
+    seen = None if r["padding"] else (torch.arange(int(eot.max()) + 1) <= eot[:, None]).to(pid.device)            # (B, T)
     with autocast():
         image_tokens = model.image_tokens(pixels) if guesser else model.encode_image(pixels)[:, None]   # (B, S, D), or the class token
         if restorer or guesser and r["mask_all"]:
             text_tokens = model.text_tokens(tokens, cut=not r["padding"])                               # (B, T, D)
-            text = pick(text_tokens, eot)[:, 0]                                                         # (B, D)
+            text = pick(text_tokens, eot.to(pid.device))[:, 0]                                          # (B, D)
         else:
             text = model.encode_text(tokens)
         image = image_tokens[:, 0]                                                                      # (B, D)
@@ -765,10 +777,8 @@ def irra_losses(model, batch, recipe, epoch, autocast):
 def restore(model, pixels, text_tokens, seen, recipe, generator=None):
     """-> all patches as restored (B, N, 3 patch^2) from a grey image with most of them dropped and the caption's tokens (B, T, D);
     which of them count, (B, N) bool. Only the visible ones are computed: at drop=0.7 this costs a third of a normal pass."""
-    B, N = len(pixels), math.prod(model.image.grid)
-    order = torch.rand(B, N, generator=generator, device=pixels.device).argsort(dim=1)
-    # as released: of 192 patches 56 are visible, but 57 are taken for visible in the loss, where one is missing
-    K = int((N + 1) * (1 - recipe["drop"]) + 1e-6) - 1 if recipe["released_drop"] else int(N * (1 - recipe["drop"]) + 1e-6)
+    K = visible_patches(model, recipe)
+    order = torch.rand(len(pixels), math.prod(model.image.grid), generator=generator, device=pixels.device).argsort(dim=1)       # (B, N)
     visible = model.image_tokens(grey(pixels), keep=order[:, :K])                                       # (B, 1+K, D)
     dropped = order.argsort(dim=1) >= K + recipe["released_drop"]                                       # (B, N)
     return model.heads["restoration"](visible, order, text_tokens, seen), dropped
@@ -827,7 +837,7 @@ def build(args, recipe, vocab, persons):
     """The model for a run, with its method's heads."""
     torch.manual_seed(data.mix(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
-    size, stride = (recipe["height"], recipe["width"]), recipe["stride"] or None
+    size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
     if args.clip == "none":
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
     else:
@@ -919,8 +929,8 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     while state["epoch"] < recipe["epochs"]:
         epoch, done = state["epoch"], state["step"]
         order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch))
-        if alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order):
-            print(f"{alone} of {len(order)} batches show one person only: they have no negatives, the triplet loss is 0 there")
+        if recipe.get("triplet") and (alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order)):
+            print(f"{alone} of {len(order)} batches show one person only: nothing to be told from, the triplet loss is 0 there")
         pairs.epoch = epoch
         loader = torch.utils.data.DataLoader(pairs, batch_sampler=order[done:], num_workers=args.workers, worker_init_fn=quiet_worker,
                                              pin_memory=device.type == "cuda", collate_fn=functools.partial(data.collate, tokenizer, mask=masks(recipe)))
@@ -988,9 +998,12 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
 
 def parse_args(argv=None):
     """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
-    keys = "\n".join(f"  {k:18}{str(v):12}{KEYS[k]}" for k, v in (UIT | TBPS_CLIP).items())
+    def listed(recipe, without=()):
+        return "".join(f"  {k:18}{str(v):12}{KEYS[k]}\n" for k, v in recipe.items() if k not in without)
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=f"keys of a recipe, for --set, with the values of tbps-clip, and below them those of irra and uit alone:\n{keys}\n\n" +
+                                epilog=f"keys of a recipe, for --set, with the values of tbps-clip:\n{listed(TBPS_CLIP)}"
+                                f"and of irra and uit alone, with the values of uit:\n{listed(UIT, TBPS_CLIP)}\n" +
                                 "".join(f"{name} differs in: {differences(recipe)}\n" for name, (recipe, *_) in METHODS.items() if recipe != TBPS_CLIP) +
                                 f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}")
     g = p.add_argument_group("what")
@@ -1042,10 +1055,14 @@ def parse_args(argv=None):
             raise ValueError(f"{key}={value} must be a share from 0 to 1")
     if not any(recipe.get(k) for k in LOSSES):
         raise ValueError("all losses have the weight 0: nothing to learn")
-    if max(recipe["height"], recipe["width"]) > 4096 or recipe["stride"] < 0 or recipe.get("depth", 0) < 0:
-        raise ValueError("height and width go up to 4096 pixels, stride and depth from 0")
-    if recipe.get("ritc_eps", 1) <= 0 or recipe["eps"] <= 0 or recipe["beta2"] >= 1 or recipe.get("drop", 0) > 0.95:
-        raise ValueError("ritc_eps and eps are above 0, beta2 is below 1, drop at most 0.95")
+    if max(recipe["height"], recipe["width"]) > 4096 or recipe["stride"] < 0:
+        raise ValueError("height and width go up to 4096 pixels, stride from 0")
+    if zero := [k for k in ("eps", "ritc_eps", "depth") if recipe.get(k, 1) <= 0]:
+        raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be above 0")
+    if recipe["beta2"] >= 1:
+        raise ValueError(f"beta2={recipe['beta2']} must be below 1")
+    if masks(recipe) == (0, 0):
+        raise ValueError("mask_content and mask_other are both 0: masking is left out by mlm=0 mask_all=0")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
@@ -1164,6 +1181,10 @@ def main():
     model = build(args, recipe, tokenizer.vocab, pairs.persons)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
+    if pairs.persons < 2:
+        raise ValueError("all training images show one person: there is nobody to be told from")
+    if r["warmup"] >= r["epochs"]:
+        print(f"note: the warm-up takes {r['warmup']:g} of {r['epochs']} epochs, so the rate never reaches its peak; see --set warmup=")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; {size[0]}x{size[1]} pixels, "
           f"{model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, {r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
@@ -1180,7 +1201,7 @@ def main():
         scores, sheet = evaluate(model, tokenizer, info, splits["test"], args.device, args.workers)
         rows |= {f"{name}, {way}": s for way, s in scores.items()}
     with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(dict(at=[r["epochs"], 1], minutes=minutes, test=rows)) + "\n")
+        f.write(json.dumps(dict(at=[r["epochs"], 1], test=rows)) + "\n")
     report(out, args, recipe, rows, sheet, minutes, restored)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
     print(f"test {evaluation.show(rows['best.pt, text to image'])}")
@@ -1190,22 +1211,26 @@ def main():
 def restorations(model, tokenizer, info, records, recipe, number=8):
     """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is another."""
     able = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
-    device, rows = model.logit_scale.device, []
+    device, patch, rows = model.logit_scale.device, model.arch["patch"], []
     view = data.EvalView(info["size"], info["norm"], info["resize"])
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in data.NORMS[info["norm"]])
     for record, caption, changed in able[::max(1, len(able) // number)][:number]:
-        pixels, patch = view(record["image"])[None].to(device), model.arch["patch"]
-        painted = []
+        pixels, painted = view(record["image"])[None].to(device), []
+        image = pixels * std + mean                                     # in [0, 1], to look at
+        plain = patchify(grey(image), patch)
         for words in (caption, changed):
-            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]))
+            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]), cut=not recipe["padding"])
             restored, dropped = restore(model, pixels, text, None, recipe, torch.Generator(device).manual_seed(len(rows)))
-            painted.append(torch.where(dropped[..., None], restored, patchify(grey(pixels), patch)))
-        seen = torch.where(dropped[..., None], 0.0, patchify(grey(pixels), patch))
-        shown = [grey(pixels), *(unpatchify(p, model.image.grid, patch) for p in (seen, *painted)), pixels]
-        images = [(255 * (x[0] * std + mean).clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy() for x in shown]
-        rows.append(f"<div class=row><p>{html.escape(caption)}<br>{html.escape(changed)}</p>" +
-                    "".join(f'<img src="{evaluation.thumbnail(data.load_image(image), 192)}">' for image in images) + "</div>")
-    return "<p>grey; what the restorer saw; painted after the first caption; after the second; the image itself</p>" + "".join(rows)
+            restored = patchify(unpatchify(restored, model.image.grid, patch) * std + mean, patch)
+            painted.append(torch.where(dropped[..., None], restored, plain))
+        seen = torch.where(dropped[..., None], plain.new_tensor([0.80, 0.75, 0.95]).repeat(patch ** 2), plain)
+        shown = [grey(image), *(unpatchify(p, model.image.grid, patch) for p in (seen, *painted)), image]
+        names = ["grey", "what is left of it", "painted after the first caption", "after the second", "the image"]
+        rows.append(f"<div class=row><p>{html.escape(caption)}<br>{html.escape(changed)}</p>" + "".join(
+            f'<img title="{name}" src="{evaluation.thumbnail(data.load_image((255 * x[0].clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()), 192)}">'
+            for name, x in zip(names, shown)) + "</div>")
+    return "<p>From left to right: the grey image; what is left of it, dropped patches in violet; the dropped patches painted after the first caption; " \
+           "after the second, which has another first colour; the image itself.</p>" + "".join(rows) if rows else ""
 
 
 def report(out, args, recipe, rows, sheet, minutes, restored):

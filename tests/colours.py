@@ -6,6 +6,7 @@ A view of the test split whose caption names the colour of the top is restored t
 with the colour exchanged for another. Over the dropped pixels of the top, the mean colour must move from the old colour towards the
 new one; and, stricter, end nearer to the new one. Control: the two captions of somebody else, with their own pair of colours."""
 
+import argparse
 import random
 import re
 import sys
@@ -22,6 +23,8 @@ def with_heads(path):
     """The model of a run's last.pt with the heads it was trained with, its tokenizer, and info."""
     model, tokenizer, info = tbps.load_checkpoint(path)
     weights = tbps.read_file(Path(path))["weights"]
+    if not any(n.startswith("heads.restoration.") for n in weights) or info["size"] != data.TOY_SIZE:
+        raise ValueError(f"{path} has no restorer for toy people: name last.pt, which keeps the heads, of a run with restoration at 96x48")
     for name, head in tbps.irra_heads(info["recipe"], model, len(weights.get("heads.id.bias", ()))).items():
         model.heads[name] = head
     model.load_state_dict(weights)
@@ -56,7 +59,7 @@ def follow(model, tokenizer, info, number=1000, shuffled=False):
     for n, ((r, _, _, old, new), pair) in enumerate(zip(found, texts)):
         pixels, colours = view(r["image"])[None], []
         for caption in pair:
-            text = model.text_tokens(tokenizer([data.clean_caption(caption) if info["clean"] else caption]))
+            text = model.text_tokens(tokenizer([data.clean_caption(caption) if info["clean"] else caption]), cut=not info["recipe"]["padding"])
             restored, dropped = tbps.restore(model, pixels, text, None, info["recipe"], torch.Generator().manual_seed(n))
             image = 255 * (tbps.unpatchify(restored, model.image.grid, model.arch["patch"])[0] * std + mean)
             where = tbps.unpatchify(dropped[..., None].expand_as(restored).float(), model.image.grid, model.arch["patch"])[0, 0] > 0
@@ -70,8 +73,14 @@ def follow(model, tokenizer, info, number=1000, shuffled=False):
     return 100 * moved / total, 100 * nearer / total, total
 
 
-if __name__ == "__main__":
-    model, tokenizer, info = with_heads(sys.argv[1])
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", help="last.pt of a run on toy people with restoration")
+    model, tokenizer, info = with_heads(p.parse_args().checkpoint)
     for shuffled in (False, True):
         print("{}: moves towards the new colour in {:.1f} %, ends nearer to it in {:.1f} % of {} cases".format(
             "somebody else's captions" if shuffled else "the colour of the top changed", *follow(model, tokenizer, info, shuffled=shuffled)))
+
+
+if __name__ == "__main__":
+    data.command(main)

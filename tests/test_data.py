@@ -410,8 +410,9 @@ def test_agreement_with_hand_tags():
 
 
 @pytest.mark.parametrize("caption, left", [
-    ("A man wearing a striped red t-shirt, his hair is tied up.", "man striped red t-shirt his hair"), ("She walks quickly.", "She"),
-    ("the woman's bag is being carried", "woman bag"), ("walking and carrying", "walking and carrying"), ("", ""), ("...", "...")])
+    ("A man wearing a striped red t-shirt, his hair is tied up.", "man striped red t-shirt his hair"), ("She walks quickly.", "she"),
+    ("the woman's bag is being carried", "woman bag"), ("walking and carrying", "walking and carrying"), ("", ""),
+    ("A man &amp;quot;in&amp;quot; a jekyll &amp; hyde t-shirt", "man jekyll hyde t-shirt"), ("the man\u2019s hat isn\u2019t red", "man hat red"), ("...", "...")])
 def test_prune_caption(caption, left):
     assert data.prune_caption(caption) == left
     assert data.vary_caption(caption, random.Random(0), deletion=0, prune=1.0) == " ".join(left.split())
@@ -479,3 +480,10 @@ def test_the_augmentation_of_irra(people):
         assert black[10:-10, 10:-10].sum() == 0
     holes = [e for e in erased if e]
     assert 0.4 < len(holes) / 200 < 0.6 and min(holes) > 0.015 and 0.3 < max(holes) < 0.41 and moved > 150
+
+
+@pytest.mark.parametrize("caption, changed", [
+    ("A man in a Blue jacket and blue jeans", "A man in a red jacket and blue jeans"), ("a navy blue coat", "a red coat"), ("a red hat", "a blue hat"),
+    ("with short black hair and grey pants", "with short black hair and red pants"), ("reddish and coloured", None), ("", None)])
+def test_change_colour(caption, changed):
+    assert data.change_colour(caption) == changed

@@ -4,6 +4,8 @@ import functools
 import json
 import math
 import os
+import random
+import shutil
 import signal
 
 import pytest
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 import data
 import losses
 import tbps
-from conftest import run
+from conftest import error, run
 from test_model import made_up_merges
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
@@ -272,6 +274,19 @@ def test_learning_rates_of_layers():
     assert named["heads.mlm.look.blocks.0.fc2.bias"] == 2 and named["image.proj"] == 1 and named["image.blocks.0.fc1.bias"] == 2
 
 
+@pytest.mark.parametrize("bad, words", [
+    (dict(drop=0.0), "leaves 72 of 72"), (dict(drop=0.99), "leaves 0 of 72"), (dict(drop=0.01, released_drop=True), "leaves 71 of 72")])
+def test_some_patches_are_visible_and_some_not(bad, words):
+    with pytest.raises(ValueError, match=words):
+        tbps.irra_heads(tbps.UIT | bad, tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100)), 3)
+
+
+@pytest.mark.parametrize("bad, words", [(["depth=0"], "depth=0 must be above 0"), (["mask_content=0", "mask_other=0"], "left out by mlm=0")])
+def test_values_that_make_no_sense(bad, words):
+    with pytest.raises(ValueError, match=words):
+        tbps.parse_args(["--method", "uit", "--set", *bad])
+
+
 def test_overlapping_patches_cannot_be_restored():
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100, stride=4))
     with pytest.raises(ValueError, match="do not overlap"):
@@ -328,4 +343,34 @@ def test_resume_is_exact(method, cuhk, tmp_path, monkeypatch):
 def test_a_batch_of_one_person_is_told(cuhk, tmp_path):
     said = run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL, "sampler=random", "batch=2",
                "epochs=1")
-    assert "of 16 batches show one person only: they have no negatives" in said and "nan" not in said
+    assert "of 16 batches show one person only" in said and "nan" not in said and "the warm-up takes 5 of 1 epochs" in said
+
+
+def test_captions_without_words(cuhk, tmp_path):
+    """Nothing to mask, to guess, or to paint after: the losses are 0 there, not nan."""
+    root = tmp_path / "CUHK-PEDES"
+    shutil.copytree(cuhk, root)
+    rows = json.loads((root / "reid_raw.json").read_text())
+    (root / "reid_raw.json").write_text(json.dumps([row | dict(captions=["", "..."]) for row in rows]))
+    said = run("tbps.py", "--dataset", "cuhk", "--data-root", root, "--method", "uit", "--out", tmp_path / "r", *SMALL, "sampler=random", "mlm=1")
+    assert "mlm" in said and "nan" not in said and "Restorations" not in (tmp_path / "r/report.html").read_text()
+
+
+def test_one_person_is_not_enough(cuhk, tmp_path):
+    root = tmp_path / "CUHK-PEDES"
+    shutil.copytree(cuhk, root)
+    rows = json.loads((root / "reid_raw.json").read_text())
+    (root / "reid_raw.json").write_text(json.dumps([row for row in rows if row["split"] != "train" or row["id"] == 1]))
+    assert "show one person" in error("tbps.py", "--dataset", "cuhk", "--data-root", root, "--method", "irra", "--out", tmp_path / "r", *SMALL)
+
+
+def test_colours_names_what_it_needs(tmp_path, cuhk):
+    run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL, "epochs=1")
+    assert "name last.pt" in error("tests/colours.py", tmp_path / "r/best.pt")
+    assert "the checkpoint should be at" in error("tests/colours.py", tmp_path / "none.pt")
+    import colours
+    model, tokenizer, info = colours.with_heads(tmp_path / "r/last.pt")
+    moved, nearer, number = colours.follow(model, tokenizer, info, number=20)
+    assert 0 <= moved <= 100 and 0 <= nearer <= 100 and 15 <= number <= 20
+    for record, caption, changed, old, new in colours.cases(data.toy("test", persons=6), random.Random(0)):
+        assert caption != changed and new in changed and old == record["attributes"]["top_colour"] != new

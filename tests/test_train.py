@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import eval as evaluation
 import losses
 import tbps
 from conftest import ROOT, error, run, start, write_images
@@ -166,7 +167,8 @@ def test_a_run(trained):
     assert (out / "code/tbps.py").read_text() == (ROOT / "tbps.py").read_text()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [x for x in lines if "loss" in x]
-    assert len(steps) == 8 and len(lines) - len(steps) == 2                                              # 2 epochs of 32 / 8 steps, and 2 validations
+    assert len(steps) == 8 and sum("val" in x for x in lines) == 2                                       # 2 epochs of 32 / 8 steps
+    assert len(lines) == 11 and evaluation.show(lines[-1]["test"]["best.pt, text to image"]) in said
     for x in steps:
         assert x["loss"] == pytest.approx(sum(x[k] for k in ("nitc", "ritc", "citc", "ss", "ss_text")), rel=1e-4)
     page = (out / "report.html").read_text()
@@ -250,7 +252,7 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
 
 @pytest.mark.parametrize("bad, words", [
     (["lr=nan"], "lr=nan must be"), (["deletion=2"], "a share from 0 to 1"), (["nitc=0", "ritc=0", "citc=0", "ss=0"], "nothing to learn"),
-    (["stride=-1"], "stride and depth from 0"), (["beta2=1"], "beta2 is below 1"), (["height=5000"], "4096 pixels")])
+    (["stride=-1"], "stride from 0"), (["beta2=1"], "below 1"), (["eps=0"], "above 0"), (["height=5000"], "4096 pixels")])
 def test_values_that_make_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.parse_args(["--set", *bad])
