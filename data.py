@@ -219,15 +219,17 @@ KINDS = {"P": "he she it they him her his hers its their theirs them himself her
     show shows showing shown give gives gave featuring feature features contain contains include includes including consist consists
     reach reaches reaching fall falls falling fell cover covers covering covered match matches try tries trying sling slung draped wrapped
     rolled pulled zipped buttoned unbuttoned untucked swinging moving moves move steps stepping cross crosses crossing wait waits waiting turn turns
-    turning turned going pushing dragging reading eating drinking smoking smiling laughing smiles waving checking checks glancing glances jumps laughs leads describe describes thrown heading stare stares""",
+    turning turned going pushing dragging reading eating drinking smoking smiling laughing smiles waving checking checks glancing glances jumps laughs
+    leads describe describes thrown heading stare stares""",
          "J": """black white red blue green yellow orange purple pink brown grey gray beige tan navy khaki teal maroon turquoise violet crimson cyan magenta golden
     silver gold cream burgundy olive lavender dark light bright pale deep plain solid solid-colored long short medium small large big little tiny tall thin
     slim slender skinny fat heavy stout plump chubby broad wide narrow tight loose baggy fitted young old middle-aged elderly adult male female
     left right front rear upper lower high low full open closed new same other different similar multiple several many few much more most less first
-    second last single double casual formal sporty athletic denim leather woolen woollen woolly cotton plastic floral plaid checked checkered chequered striped stripy
-    patterned printed spotted dotted camouflage colorful colourful colored coloured multicolored ripped faded torn folded cropped cuffed padded quilted hooded
+    second last single double casual formal sporty athletic denim leather woolen woollen woolly cotton plastic floral plaid checked checkered chequered striped
+    stripy patterned printed spotted dotted camouflage colorful colourful colored coloured multicolored ripped faded torn folded cropped cuffed padded quilted hooded
     sleeveless bare bald curly wavy straightened blond blonde brunette asian african caucasian european visible clear black-and-white round square thick
-    average normal dirty clean fashionable free light-weight overweight petite muscular neat sheer uneven auburn charcoal tartan polka-dot tie-dye mobile chinese american warm cold wet shiny soft empty own
+    average normal dirty clean fashionable free light-weight overweight petite muscular neat sheer uneven auburn charcoal tartan polka-dot
+    tie-dye mobile chinese american warm cold wet shiny soft empty own
     such certain shorter longer darker lighter bigger smaller larger taller better matching revealing""",
          "N": """clothing building earring earrings railing stockings legging leggings ring wing string king thing things something anything nothing morning evening
     ceiling painting shopping walking-stick piping lining trimming lettering writing drawing marking markings wedding lady body baby boy key keys tray jersey hoody
@@ -236,7 +238,7 @@ KINDS = {"P": "he she it they him her his hers its their theirs them himself her
 KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
 VERB_OR_NOUN = {"walk", "walks", "looks", "talks", "stands", "ties", "watches", "faces", "falls", "turns", "tops", "backs", "works", "work", "strolls", "strides",
                 "poses", "waits", "holds", "steps", "heads", "waves", "matches", "runs", "moves", "covers"}
-ENDINGS = [("ly", "O"), ("ing", "V"), ("ish", "J"), ("ous", "J"), ("ful", "J"), ("less", "J"), ("able", "J"), ("ible", "J"), ("ive", "J"), ("ical", "J"), ("ity", "N"), ("way", "N"), ("y", "J")]
+ENDINGS = {"ly": "O", "ing": "V", "ish": "J", "ous": "J", "ful": "J", "less": "J", "able": "J", "ible": "J", "ive": "J", "ical": "J", "ity": "N", "way": "N", "y": "J"}
 WORD = re.compile(r"\w+n't|[^\W\d_]+(?:-[^\W\d_]+)*|\d+|'\w*|[^\w\s]")
 
 
@@ -259,7 +261,7 @@ def tag_words(caption):
         elif kind is None and last != word:                             # long-sleeved, knee-length, but t-shirt
             kind = "J" if last.endswith("ed") or last in ("length", "sleeve", "style", "size", "high", "neck") else KIND.get(last, "N")
         elif kind is None:
-            kind = next((k for ending, k in ENDINGS if word.endswith(ending) and len(word) > len(ending) + 2), "N")
+            kind = next((k for ending, k in ENDINGS.items() if word.endswith(ending) and len(word) > len(ending) + 2), "N")
         if kind in "NV" and word.endswith("ed") and KIND.get(word) in (None, "V"):
             named = following.isalpha() and KIND.get(following, "N") in "NJ"                  # "a knitted hat" against "is knitted", "knitted by"
             kind = "J" if named and (not kinds or kinds[-1] in "OJP") else "V"
@@ -493,7 +495,8 @@ def image_ops(size):
             "gray": v2.RandomGrayscale(0.1), "flip": v2.RandomHorizontalFlip(0.5),
             "erase": v2.RandomErasing(0.5, scale=(0.10, 0.20), ratio=(0.3, 3.3), value=0),
             "hue": v2.ColorJitter(hue=0.1), "blur": v2.GaussianBlur(3), "vflip": v2.RandomVerticalFlip(0.5),
-            "padcrop": v2.RandomCrop(size, padding=max(1, round(10 * size[0] / 384))), "autoaugment": v2.AutoAugment(), "randaugment": v2.RandAugment(2, 9), "trivialaugment": v2.TrivialAugmentWide()}
+            "padcrop": v2.RandomCrop(size, padding=max(1, round(10 * size[0] / 384))),
+            "autoaugment": v2.AutoAugment(), "randaugment": v2.RandAugment(2, 9), "trivialaugment": v2.TrivialAugmentWide()}
 
 
 class TrainView:

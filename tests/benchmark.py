@@ -5,7 +5,8 @@
 
 Each side of a row runs in a process of its own: a warm-up, then medians; memory is what its peak adds to what stood before the first
 call. Share of peak: floating-point operations of the step (counted by torch) per second, over those of a 1024^3 fp32 matrix product
-measured in the same process. Rows with two methods compare the first one's step with the second's. Quote ratios; absolute times belong to the machine, which the last line names."""
+measured in the same process. Rows with two methods compare the first one's step with the second's. Quote ratios; absolute times
+belong to the machine, which the last line names."""
 
 import argparse
 import functools
