@@ -236,7 +236,7 @@ def test_a_step_at_full_size(method, parameters, people):
     assert sum(p.numel() for p in model.parameters()) - 1 == parameters
     model.logit_scale.data.fill_(math.log(50))
     model.logit_scale.requires_grad_(False)
-    pairs = data.Pairs(people, (384, 128), image_aug="reid", norm="clip", clean=False, deletion=0)
+    pairs = data.Pairs(people, (384, 128), image_aug="reid", norm="clip", clean=False)
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     gradients_are_where_they_should_be(model, recipe, data.collate(tokenizer, [pairs[i] for i in range(0, 48, 6)], mask=tbps.masks(recipe)))
