@@ -23,25 +23,38 @@ ROOT = Path(__file__).parent.parent
 GENERIC = "runs/ablations/generic"
 FINE_TUNE = f"--dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
 SDM_ID = "--method irra --set mlm=0"
+UIT_PARTS = {
+    "ITC": f"{SDM_ID} sdm=0 id=0 itc=1",
+    "SDM < ITC": f"{SDM_ID} id=0",
+    "SDM + ID < SDM": SDM_ID,
+    "SDM + ID + triplet < SDM + ID": f"{SDM_ID} triplet=10",
+    "SDM + ID + restoration < SDM + ID": f"{SDM_ID} restoration=10",
+    "SDM + ID + pruning < SDM + ID": f"{SDM_ID} prune=0.2",
+    "SDM + ID + masking < SDM + ID": f"{SDM_ID} mask_content=0.3 mask_other=0.05 mask_all=1",
+    "UIT, all of it < SDM + ID": "--method uit",
+    "IRRA, with MLM < SDM + ID": "--method irra",
+}
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
-    "uit": (FINE_TUNE, {
+    "uit": (FINE_TUNE, UIT_PARTS),
+    "uit-few": (f"--dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
+    "uit-long": (f"--dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
+                 {name: UIT_PARTS[name] for name in ("UIT, all of it < SDM + ID", "SDM + ID + restoration < SDM + ID", "SDM + ID < SDM", "ITC")}),
+    "uit-temperature": (FINE_TUNE, {
         "ITC": f"{SDM_ID} sdm=0 id=0 itc=1",
         "SDM < ITC": f"{SDM_ID} id=0",
-        "SDM + ID < SDM": SDM_ID,
-        "SDM + ID + triplet < SDM + ID": f"{SDM_ID} triplet=10",
-        "SDM + ID + restoration < SDM + ID": f"{SDM_ID} restoration=10",
-        "SDM + ID + pruning < SDM + ID": f"{SDM_ID} prune=0.2",
-        "SDM + ID + masking < SDM + ID": f"{SDM_ID} mask_content=0.3 mask_other=0.05 mask_all=1",
-        "UIT, all of it < SDM + ID": "--method uit",
-        "IRRA, with MLM < SDM + ID": "--method irra",
+        "ITC, tau 0.05 < ITC": f"{SDM_ID} sdm=0 id=0 itc=1 tau=0.05",
+        "SDM, tau 0.05 < ITC, tau 0.05": f"{SDM_ID} id=0 tau=0.05",
+        "SDM, random-count sampler < SDM": f"{SDM_ID} id=0 sampler=random-count",
     }),
     "uit-choices": (FINE_TUNE, {
+        "UIT, all of it": "--method uit",
         "UIT, new layers x5 < UIT, all of it": "--method uit --set lr_new=5 lr_bias=2",
         "UIT, x5 as released < UIT, new layers x5": "--method uit --set lr_new=5 lr_bias=2 lr_named=1",
         "UIT, drop as released < UIT, all of it": "--method uit --set released_drop=1",
         "UIT, hardest positive < UIT, all of it": "--method uit --set hardest=1",
         "UIT, padding seen < UIT, all of it": "--method uit --set padding=1",
         "UIT, clean captions < UIT, all of it": "--method uit --set mask_all=0",
+        "IRRA, with MLM": "--method irra",
         "IRRA, masked captions everywhere < IRRA, with MLM": "--method irra --set mask_all=1",
     }),
 }
@@ -72,7 +85,7 @@ def start(path, options, threads):
 
 def table(group, seeds):
     """Markdown: a row per name, R@1 as mean and standard deviation over seeds, the paired difference and its interval."""
-    found = {row(name): {s: r["R@1"] for s in range(seeds) if (r := result(folder(g, name, s)))} for g in GROUPS for name in GROUPS[g][1]}
+    found = {row(name): {s: r["R@1"] for s in range(seeds) if (r := result(folder(group, name, s)))} for name in GROUPS[group][1]}
     lines = [f"| {group} | R@1 | seeds | against | difference |", "|---|---|---|---|---|"]
     for name in GROUPS[group][1]:
         own, base = found[row(name)], found.get(name.partition(" < ")[2], {})
