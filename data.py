@@ -594,6 +594,7 @@ class Pairs(torch.utils.data.Dataset):
                  resize="bilinear", clean=True, back_translation=0.1, text=None, aware=False):
         cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
+        self.images = [i for i, r in enumerate(records) for _ in r["captions"]]             # which record an item is of
         self.captions = [cleaned(r["captions"][n]) for r, n in self.items]
         self.translated = [any(bt := r.get("captions_bt", [])[n:n + 1]) and cleaned(bt[0]) for r, n in self.items]
         label = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in records}))}       # ids have gaps, classes not
@@ -632,16 +633,31 @@ def collate(tokenizer, items, mask=None):
                 pid=torch.tensor([item["pid"] for item in items]), item=torch.tensor([item["item"] for item in items]))
 
 
-def batches(sampler, pids, batch, seed, drop_last=True):
-    """One epoch as a list of batches of item numbers; `pids` has the person of each item.
+def batches(sampler, pids, batch, seed, images=None, drop_last=True):
+    """One epoch as a list of batches of item numbers; `pids` has the person of each item, `images` the image (for "views").
 
     random        every item once, shuffled
     pk            batch/4 persons times 4 items, as in person re-identification; a person with fewer repeats some
     random-count  per person k = 1 or 2 items at a time, k drawn anew each epoch (UIT); batches straddle the picks
+    views         every image once, with one of its captions, a person's images in groups of at most 4 that stay together (LCR2S): no
+                  image meets itself, and batches are up to 3 items short
 
-    Per person the items are shuffled and cut into groups of k, the remainder left out; batch/k (random-count: batch/2) persons
+    With pk and random-count, per person the items are shuffled and cut into groups of k, the remainder left out; batch/k (random-count: batch/2) persons
     that still have groups give one each, until too few are left. Raises ValueError if there are too few persons for a batch."""
     rng = random.Random(seed)
+    if sampler == "views":
+        captions, of, chunks = defaultdict(list), defaultdict(list), [[]]
+        for i, image in enumerate(images):
+            captions[image].append(i)
+        for items in captions.values():
+            of[pids[items[0]]].append(rng.choice(items))
+        k = min(4, batch)
+        groups = [items[j:j + k] for items in (rng.sample(o, len(o)) for o in of.values()) for j in range(0, len(items), k)]
+        for group in rng.sample(groups, len(groups)):
+            if len(chunks[-1]) + len(group) > batch:
+                chunks.append([])
+            chunks[-1] += group
+        return chunks[:-1] if drop_last and len(chunks[-1]) <= batch - k else chunks
     if sampler == "random":
         order = rng.sample(range(len(pids)), len(pids))
     else:

@@ -475,6 +475,18 @@ def tokenizer_for(source, path, mask=False):
 VERSION = 1
 
 
+def content(args, recipe, model, tokenizer, info, heads):
+    """What a checkpoint holds besides the state of its training: all that a search needs, with or without the heads."""
+    weights = {n: w for n, w in model.state_dict().items() if heads or not n.startswith("heads.")}
+    return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info, method=args.method, recipe=recipe, args=settings(args),
+                tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None))
+
+
+def write_log(out, **facts):
+    with open(out / "log.jsonl", "a") as f:
+        f.write(json.dumps(facts) + "\n")
+
+
 def is_ours(path):
     """Whether a file is a checkpoint of this program, without reading its weights."""
     name = next((n for n in names_in(path) if n.endswith("/data.pkl")), None)
@@ -530,12 +542,13 @@ TBPS_CLIP = COMMON | dict(
 SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
 BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
                              deletion=0.0)
-IRRA = COMMON | dict(
+SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
     epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5, coupled=True, eps=1e-3, beta2=0.999,
     lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip", eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0,
     deletion=0.0, tau=0.02, text_dropout=0.0, lock_patch=False,
-    itc=0.0, sdm=1.0, cmpm=0.0, id=1.0, triplet=0.0, hardest=False, restoration=0.0, mlm=1.0,
-    mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, released_drop=False, padding=False)
+    itc=0.0, sdm=1.0, cmpm=0.0, id=1.0, triplet=0.0, hardest=False)
+IRRA = SDM_ID | dict(
+    restoration=0.0, mlm=1.0, mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, released_drop=False, padding=False)
 UIT = IRRA | dict(batch=128, sampler="random-count", triplet=10.0, restoration=10.0, mlm=0.0, prune=0.2, mask_content=0.3, mask_other=0.05, mask_all=True)
 KEYS = dict(  # what --help says of each key
     epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
@@ -714,14 +727,38 @@ def visible_patches(model, recipe):
     return int((N + 1) * share + 1e-6) - 1 if recipe["released_drop"] else int(N * share + 1e-6)
 
 
+def id_heads(recipe, model, persons):
+    """One classifier of persons for both sides, if the recipe gives it a weight."""
+    if not recipe["id"]:
+        return {}
+    classifier = nn.Linear(model.arch["embed"], persons)
+    nn.init.normal_(classifier.weight, std=0.001)
+    nn.init.zeros_(classifier.bias)
+    return {"id": classifier}
+
+
+def pair_losses(image, text, pid, scale, heads, recipe, autocast):
+    """The weighted losses that need no more than the features of the pairs, (B, D) each, by name."""
+    r, out = recipe, {}
+    if r["itc"]:
+        out["itc"] = r["itc"] * losses.itc(image, text, scale)
+    if r["sdm"]:
+        out["sdm"] = r["sdm"] * losses.sdm(image, text, pid, scale)
+    if r["cmpm"]:
+        out["cmpm"] = r["cmpm"] * losses.cmpm(image, text, pid)
+    if r["id"]:
+        with autocast():
+            who = heads["id"](image), heads["id"](text)                                                 # (B, P)
+        out["id"] = r["id"] * losses.id_loss(*who, pid)
+    if r["triplet"]:
+        out["triplet"] = r["triplet"] * losses.triplet(image, text, pid, hardest_positive=r["hardest"])
+    return out
+
+
 def irra_heads(recipe, model, persons):
     """The classifier, word guesser and restorer that the recipe's weights ask for."""
-    arch, heads = model.arch, {}
+    arch, heads = model.arch, id_heads(recipe, model, persons)
     size = arch["embed"], arch["head_width"], recipe["depth"]
-    if recipe["id"]:
-        heads["id"] = nn.Linear(arch["embed"], persons)
-        nn.init.normal_(heads["id"].weight, std=0.001)
-        nn.init.zeros_(heads["id"].bias)
     if recipe["mlm"]:
         heads["mlm"] = Guesser(*size, arch["vocab"])
     if recipe["restoration"]:
@@ -738,7 +775,7 @@ def irra_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their recipes' weights.
 
     batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77)."""
-    r, pid, pixels, out = recipe, batch["pid"], batch["pixels"][0], {}
+    r, pid, pixels = recipe, batch["pid"], batch["pixels"][0]
     restorer, guesser = r["restoration"], r["mlm"]
     tokens = batch["masked"] if r["mask_all"] else batch["tokens"][0]
     eot = tokens.argmax(dim=1)                                          # the same in masked captions
@@ -751,25 +788,13 @@ def irra_losses(model, batch, recipe, epoch, autocast):
         else:
             text = model.encode_text(tokens)
         image = image_tokens[:, 0]                                                                      # (B, D)
-        if r["id"]:
-            who = model.heads["id"](image), model.heads["id"](text)                                     # (B, P)
         if guesser:
             words = text_tokens if r["mask_all"] else model.text_tokens(batch["masked"], cut=not r["padding"])
             asked = batch["asked"][:, :words.shape[1]].to(pid.device)
             guessed = model.heads["mlm"](words, image_tokens, asked >= 0, seen)                         # (M, vocab)
         if restorer:
             restored, dropped = restore(model, pixels, text_tokens, seen, r)
-    scale = model.scale()
-    if r["itc"]:
-        out["itc"] = r["itc"] * losses.itc(image, text, scale)
-    if r["sdm"]:
-        out["sdm"] = r["sdm"] * losses.sdm(image, text, pid, scale)
-    if r["cmpm"]:
-        out["cmpm"] = r["cmpm"] * losses.cmpm(image, text, pid)
-    if r["id"]:
-        out["id"] = r["id"] * losses.id_loss(*who, pid)
-    if r["triplet"]:
-        out["triplet"] = r["triplet"] * losses.triplet(image, text, pid, hardest_positive=r["hardest"])
+    out = pair_losses(image, text, pid, model.scale(), model.heads, r, autocast)
     if guesser:
         out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0])
     if restorer:
@@ -836,7 +861,7 @@ def make_optimizer(model, recipe, fused):
     return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)
 
 
-def build(args, recipe, vocab, persons):
+def build(args, recipe, vocab, persons, make_heads):
     """The model for a run, with its method's heads."""
     torch.manual_seed(data.mix(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
@@ -845,7 +870,7 @@ def build(args, recipe, vocab, persons):
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
-    for name, head in METHODS[args.method][1](recipe, model, persons).items():
+    for name, head in make_heads(recipe, model, persons).items():
         model.heads[name] = head
     if recipe["tau"]:
         model.logit_scale.data.fill_(math.log(1 / recipe["tau"]))
@@ -890,13 +915,14 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
-def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
+def train(args, recipe, step_losses, model, tokenizer, pairs, val, out, info, stop=()):
     """The whole of training. Writes last.pt, best.pt and log.jsonl; returns nothing, for all that matters is in the files. Saves
-    and raises KeyboardInterrupt, with what to do next, when something is in `stop`."""
+    and raises KeyboardInterrupt, with what to do next, when something is in `stop`.
+
+    step_losses(model, batch, recipe, epoch, autocast) -> {name: weighted loss} is all that methods differ in."""
     device = torch.device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")      # of the encoders; losses are fp32
-    step_losses = METHODS[args.method][2]
     model.to(device)
     if args.compile:
         model.image.compile()
@@ -912,18 +938,12 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
         state = {k: saved[k] for k in state}
 
     def checkpoint(name):
-        weights = {n: w for n, w in model.state_dict().items() if name == "last.pt" or not n.startswith("heads.")}       # searching needs no heads
-        content = dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info, method=args.method, recipe=recipe,
-                       tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None), args=settings(args), **state)
-        if name == "last.pt":                                           # best.pt is for use, not for going on
-            content |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        save(out / name, content)
+        going_on = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()) if name == "last.pt" else {}       # best.pt is for use
+        save(out / name, content(args, recipe, model, tokenizer, info, heads=name == "last.pt") | state | going_on)
 
-    def log(**facts):
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(facts) + "\n")
+    log = functools.partial(write_log, out)
 
-    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0)))
+    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0), pairs.images))
     if n == 0:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
     bar = tqdm(total=recipe["epochs"] * n * recipe["batch"], initial=(state["epoch"] * n + state["step"]) * recipe["batch"], unit=" pairs",
@@ -931,7 +951,7 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     saved_at = time.time()
     while state["epoch"] < recipe["epochs"]:
         epoch, done = state["epoch"], state["step"]
-        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch))
+        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch), pairs.images)
         if recipe.get("triplet") and (alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order)):
             print(f"{alone} of {len(order)} batches show one person only: nothing to be told from, the triplet loss is 0 there")
         pairs.epoch = epoch
@@ -999,20 +1019,29 @@ def train(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
 
 # ---- the command line -----------------------------------------------------------------------------------------------
 
+def listed(recipe, keys, without=()):
+    return "".join(f"  {k:18}{str(v):12}{keys[k]}\n" for k, v in recipe.items() if k not in without)
+
+
 def parse_args(argv=None):
     """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
-    def listed(recipe, without=()):
-        return "".join(f"  {k:18}{str(v):12}{KEYS[k]}\n" for k, v in recipe.items() if k not in without)
+    recipes = {name: recipe for name, (recipe, *_) in METHODS.items()}
+    p = arguments(recipes, __doc__, f"keys of a recipe, for --set, with the values of tbps-clip:\n{listed(TBPS_CLIP, KEYS)}"
+                  f"and of irra and uit alone, with the values of uit:\n{listed(UIT, KEYS, TBPS_CLIP)}\n" +
+                  "".join(f"{name} differs in: {differences(recipe, UIT | TBPS_CLIP)}\n" for name, recipe in recipes.items() if recipe != TBPS_CLIP))
+    args = p.parse_args(argv)
+    args.method = args.method or ("tbps-clip-simplified" if args.dataset.startswith("toy") else "tbps-clip")
+    return args, settle(args, recipes[args.method])
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=f"keys of a recipe, for --set, with the values of tbps-clip:\n{listed(TBPS_CLIP)}"
-                                f"and of irra and uit alone, with the values of uit:\n{listed(UIT, TBPS_CLIP)}\n" +
-                                "".join(f"{name} differs in: {differences(recipe)}\n" for name, (recipe, *_) in METHODS.items() if recipe != TBPS_CLIP) +
-                                f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}")
+
+def arguments(recipes, description, epilog):
+    """The options that training commands share."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog=epilog + f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}")
     g = p.add_argument_group("what")
     g.add_argument("--dataset", choices=data.DATASETS, default="toy", help="the data set (default: toy, drawn on the spot)")
     g.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
-    g.add_argument("--method", choices=METHODS, help="default: tbps-clip-simplified on toy people, else tbps-clip")
+    g.add_argument("--method", choices=recipes, help="one of: " + ", ".join(recipes))
     g.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
     g.add_argument("--epochs", type=int, help="short for --set epochs=")
     g.add_argument("--batch", type=int, help="short for --set batch=, pairs per step")
@@ -1035,11 +1064,16 @@ def parse_args(argv=None):
     g.add_argument("--workers", type=int, help="processes that decode and augment (default: 0 on toy people, else the number of cores, at most 8)")
     g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
-    args = p.parse_args(argv)
+    return p
 
+
+CHOICES = dict(sampler=["random", "pk", "random-count", "views"], norm=list(data.NORMS), resize=["bilinear", "bicubic"], eval_resize=["bilinear", "bicubic"],
+               image_aug=data.IMAGE_AUG)
+
+
+def settle(args, recipe, choices=CHOICES):
+    """-> the recipe with the values from the command line, checked; completes args."""
     toy = args.dataset.startswith("toy")
-    args.method = args.method or ("tbps-clip-simplified" if toy else "tbps-clip")
-    recipe = METHODS[args.method][0]
     recipe = recipe | ({k: v for k, v in TOY.items() if k in recipe} if toy else {})
     given = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
     for text in given + args.set:
@@ -1047,8 +1081,7 @@ def parse_args(argv=None):
         if key not in recipe:
             raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
         recipe[key] = typed(key, value, recipe[key])
-    for key, able in dict(sampler=["random", "pk", "random-count"], norm=list(data.NORMS), resize=["bilinear", "bicubic"],
-                          eval_resize=["bilinear", "bicubic"], image_aug=data.IMAGE_AUG).items():
+    for key, able in choices.items():
         if recipe[key] not in able:
             raise ValueError(f"{key} must be one of {', '.join(able)}, not {recipe[key]!r}")
     for key, value in recipe.items():
@@ -1080,7 +1113,7 @@ def parse_args(argv=None):
     args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
     if args.amp == "auto":
         args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if args.device.startswith("cuda") else "off"
-    return args, recipe
+    return recipe
 
 
 TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune"]
@@ -1093,8 +1126,8 @@ def masks(recipe):
     return (recipe["mask_content"], recipe["mask_other"]) if recipe.get("mlm") or recipe.get("mask_all") else None
 
 
-def differences(recipe):
-    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != (UIT | TBPS_CLIP)[k])
+def differences(recipe, base):
+    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != base[k])
 
 
 def typed(key, value, like):
@@ -1166,22 +1199,19 @@ def load_data(args):
     return splits
 
 
-def main():
-    args, recipe = parse_args()
-    out = Path(args.out)
-    check_run(args, recipe, out)
-    splits = load_data(args)
-    if recipe["back_translation"] and not any(r.get("captions_bt") for r in splits["train"]):
+def prepare(args, recipe, records, make_heads):
+    """-> model, tokenizer, pairs, info: what `train` takes, from the training records."""
+    if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
-    pairs = data.Pairs(splits["train"], size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
+    pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
                        back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"])
     if args.tokenizer or args.clip != "none":
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
     else:
-        tokenizer = data.train_tokenizer([c for record in splits["train"] for c in record["captions"]], mask=masks(r) is not None)
-    model = build(args, recipe, tokenizer.vocab, pairs.persons)
+        tokenizer = data.train_tokenizer([c for record in records for c in record["captions"]], mask=masks(r) is not None)
+    model = build(args, recipe, tokenizer.vocab, pairs.persons, make_heads)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
     if pairs.persons < 2:
@@ -1191,23 +1221,37 @@ def main():
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; {size[0]}x{size[1]} pixels, "
           f"{model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, {r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
+    return model, tokenizer, pairs, dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
 
+
+def conclude(args, recipe, records, out, minutes, *chapters):
+    """Looks at the test split, once: scores best.pt and last.pt on these records, writes report.html, prints. -> scores of best.pt."""
+    rows = {}
+    for name in ("last.pt", "best.pt"):
+        model, tokenizer, info = load_checkpoint(out / name, args.device)
+        scores, sheet = evaluate(model, tokenizer, info, records, args.device, args.workers)
+        rows |= {f"{name}, {way}": s for way, s in scores.items()}
+    write_log(out, at=[recipe["epochs"], 1], test=rows)
+    report(out, args, recipe, rows, sheet, minutes, *chapters)
+    print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
+    print(f"test {evaluation.show(rows['best.pt, text to image'])}", flush=True)
+    return {way: scores for name, scores in rows.items() for file, way in [name.split(", ")] if file == "best.pt"}
+
+
+def main():
+    args, recipe = parse_args()
+    out = Path(args.out)
+    check_run(args, recipe, out)
+    splits = load_data(args)
+    _, make_heads, step_losses = METHODS[args.method]
+    model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads)
     open_run(args, out)
     began = time.time()
-    info = dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
     with asked_to_stop() as stop:
-        train(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info, stop)
-    minutes, rows = (time.time() - began) / 60, {}
-    restored = restorations(model, tokenizer, info, splits["test"], recipe) if r.get("restoration") else ""
-    for name in ("last.pt", "best.pt"):                                 # the test split is looked at here, once, and selects nothing
-        model, tokenizer, info = load_checkpoint(out / name, args.device)
-        scores, sheet = evaluate(model, tokenizer, info, splits["test"], args.device, args.workers)
-        rows |= {f"{name}, {way}": s for way, s in scores.items()}
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(dict(at=[r["epochs"], 1], test=rows)) + "\n")
-    report(out, args, recipe, rows, sheet, minutes, restored)
-    print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
-    print(f"test {evaluation.show(rows['best.pt, text to image'])}")
+        train(args, recipe, step_losses, model, tokenizer, pairs, splits.get("val"), out, info, stop)
+    minutes = (time.time() - began) / 60
+    restored = restorations(model, tokenizer, info, splits["test"], recipe) if recipe.get("restoration") else ""
+    conclude(args, recipe, splits["test"], out, minutes, ("Restorations (last.pt, test split)", restored))
 
 
 @torch.no_grad()
@@ -1236,8 +1280,8 @@ def restorations(model, tokenizer, info, records, recipe, number=8):
            "after the second, which has another first colour; the image itself.</p>" + "".join(rows) if rows else ""
 
 
-def report(out, args, recipe, rows, sheet, minutes, restored):
-    """report.html: settings, curves, scores, retrieval sheet, restorations."""
+def report(out, args, recipe, rows, sheet, minutes, *chapters):
+    """report.html: scores, curves, retrieval sheet, a method's own chapters, settings."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
     parts = [k for k in steps[0] if k not in ("at", "epoch", "lr", "scale")]
@@ -1247,7 +1291,7 @@ def report(out, args, recipe, rows, sheet, minutes, restored):
     curves += evaluation.curve("scale = 1 / temperature", {"scale": [(x["epoch"], x["scale"]) for x in steps]})
     shown = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((settings(args) | recipe).items()))
     evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", ("Test scores, %", evaluation.table(rows)),
-                          ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet), ("Restorations (last.pt, test split)", restored),
+                          ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet), *chapters,
                           ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>"))
 
 
