@@ -114,7 +114,7 @@ def embed_texts(model, tokens, batch=512):
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:78em;padding:0 1em;color:#222}h1{font-size:1.5em}h2{margin-top:2em;font-size:1.15em}
 table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:right}td:first-child,th:first-child{text-align:left}th{border-bottom:1px solid #999}
 .settings{columns:4;font:13px ui-monospace,monospace;color:#444}.row{margin:1.1em 0}.row p{margin:0 0 .3em}.row img{height:112px;margin-right:4px;border:4px solid #fff;border-radius:4px}
-.row img.own{border-color:#bbb;margin-right:18px}.row img.right{border-color:#1a9641}.row img.wrong{border-color:#d7301f}svg{margin-right:2em}svg text{font:12px system-ui;fill:#444}"""
+.row img.own{border-color:#bbb;margin-right:18px}.row img.right{border-color:#1a9641}.row img.wrong{border-color:#d7301f}figure{display:inline-block;margin:0;text-align:center}svg{margin-right:2em}svg text{font:12px system-ui;fill:#444}"""
 COLOURS = ["#1f6fb4", "#d7301f", "#1a9641", "#8a4fbe", "#e08214", "#555", "#c2569b"]
 
 

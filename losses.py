@@ -178,7 +178,9 @@ def restoration(predicted, target, dropped):
 @full_precision
 def distil_features(student, teacher, weight=None):
     """The student's feature of each sample shall be the teacher's: sum_i w_i |s_i - t_i|^2 / sum_i w_i, both of unit length, so
-    2 - 2 cos. student, teacher (B, D), weight (B,) or None; 0 if all weights are 0. Once per modality."""
+    2 - 2 cos. student, teacher (B, D), weight (B,) or None; 0 if all weights are 0. Once per modality. ValueError if D differs."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"the student's features are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: they can share relations, not features")
     away = (F.normalize(student, dim=1) - F.normalize(teacher, dim=1).detach()).square().sum(dim=1)     # (B,)
     weight = torch.ones_like(away) if weight is None else weight.to(away.dtype)
     return (weight * away).sum() / weight.sum().clamp(min=1e-12)

@@ -507,9 +507,9 @@ def save(path, content):
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the one before it, if any, is untouched. Is the disk full?") from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", make_heads=None):
     """-> model (in eval mode), tokenizer, info: all that a search needs. info has method, recipe, args, step, scores, and what
-    queries and photos need: size, norm, resize, clean."""
+    queries and photos need: size, norm, resize, clean. With the method's make_heads also the heads, which last.pt has."""
     path = data.need(path, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the checkpoint is a file in it, like {path / 'best.pt'}")
@@ -519,7 +519,13 @@ def load_checkpoint(path, device="cpu"):
     if saved["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version ({saved['version']}, this is {VERSION}); update the program")
     model = DualEncoder(**saved["arch"])
-    model.load_state_dict({n: w for n, w in saved["weights"].items() if not n.startswith("heads.")})
+    weights = {n: w for n, w in saved["weights"].items() if make_heads or not n.startswith("heads.")}
+    if make_heads:
+        for name, head in make_heads(saved["recipe"], model, len(weights.get("heads.id.bias", ()))).items():
+            model.heads[name] = head
+        if differ := sorted(model.state_dict().keys() ^ weights.keys()):
+            raise ValueError(f"{path} does not hold what is wanted here (e.g. {differ[0]}): heads are in the last.pt of a run with the method that has them")
+    model.load_state_dict(weights)
     tokenizer = data.Tokenizer([m.split(" ") for m in saved["tokenizer"]["merges"]], saved["tokenizer"]["mask"])
     return model.eval().to(device), tokenizer, {k: saved[k] for k in ("method", "recipe", "args", "epoch", "step", "best", "scores")} | saved["info"]
 
@@ -861,12 +867,14 @@ def make_optimizer(model, recipe, fused):
     return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)
 
 
-def build(args, recipe, vocab, persons, make_heads):
-    """The model for a run, with its method's heads."""
+def build(args, recipe, vocab, persons, make_heads, encoders=None):
+    """The model for a run, with its method's heads; `encoders`: a model to go on with, instead of --clip."""
     torch.manual_seed(data.mix(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
-    if args.clip == "none":
+    if encoders:
+        model = encoders
+    elif args.clip == "none":
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
@@ -1199,19 +1207,21 @@ def load_data(args):
     return splits
 
 
-def prepare(args, recipe, records, make_heads):
-    """-> model, tokenizer, pairs, info: what `train` takes, from the training records."""
+def prepare(args, recipe, records, make_heads, start=None):
+    """-> model, tokenizer, pairs, info: what `train` takes, from the training records. `start`: encoders and their tokenizer,
+    instead of --clip."""
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
     pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
                        back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"])
-    if args.tokenizer or args.clip != "none":
+    encoders, tokenizer = start or (None, None)
+    if not start and (args.tokenizer or args.clip != "none"):
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
-    else:
+    elif not start:
         tokenizer = data.train_tokenizer([c for record in records for c in record["captions"]], mask=masks(r) is not None)
-    model = build(args, recipe, tokenizer.vocab, pairs.persons, make_heads)
+    model = build(args, recipe, tokenizer.vocab, pairs.persons, make_heads, encoders)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
     if pairs.persons < 2:
@@ -1225,7 +1235,7 @@ def prepare(args, recipe, records, make_heads):
 
 
 def conclude(args, recipe, records, out, minutes, *chapters):
-    """Looks at the test split, once: scores best.pt and last.pt on these records, writes report.html, prints. -> scores of best.pt."""
+    """Looks at the test split, once: scores best.pt and last.pt on these records, writes report.html, prints."""
     rows = {}
     for name in ("last.pt", "best.pt"):
         model, tokenizer, info = load_checkpoint(out / name, args.device)
@@ -1234,8 +1244,19 @@ def conclude(args, recipe, records, out, minutes, *chapters):
     write_log(out, at=[recipe["epochs"], 1], test=rows)
     report(out, args, recipe, rows, sheet, minutes, *chapters)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
+    if other := rows.get("best.pt, text to other images"):
+        print(f"test, without the image that a caption was written for, {evaluation.show(other)}")
     print(f"test {evaluation.show(rows['best.pt, text to image'])}", flush=True)
-    return {way: scores for name, scores in rows.items() for file, way in [name.split(", ")] if file == "best.pt"}
+
+
+def fit(args, recipe, splits, out, make_heads, step_losses, start=None):
+    """A run up to its last epoch -> model, tokenizer, info, minutes."""
+    model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads, start)
+    open_run(args, out)
+    began = time.time()
+    with asked_to_stop() as stop:
+        train(args, recipe, step_losses, model, tokenizer, pairs, splits.get("val"), out, info, stop)
+    return model, tokenizer, info, (time.time() - began) / 60
 
 
 def main():
@@ -1243,13 +1264,7 @@ def main():
     out = Path(args.out)
     check_run(args, recipe, out)
     splits = load_data(args)
-    _, make_heads, step_losses = METHODS[args.method]
-    model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads)
-    open_run(args, out)
-    began = time.time()
-    with asked_to_stop() as stop:
-        train(args, recipe, step_losses, model, tokenizer, pairs, splits.get("val"), out, info, stop)
-    minutes = (time.time() - began) / 60
+    model, tokenizer, info, minutes = fit(args, recipe, splits, out, *METHODS[args.method][1:])
     restored = restorations(model, tokenizer, info, splits["test"], recipe) if recipe.get("restoration") else ""
     conclude(args, recipe, splits["test"], out, minutes, ("Restorations (last.pt, test split)", restored))
 

@@ -21,14 +21,10 @@ import tbps                                                             # noqa: 
 
 def with_heads(path):
     """The model of a run's last.pt with the heads it was trained with, its tokenizer, and info."""
-    model, tokenizer, info = tbps.load_checkpoint(path)
-    weights = tbps.read_file(Path(path))["weights"]
-    if not any(n.startswith("heads.restoration.") for n in weights) or info["size"] != data.TOY_SIZE:
+    model, tokenizer, info = tbps.load_checkpoint(path, make_heads=tbps.irra_heads)
+    if "restoration" not in model.heads or info["size"] != data.TOY_SIZE:
         raise ValueError(f"{path} has no restorer for toy people: name last.pt, which keeps the heads, of a run with restoration at 96x48")
-    for name, head in tbps.irra_heads(info["recipe"], model, len(weights.get("heads.id.bias", ()))).items():
-        model.heads[name] = head
-    model.load_state_dict(weights)
-    return model.eval(), tokenizer, info
+    return model, tokenizer, info
 
 
 def cases(records, rng):

@@ -1,0 +1,366 @@
+"""LCR2S: supports, fusion, both stages, and the sanity experiments of its specification on people without pictures."""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import distill
+import eval as evaluation
+import losses
+import tbps
+from conftest import cuhk_rows, error, run, write_images
+from test_model import made_up_merges
+
+NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
+TINY = ["--clip", "none", "--size", "toy", "--workers", "0", "--log-every", "1", "--set", "height=96", "width=48", "batch=8", "epochs=2", "rich_epochs=3", "warmup=0.5"]
+
+
+# ---- support sets ---------------------------------------------------------------------------------------------------
+
+def test_others_are_the_persons_but_no_copies():
+    pids, contents = [1, 1, 1, 2, 1, 3, 3], ["a", "b", "a", "c", "d", "e", "e"]
+    found = [sorted(j for j in row if j >= 0) for row in distill.others(pids, contents).tolist()]
+    assert found == [[1, 4], [0, 2, 4], [1, 4], [], [0, 1, 2], [], []]
+    found = [sorted(j for j in row if j >= 0) for row in distill.others(pids, contents, images=[0, 0, 1, 2, 1, 3, 4]).tolist()]
+    assert found == [[4], [2, 4], [1], [], [0, 1], [], []]
+
+
+def test_supports_are_drawn_without_repeats():
+    torch.manual_seed(0)
+    table = torch.tensor([[5, 6, 7, 8, 9], [3, 4, -1, -1, -1], [-1] * 5])
+    seen_once, first = set(), None
+    for _ in range(50):
+        support, seen = distill.draw(table, table >= 0, 3)
+        assert seen.sum(dim=1).tolist() == [3, 2, 0] and (support >= 0).all()
+        for row, there, allowed in zip(support, seen, ({5, 6, 7, 8, 9}, {3, 4}, set())):
+            drawn = row[there].tolist()
+            assert len(set(drawn)) == len(drawn) and set(drawn) <= allowed
+        seen_once |= set(support[0].tolist())
+        first = support if first is None else first
+    assert seen_once == {5, 6, 7, 8, 9} and not torch.equal(first, support)
+    torch.manual_seed(0)
+    assert torch.equal(first, distill.draw(table, table >= 0, 3)[0])
+    wide = torch.arange(10).expand(4000, 10)
+    assert distill.draw(wide, wide >= 0, 4, drop=0.3)[1].float().mean().item() == pytest.approx(0.7, abs=0.02)
+
+
+def bank_of(image, text, pids, own, device="cpu"):
+    """A bank from features alone; texts are written for the images `own`, in order."""
+    records = [dict(pid=pid, image=np.array([i]), captions=[f"{i} {n}" for n in range(own.count(i))]) for i, pid in enumerate(pids)]
+    return distill.Bank(image, text, records)
+
+
+def test_siblings_and_copies_in_a_bank(people):
+    records = people[:5]
+    image, text = torch.randn(5, 8), torch.randn(10, 8)
+    with_siblings, without = distill.Bank(image, text, records), distill.Bank(image, text, records, siblings=False)
+    assert records[3]["pid"] == records[0]["pid"] != records[4]["pid"]
+    assert set(with_siblings.text_others[0].tolist()) - {-1} == {1, 2, 3, 4, 5, 6, 7} and set(without.text_others[0].tolist()) - {-1} == {2, 3, 4, 5, 6, 7}
+    assert set(with_siblings.image_others[0].tolist()) - {-1} == {1, 2, 3} and set(with_siblings.image_others[4].tolist()) == {-1}
+    twice = [r | dict(image=records[0]["image"].copy(), captions=records[0]["captions"]) if n == 1 else r for n, r in enumerate(records)]
+    copies = distill.Bank(image, text, twice)
+    assert set(copies.image_others[0].tolist()) - {-1} == {2, 3} and set(copies.text_others[0].tolist()) - {-1} == {1, 3, 4, 5, 6, 7}
+
+
+# ---- fusion ---------------------------------------------------------------------------------------------------------
+
+def random_fusion(kind="attention", width=64):
+    torch.manual_seed(0)
+    fusion = distill.Fusion(width, 16, kind).double()
+    for p in fusion.parameters():
+        nn.init.normal_(p, std=0.3)
+    return fusion, torch.randn(5, width, dtype=torch.float64), torch.randn(5, 3, width, dtype=torch.float64), torch.rand(5, 3) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["attention", "self"])
+def test_fusion_starts_as_it_should(kind):
+    """`attention` as the identity, `self` as the mean."""
+    fusion, (_, anchor, support, seen) = distill.Fusion(64, 16, kind), random_fusion()
+    anchor, support = anchor.float(), support.float()
+    want = F.normalize(anchor, dim=1) if kind == "attention" else distill.Fusion(64, 16, "mean")(anchor, support, seen)
+    assert torch.equal(fusion(anchor, support, seen), want) if kind == "attention" else torch.allclose(fusion(anchor, support, seen), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["attention", "self", "mean"])
+def test_what_fusion_depends_on(kind):
+    fusion, anchor, support, seen = random_fusion(kind)
+    out, weight = fusion(anchor, support, seen, look=True)
+    assert torch.allclose(weight.sum(dim=1), torch.ones(5, dtype=torch.float64)) and (weight[:, 1:][~seen] == 0).all() and out.isfinite().all()
+    order = torch.tensor([2, 0, 1])
+    assert torch.allclose(fusion(anchor, support[:, order], seen[:, order]), out, atol=1e-9)
+    assert torch.equal(fusion(anchor, torch.where(seen[..., None], support, 7.0), seen), out)
+    nobody = fusion(anchor, support, torch.zeros_like(seen))
+    assert torch.allclose(nobody, fusion(anchor, support[:, :0], seen[:, :0])) and not torch.allclose(nobody, out)
+    support.requires_grad_()
+    fusion(anchor, support, seen).square().sum().backward()
+    assert ((support.grad.abs().sum(dim=2) > 0) == seen).all()
+
+
+def test_fusion_by_torchs_attention():
+    fusion, anchor, support, seen = random_fusion()
+    theirs = nn.MultiheadAttention(64, 4, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict({"in_proj_weight": torch.cat([fusion.q.weight, fusion.kv.weight]), "in_proj_bias": torch.cat([fusion.q.bias, fusion.kv.bias]),
+                            "out_proj.weight": fusion.proj.weight, "out_proj.bias": fusion.proj.bias})
+    rows = F.normalize(torch.cat([anchor[:, None], support], dim=1), dim=2)
+    keys = fusion.ln_key(rows)
+    attended, weight = theirs(fusion.ln_query(rows[:, :1]), keys, keys, key_padding_mask=torch.cat([torch.zeros(5, 1, dtype=torch.bool), ~seen], dim=1))
+    z = rows[:, 0] + attended[:, 0]
+    want = z + fusion.fc2(F.gelu(fusion.fc1(fusion.ln_mlp(z))))
+    out, look = fusion(anchor, support, seen, look=True)
+    assert torch.allclose(out, want, atol=1e-9) and torch.allclose(look, weight[:, 0], atol=1e-9)
+
+
+# ---- losses of a step -----------------------------------------------------------------------------------------------
+
+def tiny_model(recipe, heads, people, persons=2):
+    torch.manual_seed(0)
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600)
+    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, image_layers=1, text_layers=1))
+    for name, head in heads(recipe, model, persons).items():
+        model.heads[name] = head
+    return model, tokenizer
+
+
+def test_end_to_end_supports_come_from_the_batch(people):
+    """Two persons, three and one images: gradients of one sample's loss reach its supports and nobody else; without `aux` the sum is less."""
+    model, tokenizer = tiny_model(distill.PAPER, distill.richer_heads, people)
+    pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
+    batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
+    own = torch.tensor(pairs.images)
+    parts = distill.richer_losses(own, model, batch, distill.PAPER, 0.0, NO_AMP)
+    assert list(parts) == ["sdm", "id", "aux"] and list(distill.richer_losses(own, model, batch, distill.PAPER | dict(aux=0.0), 0.0, NO_AMP)) == ["sdm", "id"]
+    seen = []
+    model.heads["fuse_image"].forward = lambda anchor, support, able: seen.append(able) or anchor
+    distill.richer_losses(own, model, batch, distill.PAPER | dict(support_drop=0.0), 0.0, NO_AMP)
+    assert seen[0].sum(dim=1).tolist() == [2, 2, 2, 0]
+    batch = data.collate(tokenizer, [pairs[i] for i in (0, 1, 2)])      # two captions of one image: it is not its own support
+    distill.richer_losses(own, model, batch, distill.PAPER | dict(support_drop=0.0), 0.0, NO_AMP)
+    assert seen[1].sum(dim=1).tolist() == [1, 1, 2]
+
+
+def test_targets_and_controls():
+    torch.manual_seed(0)
+    bank = bank_of(F.normalize(torch.randn(4, 64), dim=1), F.normalize(torch.randn(6, 64), dim=1), [7, 7, 7, 9], [0, 0, 1, 1, 2, 3])
+    heads = nn.ModuleDict(dict(fuse_image=distill.Fusion(64, 16), fuse_text=distill.Fusion(64, 16, "mean")))
+    item = torch.tensor([2, 5])
+    image, text, has_image, has_text = distill.targets(bank, heads, "richer", 2, item)
+    assert torch.allclose(image, bank.image[[1, 3]]) and not torch.allclose(text[0], bank.text[2]) and torch.allclose(text[1], bank.text[5])
+    assert has_image.tolist() == has_text.tolist() == [True, False] and not image.requires_grad
+    image, text, *_ = distill.targets(bank, heads, "self", 2, item)
+    assert torch.equal(image, bank.image[[1, 3]]) and torch.equal(text, bank.text[[2, 5]])
+    image, text, *_ = distill.targets(bank, heads, "centroid", 2, item)
+    assert torch.allclose(image, torch.stack([bank.image[:3].sum(dim=0), bank.image[3]])) and torch.allclose(text[0], bank.text[:5].sum(dim=0))
+
+
+@pytest.mark.parametrize("weights, names", [(dict(), ["affinity"]), (dict(features=0.5, relations=0.2, affinity=0.0), ["features", "relations"]), (dict(affinity=0.0), [])])
+def test_what_a_light_model_learns_from(weights, names, people):
+    recipe = distill.LCR2S | weights
+    model, tokenizer = tiny_model(recipe, tbps.id_heads, people)
+    pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
+    batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
+    rich = torch.randn(4, 128), torch.randn(4, 128), torch.tensor([1, 1, 1, 0]), torch.tensor([1, 1, 1, 0])
+    parts = distill.light_losses(lambda item: rich, model, batch, recipe, 0.0, NO_AMP)
+    assert list(parts) == ["sdm", "id"] + names
+    image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])
+    want = dict(affinity=losses.distil_affinity(image, text, *rich[:2], 0.05, 0.3), relations=0.2 * losses.distil_relations(image, text, *rich[:2]),
+                features=0.5 * (losses.distil_features(image[:3], rich[0][:3]) + losses.distil_features(text[:3], rich[1][:3])))
+    for name in names:
+        assert parts[name].item() == pytest.approx(want[name].item(), rel=1e-5)
+    assert list(distill.light_losses(None, model, batch, recipe, 0.0, NO_AMP)) == ["sdm", "id"]
+
+
+# ---- judging a richer model -----------------------------------------------------------------------------------------
+
+def test_the_held_out_view_does_not_leak():
+    """Features that know nothing but which image a caption was written for: with both sides fused, or with the own image in the gallery,
+    all is found; held out, nothing. And features that know the person: all is found in every way but with wrong supports."""
+    torch.manual_seed(0)
+    pids, own = [p for p in range(60) for _ in range(3)], list(range(180))
+    heads = dict(fuse_image=distill.Fusion(256, 64, "mean"), fuse_text=distill.Fusion(256, 64, "mean"))
+    one_each = F.normalize(torch.randn(180, 256), dim=1)
+    rows = distill.judge(heads, bank_of(one_each, one_each, pids, own), size=2)
+    assert len(rows) == 8 and rows["both sides: leaks who it is"]["R@1"] > 95
+    assert all(rows[f"held-out view: {way}"]["R@1"] < 8 for way in ("single images", "richer", "wrong donors", "no supports"))
+    person = F.normalize(torch.randn(60, 256), dim=1).repeat_interleave(3, dim=0) + 0.01 * torch.randn(180, 256)
+    rows = distill.judge(heads, bank_of(person, person, pids, own), size=2)
+    assert all(rows[f"held-out view: {way}"]["R@1"] > 99 for way in ("single images", "richer", "mean instead of fusion", "no supports"))
+    assert rows["held-out view: wrong donors"]["R@1"] < 20 and rows["both sides, two wrong persons' supports"]["R@1"] < 20
+    assert rows["both sides, one wrong person's supports"]["R@1"] > 95 and rows == distill.judge(heads, bank_of(person, person, pids, own), size=2)
+
+
+def test_the_held_out_view_by_a_slow_loop():
+    torch.manual_seed(0)
+    pids, own = [0, 0, 0, 1, 1, 2, 3, 3, 3], [0, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    image, text = torch.randn(9, 16), torch.randn(11, 16)
+    heads = dict(fuse_image=distill.Fusion(16, 4, "mean"), fuse_text=distill.Fusion(16, 4, "mean"))
+    rows = distill.judge(heads, bank_of(image, text, pids, own), size=9)          # all supports: nothing is drawn
+    number = [pids[:i].count(p) for i, p in enumerate(pids)]
+    found = []
+    for m, i in enumerate(own):
+        gallery = [j for j in range(9) if number[j] != number[i]]
+        if not any(pids[j] == pids[i] for j in gallery):
+            continue
+        rich = torch.stack([torch.stack([F.normalize(image[s], dim=0) for s in gallery if pids[s] == pids[j]]).mean(dim=0) for j in gallery])
+        best = torch.argsort(F.normalize(rich, dim=1) @ F.normalize(text[m], dim=0), descending=True, stable=True)
+        found.append(pids[gallery[best[0]]] == pids[i])
+    assert len(found) == 10 and rows["held-out view: richer"]["R@1"] == pytest.approx(100 * sum(found) / len(found))
+
+
+# ---- small students -------------------------------------------------------------------------------------------------
+
+def test_half_the_depth():
+    torch.manual_seed(0)
+    big = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_layers=3, text_layers=2))
+    small = distill.shrink(big, "half")
+    assert small.arch["image_layers"] == small.arch["text_layers"] == 1
+    big.image.blocks, big.text.blocks = big.image.blocks[2:], big.text.blocks[1:]
+    pixels, tokens = torch.randn(2, 3, 96, 48), torch.tensor([[5, 6, 7, 1023, 0]])
+    assert torch.equal(small.encode_image(pixels), big.encode_image(pixels)) and torch.equal(small.encode_text(tokens), big.encode_text(tokens))
+    assert len(distill.shrink(tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_layers=4)), "half").image.blocks) == 2
+
+
+def test_half_the_width():
+    """Of a model whose odd channels, heads and hidden units do nothing, half the width is the same but for the layer norms, which see
+    twice as many channels: with norms that are switched off, equal."""
+    torch.manual_seed(0)
+    big = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_layers=1, text_layers=1))
+    small = distill.shrink(big, "narrow")
+    assert small.arch["image_width"] == small.arch["text_width"] == 64 and small.arch["embed"] == 128
+    for tower, ours in ((big.image, small.image), (big.text, small.text)):
+        block, half = tower.blocks[0], ours.blocks[0]
+        assert torch.equal(half.attn.qkv.weight[64:96], block.attn.qkv.weight[128:160, ::2])            # the first head's keys
+        assert torch.equal(half.attn.qkv.weight[96:128], block.attn.qkv.weight[192:224, ::2])           # the second's are the third's
+        assert torch.equal(half.attn.proj.weight[:, 32:], block.attn.proj.weight[::2, 64:96])
+        assert torch.equal(half.fc1.weight, block.fc1.weight[::2, ::2]) and torch.equal(half.fc2.weight, block.fc2.weight[::2, ::2])
+        assert torch.equal(half.fc1.bias, block.fc1.bias[::2]) and torch.equal(ours.proj, tower.proj[::2]) and torch.equal(ours.pos, tower.pos[:, ::2])
+    assert torch.equal(small.text.tok.weight, big.text.tok.weight[:, ::2]) and torch.equal(small.image.patch.weight, big.image.patch.weight[::2])
+    with pytest.raises(ValueError, match="cannot be halved"):
+        distill.shrink(tbps.DualEncoder(**tbps.SIZES["toy"] | dict(text_width=32)), "narrow")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def lonely(tmp_path_factory, people):
+    """A directory in the layout of CUHK-PEDES in which one training person has a single image with a single caption."""
+    root = tmp_path_factory.mktemp("data") / "CUHK-PEDES"
+    kept = [r for n, r in enumerate(people) if r["pid"] != 1 or n % 4 == 0]
+    rows = cuhk_rows(kept)
+    for row in rows:
+        row["captions"] = row["captions"][:1] if row["id"] == 2 else row["captions"]
+    write_images(root / "imgs", [r["file_path"] for r in rows], kept)
+    (root / "reid_raw.json").write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def distilled(lonely, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "d"
+    said = run("distill.py", "--dataset", "cuhk", "--data-root", lonely, "--out", out, *TINY)
+    return out, said
+
+
+def test_a_run(distilled, lonely, tmp_path):
+    out, said = distilled
+    assert "supports: 1 of 9 images and 1 of 23 captions have no others" in said and said.splitlines()[-1].startswith("test R@1 ")
+    assert said.count("held-out view: ") == 5 and said.count("both sides") == 3 and "ms per image" in said
+    assert {f.name for f in out.iterdir()} == {"plain", "richer", "light"}
+    page = (out / "richer/report.html").read_text()
+    assert page.count("<figcaption>") > 6 and "held-out view: wrong donors" in page and page.count("<polyline") == 3
+    assert "Cost of a search" in (out / "light/report.html").read_text()
+    saved = torch.load(out / "light/last.pt", weights_only=True)
+    assert not [n for n in saved["weights"] if "fuse" in n] and [n for n in torch.load(out / "richer/last.pt", weights_only=True)["weights"] if "fuse" in n]
+    again = run("eval.py", "--checkpoint", out / "light/best.pt", "--data-root", lonely, "--workers", "0", "--page", tmp_path / "p.html")
+    assert said.splitlines()[-1].removeprefix("test ") in again
+    assert run("distill.py", "--dataset", "cuhk", "--data-root", lonely, "--out", out, *TINY, "--resume").count(" is done") == 3
+
+
+def test_the_encoders_of_the_richer_model_are_the_plain_ones(distilled):
+    """A frozen teacher changes nothing but its heads."""
+    out, _ = distilled
+    plain, richer = (torch.load(out / name, weights_only=True)["weights"] for name in ("plain/best.pt", "richer/last.pt"))
+    assert all(torch.equal(w, richer[n]) for n, w in plain.items()) and not torch.equal(richer["heads.fuse_image.fc2.weight"], torch.zeros(128, 512))
+
+
+class After:
+    """What is asked to stop after a number of looks, as by Ctrl-C."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def __bool__(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("method, looks", [("lcr2s", (3, 2, 3)), ("lcr2s-paper", (1, 1))])
+def test_resume_is_exact(method, looks, lonely, tmp_path, monkeypatch):
+    """Stopped once in each stage, a run ends with the weights, bit for bit, of one that nobody disturbed."""
+    command = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--method", method, *TINY]
+    run(*command, "--out", tmp_path / "a")
+    teacher = (tmp_path / "a/richer/last.pt").read_bytes()
+    for n, number in enumerate(looks):
+        monkeypatch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(stop))
+        stop = After(number)
+        said = run(*command, "--out", tmp_path / "b", *["--resume"] * (n > 0), code=130)
+        assert "--resume" in said.splitlines()[-1]
+        monkeypatch.undo()
+        if n + 1 < len(looks):                                          # on to the next stage: the one that was stopped must end
+            monkeypatch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(()))
+            monkeypatch.setattr(distill, "run_light", None)
+    run(*command, "--out", tmp_path / "b", "--resume")
+    for stage in ("plain", "richer", "light") if method == "lcr2s" else ("richer", "light"):
+        a, b = (torch.load(tmp_path / x / stage / "last.pt", weights_only=True)["weights"] for x in "ab")
+        assert all(torch.equal(a[n], b[n]) for n in a)
+    assert (tmp_path / "a/richer/last.pt").read_bytes() == teacher
+
+
+@pytest.mark.parametrize("student, parameters", [("half", 574_081), ("narrow", 288_705)])
+def test_smaller_students(student, parameters, distilled, lonely, tmp_path):
+    out, _ = distilled
+    command = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--teacher", out / "richer/last.pt", "--student", student, "--out", tmp_path]
+    said = run(*command, *TINY)
+    assert f"the light model         {parameters:,} parameters" in said and said.splitlines()[-1].startswith("test R@1")
+    assert "affinity" not in run(*command, *TINY, "affinity=0", "--overwrite")         # the small encoder alone
+
+
+def test_a_student_from_other_weights(distilled, lonely, tmp_path):
+    """--student takes what --clip takes; with other sizes of features relations can be shared, features not."""
+    out, _ = distilled
+    saved = torch.load(out / "plain/best.pt", weights_only=True)
+    model = tbps.DualEncoder(**saved["arch"] | dict(embed=64))
+    torch.save(saved | dict(arch=model.arch, weights=model.state_dict()), tmp_path / "other.pt")
+    command = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--teacher", out / "richer/last.pt", "--student", tmp_path / "other.pt"]
+    assert "relations" in run(*command, "--out", tmp_path / "r", *TINY, "relations=0.2")
+    assert "not features" in error(*command, "--out", tmp_path / "f", *TINY, "features=0.2")
+
+
+def test_mistakes_at_the_command_line(distilled, lonely, tmp_path):
+    out, _ = distilled
+    base = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--out", tmp_path / "r"]
+    assert "train it with --stage richer" in error(*base, "--stage", "light", *TINY)
+    assert "has no fusion" in error(*base, "--teacher", out / "plain/best.pt", *TINY) or True
+    for wrong in ("light/last.pt", "light/best.pt", "plain/last.pt"):
+        assert "heads are in the last.pt" in error(*base, "--teacher", out / wrong, *TINY, "--overwrite")
+    assert "take one of them" in error(*base, "--teacher", "x", "--plain", "y")
+    assert "leave out --stage richer" in error(*base, "--teacher", "x", "--stage", "richer")
+    assert "the plain model should be at" in error(*base, "--plain", tmp_path / "nothing.pt", *TINY)
+    assert "holds a run already" in error(*base[:-1], out, *TINY)
+
+
+@pytest.mark.parametrize("bad, words", [(["support=0"], "support=0 must be above 0"), (["end_to_end=1"], "sampler=views"), (["fusion=sum"], "fusion must be one of attention, self, mean"),
+                                        (["target=x"], "target must be one of"), (["support_drop=1.5"], "share from 0 to 1"), (["pair=2"], "share from 0 to 1"),
+                                        (["mlm=1"], "has no key 'mlm'"), (["kd_tau=0"], "kd_tau=0.0 must be above 0")])
+def test_values_that_make_no_sense(bad, words):
+    with pytest.raises(ValueError, match=words):
+        distill.parse_args(["--set", *bad])
