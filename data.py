@@ -471,7 +471,11 @@ def train_tokenizer(captions, vocab=1024, mask=False):
     """A vocabulary of about `vocab` tokens from the captions themselves, for the toy people."""
     bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = Tokenizer([("a", "b")]).bpe.pre_tokenizer
-    bpe.train_from_iterator(map(plain_text, captions), trainers.BpeTrainer(vocab_size=vocab, show_progress=False, end_of_word_suffix="</w>"))
+    captions = [plain_text(c) for c in captions]
+    # The trainer numbers letters that end words in the order of a hash table, and settles ties by number: name all letters first, in order
+    words = {word for c in captions for word, _ in bpe.pre_tokenizer.pre_tokenize_str(c)}
+    letters = sorted(set("".join(words))) + sorted({word[-1] + "</w>" for word in words})
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab, show_progress=False, end_of_word_suffix="</w>", special_tokens=letters))
     return Tokenizer(json.loads(bpe.to_str())["model"]["merges"], mask)
 
 

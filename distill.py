@@ -142,8 +142,8 @@ class Fusion(nn.Module):
         the anchor gives to itself and to each support, (B, 1+S), the mean over heads."""
         rows = torch.cat([anchor[:, None], support], dim=1)                                             # (B, 1+S, D)
         rows = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=2)
-        seen = torch.cat([torch.ones_like(seen[:, :1]), seen], dim=1)                                   # (B, 1+S)
-        share = seen[..., None] / seen.sum(dim=1)[:, None, None]                                        # (B, 1+S, 1)
+        seen = F.pad(seen, (1, 0), value=True)                                                          # (B, 1+S)
+        share = (seen / seen.sum(dim=1, keepdim=True)).to(rows.dtype)[..., None]                        # (B, 1+S, 1)
         if self.kind == "mean":
             return ((share * rows).sum(dim=1), share[..., 0]) if look else (share * rows).sum(dim=1)
         B, T, D = rows.shape

@@ -335,6 +335,26 @@ def test_no_mirroring_where_the_caption_names_a_side(people):
     assert mirrored("A bag in her left hand.", False) and not mirrored("A bag in her Left hand.", True) and mirrored("A bag in her hand, leftover.", True)
 
 
+def test_a_trained_vocabulary_is_the_same_each_time(people):
+    """Few captions hold many ties between merges."""
+    captions = [c for r in people[:5] for c in r["captions"]]
+    assert len({tuple(map(tuple, data.train_tokenizer(captions).merges)) for _ in range(12)}) == 1
+
+
+def test_batches_of_views():
+    """Every image once, a person's together; nobody fills up for those with few."""
+    images = [i for i in range(33) for _ in range(2)]
+    pids = [0 if i == 0 else 1 + (i - 1) // 8 for i in images]          # one person with one image, four with eight
+    order = data.batches("views", pids, 16, seed=0, images=images)
+    assert all(13 <= len(b) <= 16 for b in order)
+    for batch in order:
+        count = Counter(pids[i] for i in batch)
+        assert all(n in ((1,) if pid == 0 else (4, 8)) for pid, n in count.items())
+    everything = [i for b in data.batches("views", pids, 16, 0, images, drop_last=False) for i in b]
+    assert sorted(images[i] for i in everything) == list(range(33)) and 0 < sum(i % 2 for i in everything) < 33
+    assert data.batches("views", pids, 16, 0, images) == order != data.batches("views", pids, 16, 1, images)
+
+
 def test_random_batches():
     pids = [0] * 50 + list(range(50))
     batches = data.batches("random", pids, 32, seed=1)
