@@ -366,7 +366,7 @@ def test_one_person_is_not_enough(cuhk, tmp_path):
 
 def test_colours_names_what_it_needs(tmp_path, cuhk):
     run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL, "epochs=1")
-    assert "name last.pt" in error("tests/colours.py", tmp_path / "r/best.pt")
+    assert "heads are in the last.pt" in error("tests/colours.py", tmp_path / "r/best.pt")
     assert "the checkpoint should be at" in error("tests/colours.py", tmp_path / "none.pt")
     import colours
     model, tokenizer, info = colours.with_heads(tmp_path / "r/last.pt")
