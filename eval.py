@@ -12,7 +12,6 @@ import argparse
 import base64
 import html
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
