@@ -236,10 +236,11 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
         state = {k: saved[k] for k in state}
     bar = tqdm(total=epochs * n, initial=state["epoch"] * n, unit=" steps", disable=None)
     while True:
-        if state["epoch"] == epochs or stop or time.time() - saved_at > 60 * args.save_minutes:
+        stopping = bool(stop)                                           # looked at once: what is said to be saved is saved
+        if state["epoch"] == epochs or stopping or time.time() - saved_at > 60 * args.save_minutes:
             tbps.save(out / "last.pt", tbps.content(args, recipe, model, tokenizer, info, heads=True) | state | dict(optimizer=optimizer.state_dict()))
             saved_at = time.time()
-        if stop:
+        if stopping:
             raise KeyboardInterrupt(f"stopped after epoch {state['epoch']} of the richer model; {out}/last.pt is saved. Go on with the same command and --resume")
         if state["epoch"] == epochs:
             break
@@ -434,6 +435,9 @@ def main():
             print(f"{folder} is done")
             continue
         here.stage, here.resume = stage, args.resume and (folder / "last.pt").exists()
+        if stage == "light":
+            start = {"same": plain if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"} | {k: out / f"{k}.pt" for k in SHRUNK}
+            here.clip = str(start.get(args.student, args.student))
         tbps.check_run(here, recipe, folder)
         todo.append((stage, here, folder))
     splits = tbps.load_data(args)
@@ -445,7 +449,7 @@ def main():
         elif stage == "richer":
             run_richer(here, recipe, splits, folder, plain)
         else:
-            run_light(here, recipe, splits, folder, plain, teacher)
+            run_light(here, recipe, splits, folder, teacher)
 
 
 def run_richer(args, recipe, splits, folder, plain):
@@ -484,8 +488,8 @@ def load_teacher(path, args):
     return model, tokenizer, info
 
 
-def run_light(args, recipe, splits, folder, plain, teacher):
-    start, copied, rows = None, None, {}
+def run_light(args, recipe, splits, folder, teacher):
+    copied, rows = None, {}
     if distils(recipe) or args.student in SHRUNK:
         model, tokenizer, info = load_teacher(teacher, args)
         rows["the teacher's encoders"] = cost(model, tokenizer(["a man"] * 32))
@@ -494,13 +498,10 @@ def run_light(args, recipe, splits, folder, plain, teacher):
         alone = [int((table < 0).all(dim=1).sum()) for table in (bank.image_others, bank.text_others)]
         print(f"supports: {alone[0]:,} of {len(bank.image):,} images and {alone[1]:,} of {len(bank.text):,} captions have no others of their person")
         copied = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
-    if args.student in SHRUNK:
-        start = shrink(model, args.student), tokenizer
-    elif args.student != "same":
-        args.clip = {"ViT-B/32": "openai/clip-vit-base-patch32"}.get(args.student, args.student)
-    elif recipe["warm"]:
-        args.clip = str(plain)
-    model, tokenizer, info, minutes = tbps.fit(args, recipe, splits, folder, tbps.id_heads, functools.partial(light_losses, copied), start)
+    if args.student in SHRUNK:                                          # a file like any other weights: sizes and dropout are the recipe's
+        state = {k: info[k] for k in ("epoch", "step", "best", "scores")}
+        tbps.save(Path(args.clip), tbps.content(args, recipe, shrink(model, args.student), tokenizer, info, heads=False) | state)
+    model, tokenizer, _, minutes = tbps.fit(args, recipe, splits, folder, tbps.id_heads, functools.partial(light_losses, copied))
     rows["the light model"] = cost(model, tokenizer(["a man"] * 32))
     for name, row in rows.items():
         print(f"{name:24}{row['parameters']:,} parameters, {row['ms per image']:.2f} ms per image, {row['ms per caption']:.2f} ms per caption")

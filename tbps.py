@@ -867,14 +867,12 @@ def make_optimizer(model, recipe, fused):
     return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)
 
 
-def build(args, recipe, vocab, persons, make_heads, encoders=None):
-    """The model for a run, with its method's heads; `encoders`: a model to go on with, instead of --clip."""
+def build(args, recipe, vocab, persons, make_heads):
+    """The model for a run, with its method's heads."""
     torch.manual_seed(data.mix(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
-    if encoders:
-        model = encoders
-    elif args.clip == "none":
+    if args.clip == "none":
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
@@ -1207,21 +1205,19 @@ def load_data(args):
     return splits
 
 
-def prepare(args, recipe, records, make_heads, start=None):
-    """-> model, tokenizer, pairs, info: what `train` takes, from the training records. `start`: encoders and their tokenizer,
-    instead of --clip."""
+def prepare(args, recipe, records, make_heads):
+    """-> model, tokenizer, pairs, info: what `train` takes, from the training records."""
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
     pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
                        back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"])
-    encoders, tokenizer = start or (None, None)
-    if not start and (args.tokenizer or args.clip != "none"):
+    if args.tokenizer or args.clip != "none":
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
-    elif not start:
+    else:
         tokenizer = data.train_tokenizer([c for record in records for c in record["captions"]], mask=masks(r) is not None)
-    model = build(args, recipe, tokenizer.vocab, pairs.persons, make_heads, encoders)
+    model = build(args, recipe, tokenizer.vocab, pairs.persons, make_heads)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
     if pairs.persons < 2:
@@ -1249,9 +1245,9 @@ def conclude(args, recipe, records, out, minutes, *chapters):
     print(f"test {evaluation.show(rows['best.pt, text to image'])}", flush=True)
 
 
-def fit(args, recipe, splits, out, make_heads, step_losses, start=None):
+def fit(args, recipe, splits, out, make_heads, step_losses):
     """A run up to its last epoch -> model, tokenizer, info, minutes."""
-    model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads, start)
+    model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads)
     open_run(args, out)
     began = time.time()
     with asked_to_stop() as stop:

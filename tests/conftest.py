@@ -85,14 +85,16 @@ def write_images(folder, paths, records):
         Image.fromarray(r["image"]).save(folder / path)
 
 
+def write_cuhk(root, records, rows):
+    write_images(root / "imgs", [r["file_path"] for r in rows], records)
+    (root / "reid_raw.json").write_text(json.dumps(rows))
+    return root
+
+
 @pytest.fixture(scope="session")
 def cuhk(tmp_path_factory, people):
     """A directory in the layout of CUHK-PEDES."""
-    root = tmp_path_factory.mktemp("data") / "CUHK-PEDES"
-    rows = cuhk_rows(people)
-    write_images(root / "imgs", [r["file_path"] for r in rows], people)
-    (root / "reid_raw.json").write_text(json.dumps(rows))
-    return root
+    return write_cuhk(tmp_path_factory.mktemp("data") / "CUHK-PEDES", people, cuhk_rows(people))
 
 
 @pytest.fixture(scope="session")

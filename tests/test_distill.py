@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import distill
 import eval as evaluation
 import losses
 import tbps
-from conftest import cuhk_rows, error, run, write_images
+from conftest import cuhk_rows, error, run, write_cuhk
 from test_model import made_up_merges
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
@@ -131,7 +132,7 @@ def tiny_model(recipe, heads, people, persons=2):
 
 
 def test_end_to_end_supports_come_from_the_batch(people):
-    """Two persons, three and one images: gradients of one sample's loss reach its supports and nobody else; without `aux` the sum is less."""
+    """Two persons with three images and one; then two captions of one image."""
     model, tokenizer = tiny_model(distill.PAPER, distill.richer_heads, people)
     pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
     batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
@@ -228,8 +229,7 @@ def test_half_the_depth():
 
 
 def test_half_the_width():
-    """Of a model whose odd channels, heads and hidden units do nothing, half the width is the same but for the layer norms, which see
-    twice as many channels: with norms that are switched off, equal."""
+    """Every second channel, head and hidden unit of the big one."""
     torch.manual_seed(0)
     big = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_layers=1, text_layers=1))
     small = distill.shrink(big, "narrow")
@@ -251,14 +251,11 @@ def test_half_the_width():
 @pytest.fixture(scope="module")
 def lonely(tmp_path_factory, people):
     """A directory in the layout of CUHK-PEDES in which one training person has a single image with a single caption."""
-    root = tmp_path_factory.mktemp("data") / "CUHK-PEDES"
     kept = [r for n, r in enumerate(people) if r["pid"] != 1 or n % 4 == 0]
     rows = cuhk_rows(kept)
     for row in rows:
         row["captions"] = row["captions"][:1] if row["id"] == 2 else row["captions"]
-    write_images(root / "imgs", [r["file_path"] for r in rows], kept)
-    (root / "reid_raw.json").write_text(json.dumps(rows))
-    return root
+    return write_cuhk(tmp_path_factory.mktemp("data") / "CUHK-PEDES", kept, rows)
 
 
 @pytest.fixture(scope="module")
@@ -301,26 +298,35 @@ class After:
         return self.looks < 0
 
 
-@pytest.mark.parametrize("method, looks", [("lcr2s", (3, 2, 3)), ("lcr2s-paper", (1, 1))])
+@pytest.mark.parametrize("method, looks", [("lcr2s", dict(plain=1, richer=1, light=1)), ("lcr2s-paper", dict(richer=0, light=0))])
 def test_resume_is_exact(method, looks, lonely, tmp_path, monkeypatch):
     """Stopped once in each stage, a run ends with the weights, bit for bit, of one that nobody disturbed."""
     command = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--method", method, *TINY]
     run(*command, "--out", tmp_path / "a")
-    teacher = (tmp_path / "a/richer/last.pt").read_bytes()
-    for n, number in enumerate(looks):
-        monkeypatch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(stop))
-        stop = After(number)
+    for n, (stage, number) in enumerate(looks.items()):
+        stops = iter([()] * (n > 0) + [After(number)])                  # the stage that was stopped before ends, the next one is stopped
+        monkeypatch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(next(stops)))
         said = run(*command, "--out", tmp_path / "b", *["--resume"] * (n > 0), code=130)
-        assert "--resume" in said.splitlines()[-1]
-        monkeypatch.undo()
-        if n + 1 < len(looks):                                          # on to the next stage: the one that was stopped must end
-            monkeypatch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(()))
-            monkeypatch.setattr(distill, "run_light", None)
+        assert f"b/{stage}/last.pt is saved" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
+        saved = torch.load(tmp_path / "b" / stage / "last.pt", weights_only=True)
+        assert (saved["epoch"], saved["step"]) == ((0, 2) if method == "lcr2s" and stage != "richer" else (1, 0))
+    monkeypatch.undo()
     run(*command, "--out", tmp_path / "b", "--resume")
-    for stage in ("plain", "richer", "light") if method == "lcr2s" else ("richer", "light"):
+    for stage in looks:
         a, b = (torch.load(tmp_path / x / stage / "last.pt", weights_only=True)["weights"] for x in "ab")
         assert not [n for n in a if not torch.equal(a[n], b[n])], stage
-    assert (tmp_path / "a/richer/last.pt").read_bytes() == teacher
+
+
+@pytest.mark.parametrize("options", [["--student", "half"], ["warm=1"]])
+def test_a_student_that_starts_elsewhere_can_be_resumed(options, distilled, lonely, tmp_path, monkeypatch):
+    out, _ = distilled
+    command = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--out", tmp_path, *TINY, *options]
+    shutil.copytree(out / "plain", tmp_path / "plain")
+    shutil.copytree(out / "richer", tmp_path / "richer")
+    with monkeypatch.context() as patch:
+        patch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(After(1)))
+        run(*command, "--stage", "light", code=130)
+    assert run(*command, "--stage", "light", "--resume").splitlines()[-1].startswith("test R@1")
 
 
 @pytest.mark.parametrize("student", ["half", "narrow"])
@@ -482,6 +488,7 @@ def test_e1_a_richer_model_knows_more(tmp_path):
     plain = learn(people, 0, 1000)
     heads, _ = teach(plain, people, tmp_path)
     rows = distill.judge(heads, features_of(plain, test), size=3)
+    print(*(f"{name:44}{evaluation.show(scores)}" for name, scores in rows.items()), sep="\n")
     single, richer, wrong = (rows[f"held-out view: {way}"] for way in ("single images", "richer", "wrong donors"))
     assert richer["R@1"] > single["R@1"] and richer["mAP"] >= single["mAP"] + 12 and wrong["R@1"] < 12
     assert rows["held-out view: mean instead of fusion"]["R@1"] >= single["R@1"] + 2
