@@ -9,7 +9,7 @@
 A run has three stages in three folders of runs/DATASET-METHOD-SEED/. `plain` is an ordinary dual encoder. `richer` puts a fusion on it:
 each image looks at a few other images of its person, each text at other texts, and what comes out has seen more than one view shows. `light`
 is a dual encoder again, from the start that plain had, that also learns what the richer model makes of each pair: light/best.pt is what
-one searches with, and costs what plain costs. plain, light and a richer model trained end to end are trained by the loop of tbps.train with
+one searches with, and costs what plain costs. plain, light and a richer model trained end to end go through tbps.steps, as all models do, with
 the losses below; a richer model on frozen encoders learns from stored features in its own loop, train_fusion. Ctrl-C saves, --resume goes on.
 
 What the paper says and what we chose: no public code exists, and of the paper no more was at hand than its abstract and what others report. From
@@ -42,7 +42,7 @@ import tbps
 LCR2S = tbps.SDM_ID | dict(
     batch=128,
     # the richer model
-    end_to_end=False, fusion="attention", support=4, siblings=True, support_drop=0.3, aux=1.0, rich_epochs=20, rich_lr=1e-3, rich_decay=0.01,
+    end_to_end=False, fusion="attention", support=4, siblings=True, support_drop=0.3, aux=1.0, rich_epochs=20, rich_lr=3e-4, rich_decay=0.01,
     # what the light one copies
     target="richer", affinity=1.0, kd_tau=0.05, pair=0.3, features=0.0, relations=0.0, warm=False)
 PAPER = LCR2S | dict(end_to_end=True, sampler="views", affinity=0.0, features=0.5, relations=0.2)
@@ -165,12 +165,11 @@ def richer_heads(recipe, model, persons):
 
 # ---- losses of a step -----------------------------------------------------------------------------------------------
 
-def richer_losses(own, model, batch, recipe, epoch, autocast):
+def richer_losses(image, text, batch, own, model, recipe, autocast):
     """End to end, the paper's way: encoders and fusion together, each sample fused with what the batch holds of its person (the sampler
-    "views" sees to it that there is something). `aux` keeps the encoders able to tell people from one view. own (M,): image of each item."""
+    "views" sees to it that there is something). `aux` keeps the encoders able to tell people from one view. image, text (B, D) without
+    fusion; own (M,): the image of each caption of the set."""
     pid, tokens, image_of = batch["pid"], batch["tokens"][0], own[batch["item"]].to(batch["pid"].device)
-    with autocast():
-        image, text = model.encode_image(batch["pixels"][0]), model.encode_text(tokens)                # (B, D)
     same = pid[:, None] == pid[None, :]
     copies = (tokens[:, None] == tokens[None, :]).all(dim=2).to(pid.device)
     everyone, rich = torch.arange(len(pid), device=pid.device).expand(len(pid), -1), []
@@ -183,21 +182,15 @@ def richer_losses(own, model, batch, recipe, epoch, autocast):
     return out
 
 
-def light_losses(teacher, model, batch, recipe, epoch, autocast):
-    """The losses of the plain model, and with a teacher those of copying it. teacher(item) -> rich image, rich text (B, D), and which of
-    them had supports, (B,) each."""
-    with autocast():
-        image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
-    out = tbps.pair_losses(image, text, batch["pid"], model.scale(), model.heads, recipe, autocast)
-    if teacher is None:
-        return out
-    *rich, has_image, has_text = teacher(batch["item"])
+def copy_losses(image, text, rich_image, rich_text, has_image, has_text, recipe):
+    """What a light model loses by not copying its teacher. All features (B, D); which samples had supports (B,)."""
+    out = {}
     if recipe["affinity"]:
-        out["affinity"] = recipe["affinity"] * losses.distil_affinity(image, text, *rich, recipe["kd_tau"], recipe["pair"])
+        out["affinity"] = recipe["affinity"] * losses.distil_affinity(image, text, rich_image, rich_text, recipe["kd_tau"], recipe["pair"])
     if recipe["features"]:
-        out["features"] = recipe["features"] * (losses.distil_features(image, rich[0], has_image) + losses.distil_features(text, rich[1], has_text))
+        out["features"] = recipe["features"] * (losses.distil_features(image, rich_image, has_image) + losses.distil_features(text, rich_text, has_text))
     if recipe["relations"]:
-        out["relations"] = recipe["relations"] * losses.distil_relations(image, text, *rich)
+        out["relations"] = recipe["relations"] * losses.distil_relations(image, text, rich_image, rich_text)
     return out
 
 
@@ -220,21 +213,22 @@ def targets(bank, heads, target, size, item):
 # ---- the richer model on stored features ----------------------------------------------------------------------------
 
 def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
-    """Trains the fusion and a classifier on features that do not change: minutes, and no supports need to be loaded with a batch. Writes
-    last.pt and log.jsonl, as tbps.train does; resumes exactly."""
-    label = bank.pid.unique(return_inverse=True)[1][bank.own]                                           # (M,)
+    """Trains the fusion and a classifier on features that do not change: minutes, and no supports need to be loaded with a batch. Batches
+    hold several images of a person, each with one of its captions: among strangers alone, whoever brings supports of the right person wins,
+    and the fusion learns to look at nothing else. Writes last.pt and log.jsonl, as tbps.steps does; resumes exactly."""
+    images, pid, label = bank.own.tolist(), bank.pid[bank.own].tolist(), bank.pid.unique(return_inverse=True)[1][bank.own]         # of each caption
+    N, epochs = len(bank.image), recipe["rich_epochs"] if recipe["fusion"] != "mean" else 0
     no_amp = functools.partial(torch.autocast, bank.image.device.type, enabled=False)
     model.to(args.device).requires_grad_(False)
     heads = model.heads.requires_grad_(True)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["rich_lr"], weight_decay=recipe["rich_decay"])
-    epochs, n = recipe["rich_epochs"] if recipe["fusion"] != "mean" else 0, max(1, len(bank.text) // recipe["batch"])
     state, saved_at = dict(epoch=0, step=0, best=-1.0, scores={}), time.time()
     if args.resume:
         saved = tbps.read_file(out / "last.pt")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         state = {k: saved[k] for k in state}
-    bar = tqdm(total=epochs * n, initial=state["epoch"] * n, unit=" steps", disable=None)
+    bar = tqdm(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", disable=None)
     while True:
         stopping = bool(stop)                                           # looked at once: what is said to be saved is saved
         if state["epoch"] == epochs or stopping or time.time() - saved_at > 60 * args.save_minutes:
@@ -245,24 +239,25 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
         if state["epoch"] == epochs:
             break
         torch.manual_seed(data.mix(args.seed, state["epoch"], 1))
+        order = data.batches("views", pid, recipe["batch"], data.mix(args.seed, state["epoch"], 1), images, drop_last=False)
         total, began = 0, time.time()
-        for i, item in enumerate(torch.randperm(len(bank.text)).to(args.device).split(recipe["batch"])[:n]):
-            it = state["epoch"] * n + i
-            optimizer.param_groups[0]["lr"] = lr = recipe["rich_lr"] * (1 + math.cos(math.pi * it / (epochs * n))) / 2
+        for i, item in enumerate(order):
+            item, done = torch.tensor(item, device=args.device), (state["epoch"] + i / len(order)) / epochs
+            optimizer.param_groups[0]["lr"] = lr = recipe["rich_lr"] * (1 + math.cos(math.pi * done)) / 2
             image, text = bank.enrich(heads, item, recipe["support"], recipe["support_drop"])           # (B, D) each
             parts = tbps.pair_losses(image, text, label[item], model.scale(), heads, recipe, no_amp)
             loss = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            bar.update()
+            bar.update(len(item))
             total = total + torch.stack([loss, *parts.values()]).detach()
-        mean = (total / n).tolist()
+        mean = (total / len(order)).tolist()
         if not math.isfinite(mean[0]):
             raise FloatingPointError(f"the loss of the richer model is not finite in epoch {state['epoch'] + 1}; try a lower --set rich_lr= (now {recipe['rich_lr']:g})")
         state |= dict(epoch=state["epoch"] + 1)
         tbps.write_log(out, at=[state["epoch"], 0], epoch=state["epoch"], lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
-        line = f"epoch {state['epoch']:3d}/{epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {n * recipe['batch'] / (time.time() - began):.0f} pairs/s"
+        line = f"epoch {state['epoch']:3d}/{epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {N / (time.time() - began):.0f} pairs/s"
         bar.write(line) if not bar.disable else print(line, flush=True)
     bar.close()
 
@@ -444,19 +439,44 @@ def main():
     for stage, here, folder in todo:
         print(f"\n{stage}")
         if stage == "plain":
-            *_, minutes = tbps.fit(here, recipe, splits, folder, tbps.id_heads, functools.partial(light_losses, None))
-            tbps.conclude(here, recipe, splits["test"], folder, minutes)
+            train_light(here, recipe, splits, folder)
         elif stage == "richer":
-            run_richer(here, recipe, splits, folder, plain)
+            train_richer(here, recipe, splits, folder, plain)
         else:
-            run_light(here, recipe, splits, folder, teacher)
+            teach(here, recipe, splits, folder, teacher)
 
 
-def run_richer(args, recipe, splits, folder, plain):
+def train_light(args, recipe, splits, folder, target=None, rows=()):
+    """A dual encoder, and its scores: by itself or, with target(item) -> what `copy_losses` takes, as the copy of a richer one. rows: what
+    its cost is shown beside, {name: cost}."""
+    model, tokenizer, pairs, info = tbps.prepare(args, recipe, splits["train"], tbps.id_heads)
+    tbps.open_run(args, folder)
+    began = time.time()
+    with tbps.asked_to_stop() as stop:
+        for batch, _, autocast, parts in tbps.steps(args, recipe, model, tokenizer, pairs, splits.get("val"), folder, info, stop):
+            with autocast():
+                image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])        # (B, D)
+            parts |= tbps.pair_losses(image, text, batch["pid"], model.scale(), model.heads, recipe, autocast)
+            if target:
+                parts |= copy_losses(image, text, *target(batch["item"]), recipe)
+    minutes = (time.time() - began) / 60
+    rows = dict(rows) | {f"the {args.stage} model": cost(model, tokenizer(["a man"] * 32))}
+    for name, row in rows.items():
+        print(f"{name:24}{row['parameters']:,} parameters, {row['ms per image']:.2f} ms per image, {row['ms per caption']:.2f} ms per caption")
+    tbps.conclude(args, recipe, splits["test"], folder, minutes, ("Cost of a search", evaluation.table(rows)))
+
+
+def train_richer(args, recipe, splits, folder, plain):
     began = time.time()
     if recipe["end_to_end"]:
-        own = torch.tensor([i for i, r in enumerate(splits["train"]) for _ in r["captions"]])
-        tbps.fit(args, recipe, splits, folder, richer_heads, functools.partial(richer_losses, own))
+        model, tokenizer, pairs, info = tbps.prepare(args, recipe, splits["train"], richer_heads)
+        tbps.open_run(args, folder)
+        own = torch.tensor(pairs.images)
+        with tbps.asked_to_stop() as stop:
+            for batch, _, autocast, parts in tbps.steps(args, recipe, model, tokenizer, pairs, splits.get("val"), folder, info, stop):
+                with autocast():
+                    image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
+                parts |= richer_losses(image, text, batch, own, model, recipe, autocast)
     else:
         model, tokenizer, info = tbps.load_checkpoint(plain, args.device)
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
@@ -488,8 +508,9 @@ def load_teacher(path, args):
     return model, tokenizer, info
 
 
-def run_light(args, recipe, splits, folder, teacher):
-    copied, rows = None, {}
+def teach(args, recipe, splits, folder, teacher):
+    """The light model, from a frozen richer one in the file `teacher`."""
+    target, rows = None, {}
     if distils(recipe) or args.student in SHRUNK:
         model, tokenizer, info = load_teacher(teacher, args)
         rows["the teacher's encoders"] = cost(model, tokenizer(["a man"] * 32))
@@ -497,15 +518,11 @@ def run_light(args, recipe, splits, folder, teacher):
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
         alone = [int((table < 0).all(dim=1).sum()) for table in (bank.image_others, bank.text_others)]
         print(f"supports: {alone[0]:,} of {len(bank.image):,} images and {alone[1]:,} of {len(bank.text):,} captions have no others of their person")
-        copied = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
+        target = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
     if args.student in SHRUNK:                                          # a file like any other weights: sizes and dropout are the recipe's
         state = {k: info[k] for k in ("epoch", "step", "best", "scores")}
         tbps.save(Path(args.clip), tbps.content(args, recipe, shrink(model, args.student), tokenizer, info, heads=False) | state)
-    model, tokenizer, _, minutes = tbps.fit(args, recipe, splits, folder, tbps.id_heads, functools.partial(light_losses, copied))
-    rows["the light model"] = cost(model, tokenizer(["a man"] * 32))
-    for name, row in rows.items():
-        print(f"{name:24}{row['parameters']:,} parameters, {row['ms per image']:.2f} ms per image, {row['ms per caption']:.2f} ms per caption")
-    tbps.conclude(args, recipe, splits["test"], folder, minutes, ("Cost of a search", evaluation.table(rows)))
+    train_light(args, recipe, splits, folder, target, rows)
 
 
 def distils(recipe):

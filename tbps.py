@@ -921,11 +921,15 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
-def train(args, recipe, step_losses, model, tokenizer, pairs, val, out, info, stop=()):
-    """The whole of training. Writes last.pt, best.pt and log.jsonl; returns nothing, for all that matters is in the files. Saves
-    and raises KeyboardInterrupt, with what to do next, when something is in `stop`.
+def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
+    """The whole of training but the losses, which a method computes in the loop over this:
 
-    step_losses(model, batch, recipe, epoch, autocast) -> {name: weighted loss} is all that methods differ in."""
+        for batch, epoch, autocast, parts in steps(...):
+            parts |= {name: weighted loss of this batch}
+
+    Each step is made when the loop asks for the next batch. epoch: how many are done, with a fraction; autocast: for the encoders. Writes
+    last.pt, best.pt and log.jsonl; all that matters is in the files. Saves and raises KeyboardInterrupt, with what to do next, when
+    something is in `stop`."""
     device = torch.device(args.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")      # of the encoders; losses are fp32
@@ -972,7 +976,8 @@ def train(args, recipe, step_losses, model, tokenizer, pairs, val, out, info, st
                 group["lr"] = lr * group["factor"]
             torch.manual_seed(data.mix(args.seed, epoch, i, 0))         # dropout is a function of where we are: resume is exact
             batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}         # tokens are cut first
-            parts = step_losses(model, batch, recipe, it / n, autocast)
+            parts = {}
+            yield batch, it / n, autocast, parts
             loss = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -1206,7 +1211,7 @@ def load_data(args):
 
 
 def prepare(args, recipe, records, make_heads):
-    """-> model, tokenizer, pairs, info: what `train` takes, from the training records."""
+    """-> model, tokenizer, pairs, info: what `steps` takes, from the training records."""
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
@@ -1245,22 +1250,19 @@ def conclude(args, recipe, records, out, minutes, *chapters):
     print(f"test {evaluation.show(rows['best.pt, text to image'])}", flush=True)
 
 
-def fit(args, recipe, splits, out, make_heads, step_losses):
-    """A run up to its last epoch -> model, tokenizer, info, minutes."""
+def main():
+    args, recipe = parse_args()
+    make_heads, step_losses = METHODS[args.method][1:]
+    out = Path(args.out)
+    check_run(args, recipe, out)
+    splits = load_data(args)
     model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads)
     open_run(args, out)
     began = time.time()
     with asked_to_stop() as stop:
-        train(args, recipe, step_losses, model, tokenizer, pairs, splits.get("val"), out, info, stop)
-    return model, tokenizer, info, (time.time() - began) / 60
-
-
-def main():
-    args, recipe = parse_args()
-    out = Path(args.out)
-    check_run(args, recipe, out)
-    splits = load_data(args)
-    model, tokenizer, info, minutes = fit(args, recipe, splits, out, *METHODS[args.method][1:])
+        for batch, epoch, autocast, parts in steps(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info, stop):
+            parts |= step_losses(model, batch, recipe, epoch, autocast)
+    minutes = (time.time() - began) / 60
     restored = restorations(model, tokenizer, info, splits["test"], recipe) if recipe.get("restoration") else ""
     conclude(args, recipe, splits["test"], out, minutes, ("Restorations (last.pt, test split)", restored))
 

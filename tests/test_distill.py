@@ -131,20 +131,26 @@ def tiny_model(recipe, heads, people, persons=2):
     return model, tokenizer
 
 
+def encode(model, batch):
+    return model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])
+
+
 def test_end_to_end_supports_come_from_the_batch(people):
     """Two persons with three images and one; then two captions of one image."""
     model, tokenizer = tiny_model(distill.PAPER, distill.richer_heads, people)
     pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
     batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
     own = torch.tensor(pairs.images)
-    parts = distill.richer_losses(own, model, batch, distill.PAPER, 0.0, NO_AMP)
-    assert list(parts) == ["sdm", "id", "aux"] and list(distill.richer_losses(own, model, batch, distill.PAPER | dict(aux=0.0), 0.0, NO_AMP)) == ["sdm", "id"]
+
+    def parts(batch, **weights):
+        return distill.richer_losses(*encode(model, batch), batch, own, model, distill.PAPER | weights, NO_AMP)
+
+    assert list(parts(batch)) == ["sdm", "id", "aux"] and list(parts(batch, aux=0.0)) == ["sdm", "id"]
     seen = []
     model.heads["fuse_image"].forward = lambda anchor, support, able: seen.append(able) or anchor
-    distill.richer_losses(own, model, batch, distill.PAPER | dict(support_drop=0.0), 0.0, NO_AMP)
+    parts(batch, support_drop=0.0)
     assert seen[0].sum(dim=1).tolist() == [2, 2, 2, 0]
-    batch = data.collate(tokenizer, [pairs[i] for i in (0, 1, 2)])      # two captions of one image: it is not its own support
-    distill.richer_losses(own, model, batch, distill.PAPER | dict(support_drop=0.0), 0.0, NO_AMP)
+    parts(data.collate(tokenizer, [pairs[i] for i in (0, 1, 2)]), support_drop=0.0)                     # two captions of one image: it is not its own support
     assert seen[1].sum(dim=1).tolist() == [1, 1, 2]
 
 
@@ -163,20 +169,16 @@ def test_targets_and_controls():
 
 
 @pytest.mark.parametrize("weights, names", [(dict(), ["affinity"]), (dict(features=0.5, relations=0.2, affinity=0.0), ["features", "relations"]), (dict(affinity=0.0), [])])
-def test_what_a_light_model_learns_from(weights, names, people):
-    recipe = distill.LCR2S | weights
-    model, tokenizer = tiny_model(recipe, tbps.id_heads, people)
-    pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
-    batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
-    rich = torch.randn(4, 128), torch.randn(4, 128), torch.tensor([1, 1, 1, 0]), torch.tensor([1, 1, 1, 0])
-    parts = distill.light_losses(lambda item: rich, model, batch, recipe, 0.0, NO_AMP)
-    assert list(parts) == ["sdm", "id"] + names
-    image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])
-    want = dict(affinity=losses.distil_affinity(image, text, *rich[:2], 0.05, 0.3), relations=0.2 * losses.distil_relations(image, text, *rich[:2]),
+def test_what_a_light_model_learns_from(weights, names):
+    torch.manual_seed(0)
+    image, text, *rich = torch.randn(4, 4, 128)
+    has = torch.tensor([1, 1, 1, 0])
+    parts = distill.copy_losses(image, text, *rich, has, has, distill.LCR2S | weights)
+    assert list(parts) == names
+    want = dict(affinity=losses.distil_affinity(image, text, *rich, 0.05, 0.3), relations=0.2 * losses.distil_relations(image, text, *rich),
                 features=0.5 * (losses.distil_features(image[:3], rich[0][:3]) + losses.distil_features(text[:3], rich[1][:3])))
     for name in names:
         assert parts[name].item() == pytest.approx(want[name].item(), rel=1e-5)
-    assert list(distill.light_losses(None, model, batch, recipe, 0.0, NO_AMP)) == ["sdm", "id"]
 
 
 # ---- judging a richer model -----------------------------------------------------------------------------------------
@@ -382,21 +384,23 @@ def test_steps_at_full_size(people, tmp_path):
     model.logit_scale.data.fill_(math.log(50))
     model.logit_scale.requires_grad_(False)
 
-    def gradients(step_losses, recipe, make_heads):
+    def gradients(step_losses, make_heads, recipe):
         model.heads = nn.ModuleDict(make_heads(recipe, model, 11003))
         model.zero_grad(set_to_none=True)
         for head in ("fuse_image", "fuse_text") if "fuse_image" in model.heads else ():
             nn.init.normal_(model.heads[head].proj.weight, std=0.02)    # at zero, nothing flows to the attention
             nn.init.normal_(model.heads[head].fc2.weight, std=0.02)
-        sum(step_losses(model, batch, recipe, 0.0, NO_AMP).values()).backward()
+        sum(step_losses(*encode(model, batch)).values()).backward()
         for n, p in model.named_parameters():
             assert n == "logit_scale" or p.grad is not None and p.grad.isfinite().all() and p.grad.any(), n
 
-    gradients(functools.partial(distill.richer_losses, own), distill.PAPER, distill.richer_heads)
+    gradients(lambda *pair: distill.richer_losses(*pair, batch, own, model, distill.PAPER, NO_AMP), distill.richer_heads, distill.PAPER)
     richer = nn.ModuleDict({n: model.heads[n] for n in ("fuse_image", "fuse_text")})
     bank = distill.Bank(F.normalize(torch.randn(8, 512), dim=1), F.normalize(torch.randn(16, 512), dim=1), people[:8])
     before = {n: p.clone() for n, p in richer.state_dict().items()}
-    gradients(functools.partial(distill.light_losses, functools.partial(distill.targets, bank, richer, "richer", 4)), distill.LCR2S, tbps.id_heads)
+    teacher = distill.targets(bank, richer, "richer", 4, batch["item"])
+    gradients(lambda *pair: distill.copy_losses(*pair, *teacher, distill.PAPER | dict(affinity=1.0)) |
+              tbps.pair_losses(*pair, batch["pid"], model.scale(), model.heads, distill.LCR2S, NO_AMP), tbps.id_heads, distill.LCR2S)
     assert all(torch.equal(p, before[n]) for n, p in richer.state_dict().items())
     model.heads = nn.ModuleDict(distill.richer_heads(distill.LCR2S, model, 11003))
     model.zero_grad(set_to_none=True)
@@ -443,7 +447,7 @@ class Mlps(nn.Module):
         self.heads = nn.ModuleDict(dict(id=nn.Linear(128, persons)))
         self.arch = dict(embed=128, head_width=64)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(20)), requires_grad=False)
-        self.encode_image, self.encode_text, self.scale = self.image, self.text, lambda: torch.tensor(20.0)
+        self.scale = lambda: torch.tensor(20.0)
 
 
 def learn(people, seed, steps, teacher=None, **weights):
@@ -454,9 +458,12 @@ def learn(people, seed, steps, teacher=None, **weights):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 50) * (1 + math.cos(math.pi * step / steps)) / 2
         item = (4 * torch.randperm(persons)[:32, None] + torch.arange(4)).flatten()
-        batch = dict(pixels=image[item][None], tokens=text[item][None], pid=pid[item], item=item)
+        pair = model.image(image[item]), model.text(text[item])
+        parts = tbps.pair_losses(*pair, pid[item], model.scale(), model.heads, recipe, NO_AMP)
+        if teacher:
+            parts |= distill.copy_losses(*pair, *teacher(item), recipe)
         optimizer.zero_grad()
-        sum(distill.light_losses(teacher, model, batch, recipe, 0.0, NO_AMP).values()).backward()
+        sum(parts.values()).backward()
         optimizer.step()
     return model.eval()
 
@@ -482,15 +489,14 @@ def teach(plain, people, tmp_path):
 
 @pytest.mark.slow
 def test_e1_a_richer_model_knows_more(tmp_path):
-    """Supports help captions find their person where the gallery does not hold their view, and wrong supports do not. (Expected of the
-    attention were 2 more of R@1 as well; it gains 1.2, the mean 9.)"""
+    """Supports help captions find their person where the gallery does not hold their view, and wrong supports do not."""
     people, test = world(3000, 1), world(300, 2)
     plain = learn(people, 0, 1000)
     heads, _ = teach(plain, people, tmp_path)
     rows = distill.judge(heads, features_of(plain, test), size=3)
     print(*(f"{name:44}{evaluation.show(scores)}" for name, scores in rows.items()), sep="\n")
     single, richer, wrong = (rows[f"held-out view: {way}"] for way in ("single images", "richer", "wrong donors"))
-    assert richer["R@1"] > single["R@1"] and richer["mAP"] >= single["mAP"] + 12 and wrong["R@1"] < 12
+    assert richer["R@1"] >= single["R@1"] + 2 and richer["mAP"] >= single["mAP"] + 12 and wrong["R@1"] < 6
     assert rows["held-out view: mean instead of fusion"]["R@1"] >= single["R@1"] + 2
 
 
