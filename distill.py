@@ -57,7 +57,7 @@ KEYS = tbps.KEYS | dict(  # what --help says of each key
     target="what the light one copies: richer, or as controls self (the teacher's features without fusion), centroid (its person's mean)",
     affinity="weight: the same neighbours (KL of softmaxed cosines)", kd_tau="its temperature", pair="share of the pair itself in its target",
     features="weight: the same features (the paper's)", relations="weight: the same image-text cosines (the paper's)",
-    warm="the light one starts from the plain one instead of where that started")
+    warm="the light one starts from the teacher's encoders instead of where plain started")
 
 
 # ---- support sets ---------------------------------------------------------------------------------------------------
@@ -405,8 +405,10 @@ def parse_args(argv=None):
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be above 0")
     if over := [k for k in ("support_drop", "pair") if recipe[k] > 1]:
         raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
-    if args.teacher and args.plain:
-        raise ValueError("--teacher has encoders of its own; --plain names those to put a new fusion on: take one of them")
+    if args.plain and (args.teacher or args.stage == "light" or recipe["end_to_end"]):
+        raise ValueError("--plain names encoders to put a new fusion on; with --teacher, --stage light or end_to_end=1 there is none to put on")
+    if recipe["warm"] and args.student != "same":
+        raise ValueError(f"warm=1 starts the light model from the teacher's encoders, --student {args.student} from others: take one of them")
     if args.teacher and args.stage == "richer":
         raise ValueError("--teacher names a richer model, so there is none to train: leave out --stage richer")
     return args, recipe
@@ -415,14 +417,14 @@ def parse_args(argv=None):
 def main():
     args, recipe = parse_args()
     out = Path(args.out)
-    stages = ["plain"] if not args.plain and (not recipe["end_to_end"] or recipe["warm"]) else []
+    stages = [] if args.plain or recipe["end_to_end"] else ["plain"]
     stages = {None: stages + ["richer", "light"], "richer": stages + ["richer"], "light": ["light"]}["light" if args.teacher else args.stage]
     plain = Path(args.plain) if args.plain else out / "plain/best.pt"
     teacher = Path(args.teacher) if args.teacher else out / "richer/last.pt"
-    if "richer" not in stages and (distils(recipe) or args.student in SHRUNK):
+    if "richer" not in stages and (distils(recipe) or recipe["warm"] or args.student in SHRUNK):
         data.need(teacher, "the richer model", "train it with --stage richer, or name one with --teacher")
-    if "plain" not in stages and (recipe["warm"] if "richer" not in stages else args.plain):
-        data.need(plain, "the plain model", "name a checkpoint with --plain, or leave out --stage and --teacher")
+    if args.plain:
+        data.need(plain, "the plain model", "leave out --plain to train one")
     todo = []
     for stage in stages:
         folder, here = out / stage, copy.copy(args)
@@ -431,7 +433,7 @@ def main():
             continue
         here.stage, here.resume = stage, args.resume and (folder / "last.pt").exists()
         if stage == "light":
-            start = {"same": plain if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"} | {k: out / f"{k}.pt" for k in SHRUNK}
+            start = {"same": teacher if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"} | {k: out / f"{k}.pt" for k in SHRUNK}
             here.clip = str(start.get(args.student, args.student))
         tbps.check_run(here, recipe, folder)
         todo.append((stage, here, folder))

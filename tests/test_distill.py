@@ -331,6 +331,14 @@ def test_a_student_that_starts_elsewhere_can_be_resumed(options, distilled, lone
     assert run(*command, "--stage", "light", "--resume").splitlines()[-1].startswith("test R@1")
 
 
+def test_a_warm_student_starts_from_the_teacher(distilled, lonely, tmp_path):
+    """At rate 0 it stays there."""
+    teacher = distilled[0] / "richer/last.pt"
+    run("distill.py", "--dataset", "cuhk", "--data-root", lonely, "--teacher", teacher, "--out", tmp_path, *TINY, "warm=1", "lr=0", "lr_start=0", "lr_end=0")
+    light, rich = (torch.load(f, weights_only=True)["weights"] for f in (tmp_path / "light/best.pt", teacher))
+    assert all(torch.equal(light[n], rich[n]) for n in light)
+
+
 @pytest.mark.parametrize("student", ["half", "narrow"])
 def test_smaller_students(student, distilled, lonely, tmp_path):
     out, _ = distilled
@@ -358,7 +366,9 @@ def test_mistakes_at_the_command_line(distilled, lonely, tmp_path):
     assert "train it with --stage richer" in error(*base, "--stage", "light", *TINY)
     for wrong in ("light/last.pt", "light/best.pt", "plain/last.pt"):
         assert "heads are in the last.pt" in error(*base, "--teacher", out / wrong, *TINY, "--overwrite")
-    assert "take one of them" in error(*base, "--teacher", "x", "--plain", "y")
+    for other in (["--teacher", "x"], ["--stage", "light"], ["--set", "end_to_end=1", "sampler=views"]):
+        assert "there is none to put on" in error(*base, "--plain", "y", *other)
+    assert "take one of them" in error(*base, "--set", "warm=1", "--student", "half")
     assert "leave out --stage richer" in error(*base, "--teacher", "x", "--stage", "richer")
     assert "the plain model should be at" in error(*base, "--plain", tmp_path / "nothing.pt", *TINY)
     assert "holds a run already" in error(*base[:-1], out, *TINY)
