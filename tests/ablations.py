@@ -4,9 +4,11 @@
     python tests/ablations.py --only uit --seeds 1   one group, one seed
     python tests/ablations.py --table                the tables of what is there
 
-A run is a command line of tbps.py and ends in runs/ablations/GROUP/NAME-SEED/; one that was cut off goes on where it stopped. Ablations
-fine-tune, as the papers do, from a model that was trained on the generic toy domain (runs/ablations/generic, made first, 5 minutes).
-Differences are paired by seed, against the row that the name after '<' tells; the interval holds 95 % of them if they are normal."""
+A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; one that was cut off goes on where it stopped. Ablations fine-tune,
+as the papers do, from a model that was trained on the generic toy domain (runs/ablations/generic, made first, 5 minutes). "{NAME}" in a
+command is the folder of that run of the same seed, for which it waits. In the tables "own" means that the image a caption was written for
+is left out; differences are paired by seed, against the rows that the name after '<' tells; the interval holds 95 % of them if they
+are normal."""
 
 import argparse
 import json
@@ -14,14 +16,15 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from string import Formatter
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 GENERIC = "runs/ablations/generic"
-FINE_TUNE = f"--dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
+FINE_TUNE = f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
 SDM_ID = "--method irra --set mlm=0"
 UIT_PARTS = {
     "ITC": f"{SDM_ID} sdm=0 id=0 itc=1",
@@ -34,10 +37,21 @@ UIT_PARTS = {
     "UIT, all of it < SDM + ID": "--method uit",
     "IRRA, with MLM < SDM + ID": "--method irra",
 }
+LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from plain in nothing but the losses that copy
+    "plain": "--stage light --set affinity=0",
+    "teacher": "--plain {plain}/light/best.pt --stage richer",
+    "A-KD < plain < SELF": "--teacher {teacher}/richer/last.pt",
+    "SELF < plain": "--teacher {teacher}/richer/last.pt --set target=self",
+    "CENTROID < plain < SELF": "--teacher {teacher}/richer/last.pt --set target=centroid",
+    "affinity without the pair < plain < SELF": "--teacher {teacher}/richer/last.pt --set pair=0",
+    "features < plain": "--teacher {teacher}/richer/last.pt --set affinity=0 features=0.5",
+    "relations < plain": "--teacher {teacher}/richer/last.pt --set affinity=0 relations=0.2",
+    "P-KD < plain < A-KD": "--teacher {teacher}/richer/last.pt --set affinity=0 features=0.5 relations=0.2",
+}
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
     "uit": (FINE_TUNE, UIT_PARTS),
-    "uit-few": (f"--dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
-    "uit-long": (f"--dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
+    "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
+    "uit-long": (f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
                  {name: UIT_PARTS[name] for name in ("UIT, all of it < SDM + ID", "SDM + ID + restoration < SDM + ID", "SDM + ID < SDM", "ITC")}),
     "uit-temperature": (FINE_TUNE, {
         "ITC": f"{SDM_ID} sdm=0 id=0 itc=1",
@@ -57,6 +71,22 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "IRRA, with MLM": "--method irra",
         "IRRA, masked captions everywhere < IRRA, with MLM": "--method irra --set mask_all=1",
     }),
+    "lcr2s": (f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05", LCR2S_PARTS | {
+        "A-KD, warm < A-KD": "--teacher {teacher}/richer/last.pt --set warm=1",
+        "teacher, the mean": "--plain {plain}/light/best.pt --stage richer --set fusion=mean",
+        "A-KD from the mean < A-KD < SELF": "--teacher {teacher, the mean}/richer/last.pt",
+        "teacher, support 1": "--plain {plain}/light/best.pt --stage richer --set support=1",
+        "A-KD, support 1 < A-KD": "--teacher {teacher, support 1}/richer/last.pt --set support=1",
+        "teacher, support 2": "--plain {plain}/light/best.pt --stage richer --set support=2",
+        "A-KD, support 2 < A-KD": "--teacher {teacher, support 2}/richer/last.pt --set support=2",
+        "teacher, end to end": "--method lcr2s-paper --stage richer",
+        "P-KD, end to end < plain < P-KD": "--method lcr2s-paper --teacher {teacher, end to end}/richer/last.pt --set sampler=random",
+        "half": "--teacher {teacher}/richer/last.pt --student half --set affinity=0",
+        "half, A-KD < half": "--teacher {teacher}/richer/last.pt --student half",
+        "narrow": "--teacher {teacher}/richer/last.pt --student narrow --set affinity=0",
+        "narrow, A-KD < narrow": "--teacher {teacher}/richer/last.pt --student narrow",
+    }),
+    "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }
 
 
@@ -69,34 +99,70 @@ def folder(group, name, seed):
 
 
 def result(path):
-    """The test scores of best.pt in a finished run's folder, or None."""
-    log = path / "log.jsonl"
-    last = json.loads(log.read_text().splitlines()[-1]) if log.exists() and log.stat().st_size else {}
-    return last.get("test", {}).get("best.pt, text to image")
+    """{what: test scores} of a finished run, of its last stage, or None."""
+    log = next((f for stage in ("light", "richer", ".") if (f := path / stage / "log.jsonl").exists()), None)
+    last = json.loads(log.read_text().splitlines()[-1]) if log and log.stat().st_size else {}
+    return last.get("test")
 
 
 def start(path, options, threads):
     """Makes a run, or ends one, quietly; what it printed is in its folder if it failed."""
-    command = [sys.executable, ROOT / "tbps.py", *options.split(), "--out", path] + ["--resume"] * (path / "last.pt").exists() + ["--workers", "0"]
+    command = [sys.executable, *options.split(), "--out", path] + ["--resume"] * any(path.glob("**/last.pt")) + ["--workers", "0"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS=str(threads)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
 
 
+def queue(groups, seeds, jobs):
+    """Runs what is not there yet, some at a time. A run waits for those it names, which are earlier in the queue."""
+    runs, threads = {}, max(1, os.cpu_count() // jobs)
+
+    def make(path, options, needed):
+        for other in needed:
+            if other in runs:
+                runs[other].result()
+        start(path, options, threads)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for group in groups:
+            common, rows = GROUPS[group]
+            for name, seed in ((name, seed) for name in rows for seed in range(seeds)):
+                path, paths = folder(group, name, seed), {row(n): folder(group, n, seed) for n in rows}
+                if not result(path):
+                    needed = [paths[n] for _, n, *_ in Formatter().parse(rows[name]) if n]
+                    runs[path] = pool.submit(make, path, f"{common} {rows[name].format_map(paths)} --seed {seed}", needed)
+        for run in tqdm(as_completed(runs.values()), total=len(runs), unit="run"):
+            run.result()
+
+
+WAYS = {"R@1": ("text to image", "R@1"), "mAP": ("text to image", "mAP"), "R@1, own": ("text to other images", "R@1"), "mAP, own": ("text to other images", "mAP")}
+
+
+def mean(values):
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def table(group, seeds):
-    """Markdown: a row per name, R@1 as mean and standard deviation over seeds, the paired difference and its interval."""
-    found = {row(name): {s: r["R@1"] for s in range(seeds) if (r := result(folder(group, name, s)))} for name in GROUPS[group][1]}
-    lines = [f"| {group} | R@1 | seeds | against | difference |", "|---|---|---|---|---|"]
+    """Markdown: a row per name and row it is compared with; the mean and standard deviation over seeds, then the mean of the paired
+    differences and its interval. Richer models have a table of their own."""
+    found = {row(name): {s: r for s in range(seeds) if (r := result(folder(group, name, s)))} for name in GROUPS[group][1]}
+    lines = [f"| {group} | seeds | {' | '.join(WAYS)} | against |", "|---" * (3 + len(WAYS)) + "|"]
+    teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
     for name in GROUPS[group][1]:
-        own, base = found[row(name)], found.get(name.partition(" < ")[2], {})
-        if not own:
-            continue
-        spread = f" ± {statistics.stdev(own.values()):.1f}" if len(own) > 1 else ""
-        pairs = [own[s] - base[s] for s in own if s in base]
-        student = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(pairs), 2.5)
-        interval = f" ± {student * statistics.stdev(pairs) / len(pairs) ** 0.5:.1f}" if len(pairs) > 1 else ""
-        difference = f"{statistics.mean(pairs):+.1f}{interval}" if pairs else ""
-        lines.append(f"| {row(name)} | {statistics.mean(own.values()):.1f}{spread} | {len(own)} | {name.partition(' < ')[2]} | {difference} |")
+        own, bases = found[row(name)], name.split(" < ")[1:]
+        for n, base in enumerate(bases or [""]) if own and row(name) not in teachers else ():
+            cells, both = [], [s for s in own if s in found.get(base, ())]
+            student = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(both), 2.5)
+            for what, metric in WAYS.values():
+                value = {s: r[f"best.pt, {what}"][metric] for s, r in own.items() if f"best.pt, {what}" in r}
+                pairs = [value[s] - found[base][s][f"best.pt, {what}"][metric] for s in both]
+                difference = f"{statistics.mean(pairs):+.1f}" + f" ± {student * statistics.stdev(pairs) / len(pairs) ** 0.5:.1f}" * (len(pairs) > 1) if pairs else ""
+                cells.append(f"{mean(value.values()) if value and n == 0 else ''}{f' ({difference})' if pairs else ''}".strip())
+            lines.append(f"| {row(name) if n == 0 else ''} | {len(own) if n == 0 else ''} | {' | '.join(cells)} | {base} |")
+    if teachers:
+        lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
+        for what in next(iter(next(iter(teachers.values())).values())):
+            lines.append(f"| {what} | " + " | ".join(", ".join(mean([r[what][metric] for r in runs.values()]) for metric in ("R@1", "mAP")) for runs in teachers.values()) + " |")
     return "\n".join(lines)
 
 
@@ -108,14 +174,9 @@ def main():
     p.add_argument("--table", action="store_true", help="run nothing")
     args = p.parse_args()
     if not args.table:
-        threads = max(1, os.cpu_count() // args.jobs)
         if not result(ROOT / GENERIC):
-            start(ROOT / GENERIC, "--dataset toy-generic", os.cpu_count())
-        todo = [(folder(g, name, s), f"{GROUPS[g][0]} {options} --seed {s}") for g in args.only for s in range(args.seeds)
-                for name, options in GROUPS[g][1].items() if not result(folder(g, name, s))]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for _ in tqdm(pool.map(lambda job: start(*job, threads), todo), total=len(todo), unit="run"):
-                pass
+            start(ROOT / GENERIC, "tbps.py --dataset toy-generic", os.cpu_count())
+        queue(args.only, args.seeds, args.jobs)
     for group in args.only:
         print(f"\n{table(group, args.seeds)}")
 
