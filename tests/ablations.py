@@ -142,6 +142,14 @@ def mean(values):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def difference(pairs):
+    """The mean and its 95 % interval, by Student's t."""
+    if len(pairs) < 2:
+        return f" ({pairs[0]:+.1f})" if pairs else ""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(pairs), 2.5)
+    return f" ({statistics.mean(pairs):+.1f} ± {t * statistics.stdev(pairs) / len(pairs) ** 0.5:.1f})"
+
+
 def table(group, seeds):
     """Markdown: a row per name and row it is compared with; the mean and standard deviation over seeds, then the mean of the paired
     differences and its interval. Richer models have a table of their own."""
@@ -152,12 +160,10 @@ def table(group, seeds):
         own, bases = found[row(name)], name.split(" < ")[1:]
         for n, base in enumerate(bases or [""]) if own and row(name) not in teachers else ():
             cells, both = [], [s for s in own if s in found.get(base, ())]
-            student = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(both), 2.5)
             for what, metric in WAYS.values():
                 value = {s: r[f"best.pt, {what}"][metric] for s, r in own.items() if f"best.pt, {what}" in r}
                 pairs = [value[s] - found[base][s][f"best.pt, {what}"][metric] for s in both]
-                difference = f"{statistics.mean(pairs):+.1f}" + f" ± {student * statistics.stdev(pairs) / len(pairs) ** 0.5:.1f}" * (len(pairs) > 1) if pairs else ""
-                cells.append(f"{mean(value.values()) if value and n == 0 else ''}{f' ({difference})' if pairs else ''}".strip())
+                cells.append((mean(value.values()) if value and n == 0 else "") + difference(pairs))
             lines.append(f"| {row(name) if n == 0 else ''} | {len(own) if n == 0 else ''} | {' | '.join(cells)} | {base} |")
     if teachers:
         lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
