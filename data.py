@@ -277,6 +277,10 @@ def prune_caption(caption):
 
 COLOURS = """black white red blue green yellow orange purple pink brown grey gray beige tan navy khaki teal maroon turquoise violet crimson
     cream burgundy olive lavender golden gold silver magenta cyan""".split()
+GARMENTS = """coat jacket shirt shirts t-shirt t-shirts tshirt tee tee-shirt dress blouse top hoodie hoody suit clothes cloth clothing pants shorts sweatshirt skirt robe romper
+    sweater cardigan vest blazer jersey polo windbreaker parka tunic jumper pullover trousers slacks jeans leggings tights overalls uniform shoes shoe
+    sneakers trainers boots sandals heels footwear socks hat cap beanie hood scarf gloves belt tie bag backpack rucksack handbag purse satchel suitcase
+    umbrella glasses sunglasses""".split()
 
 
 def change_colour(caption):
@@ -331,6 +335,7 @@ jacket, windbreaker
 has, possesses
 also, additionally
 picture, photo, image""".splitlines()]
+PROTECTED = set(COLOURS) | set(GARMENTS)                                # from CTLG's approximate text
 SYNONYM_OF = {word: [w for w in line if w != word] for line in SYNONYMS for word in line}
 
 
@@ -367,14 +372,35 @@ def delete_words(words, rate, rng):
     return [w for w in words if rng.random() >= rate] or [rng.choice(words)] if words else []
 
 
+def approximate_caption(caption, rng):
+    """CTLG's approximate text: one of three operations on a fifth of the N words and punctuation marks, at least 1, at most 10: a synonym
+    instead, any of them left out, or as many in a row. Colours and garments are what a caption is about: they are neither replaced nor left
+    out, but a row may contain them. No words left: unchanged."""
+    found = list(WORD.finditer(caption))
+    operation, n = rng.choice(["synonym", "crop", "delete"]), max(1, min(10, -(-len(found) // 5)))
+    able = [k for k, m in enumerate(found) if m[0][0].isalnum() and m[0].lower() not in PROTECTED]
+    if operation == "crop":
+        start = rng.randrange(max(1, len(found) - n + 1))
+        changed = dict.fromkeys(range(start, start + n), "")
+    elif operation == "delete":
+        changed = dict.fromkeys(rng.sample(able, min(n, len(able))), "")
+    else:
+        able = [k for k in able if found[k][0].lower() in SYNONYM_OF]
+        changed = {k: rng.choice(SYNONYM_OF[found[k][0].lower()]) for k in rng.sample(able, min(n, len(able)))}
+    ends = [0] + [m.end() for m in found]
+    said = "".join(caption[end:m.start()] + changed.get(k, m[0]) if changed.get(k) != "" else "" for k, (m, end) in enumerate(zip(found, ends))).strip()
+    return said if any(c.isalnum() for c in said) else caption
+
+
 TEXT_OPS = {"synonym": replace_synonyms, "insertion": insert_synonyms, "swap": swap_words, "deletion": delete_words}
 
 
-def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0):
+def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0):
     """The text augmentations of TBPS-CLIP's study by their rates (0 = off); its recipe is deletion alone. `eda` is one of the
-    four at random, as in EDA (arXiv 1901.11196); `prune` is the chance of UIT's text pruning, which comes first. White space is
-    collapsed; a caption with words keeps at least one."""
-    words = (prune_caption(caption) if prune and rng.random() < prune else caption).split()
+    four at random, as in EDA (arXiv 1901.11196); `prune` is the chance of UIT's text pruning, `approximate` that of CTLG's approximate text,
+    which come first. White space is collapsed; a caption with words keeps at least one."""
+    caption = prune_caption(caption) if prune and rng.random() < prune else caption
+    words = (approximate_caption(caption, rng) if approximate and rng.random() < approximate else caption).split()
     for name, rate in dict(synonym=synonym, insertion=insertion, swap=swap, deletion=deletion).items():
         words = TEXT_OPS[name](words, rate, rng) if rate else words
     return " ".join(TEXT_OPS[rng.choice(list(TEXT_OPS))](words, eda, rng) if eda else words)
@@ -401,7 +427,8 @@ class Tokenizer:
 
     merges: pairs, most frequent first. Ids: 256 bytes, 256 bytes that end a word, a token per merge, start, end. So the
     end-of-text token EOT has the largest id, and 0 (also the id of "!") pads. mask=True gives the id of the last merge to a mask
-    symbol; in CLIP's vocabulary that costs the word "jekyll", which is then spelt in pieces. Too long: cut, but EOT stays."""
+    symbol; in CLIP's vocabulary that costs the word "jekyll", which is then spelt in pieces. Too long: cut, but EOT stays. A pair of
+    captions is joined by a full stop, and the longer one is cut first."""
 
     def __init__(self, merges, mask=False):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")        # the loader's workers are our parallelism
@@ -418,8 +445,13 @@ class Tokenizer:
     def __call__(self, captions):
         assert not isinstance(captions, str), "the tokenizer takes a list of captions"
         tokens = torch.zeros(len(captions), CONTEXT, dtype=torch.int64)
-        for row, text in zip(tokens, self.bpe.encode_batch([plain_text(c) for c in captions])):
-            ids = [self.sot, *text.ids[:CONTEXT - 2], self.eot]
+        pairs = [(c, "") if isinstance(c, str) else c for c in captions]
+        first, second = (self.bpe.encode_batch([plain_text(c) for c in side]) for side in zip(*pairs)) if pairs else ((), ())
+        for row, a, b in zip(tokens, first, second):
+            stop, room = self.bpe.encode(".").ids if b.ids else [], CONTEXT - 2
+            room -= len(stop)
+            ids = [self.sot, *a.ids[:max(room - len(b.ids), room - room // 2)], *stop]
+            ids += b.ids[:CONTEXT - 1 - len(ids)] + [self.eot]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -484,7 +516,7 @@ def train_tokenizer(captions, vocab=1024, mask=False):
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
          "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 POOL = ["jitter", "rotation", "crop", "gray", "flip", "erase"]         # what TBPS-CLIP draws from
-IMAGE_AUG = ["pool", "stack", "reid", "none", *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
+IMAGE_AUG = ["pool", "stack", "reid", "shift", "none", *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
 
 
 def crop_ratio(size, low=3 / 4, high=4 / 3):
@@ -506,7 +538,8 @@ def image_ops(size):
 class TrainView:
     """The view of an image for the image-text losses: PIL -> (3, H, W), scaled, augmented, normalised. image_aug: one of
     IMAGE_AUG; "pool" is two of POOL drawn with replacement, in drawn order, "stack" all of them, "reid" what IRRA does (mirror, pad
-    10 of 384 pixels and crop, after normalising erase 2 to 40 % with the *mean*, so with a light grey), or the name of one."""
+    10 of 384 pixels and crop, after normalising erase 2 to 40 % with the *mean*, so with a light grey), "shift" the same without erasing
+    (CTLG), or the name of one."""
 
     def __init__(self, size, image_aug="pool", norm="imagenet", resize="bilinear"):
         assert image_aug in IMAGE_AUG, image_aug
@@ -516,7 +549,7 @@ class TrainView:
             self.normalize = v2.Compose([self.normalize, v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(NORMS[norm][0]))])
 
     def __call__(self, image, flip=True):
-        names = {"pool": [POOL[i] for i in torch.randint(len(POOL), (2,))], "stack": POOL, "reid": ["flip", "padcrop"], "none": []}.get(
+        names = {"pool": [POOL[i] for i in torch.randint(len(POOL), (2,))], "stack": POOL, "reid": ["flip", "padcrop"], "shift": ["flip", "padcrop"], "none": []}.get(
             self.image_aug, [self.image_aug])
         pixels = self.scale(image)
         for name in names:
@@ -592,10 +625,11 @@ class Pairs(torch.utils.data.Dataset):
 
     views, self_views: how many TrainViews and SelfViews of the image (decoded once); texts, self_texts: how many variations
     of the caption. back_translation: chance to start from the caption's entry in captions_bt, where there is one. `text`: rates
-    for vary_caption. clean: clean captions first. aware: do not mirror images whose caption says left or right."""
+    for vary_caption. clean: clean captions first. aware: do not mirror images whose caption says left or right. mixup: the chance of an
+    item to be mixed with another at random, as CTLG's code does it: the mean of the pixels, and both captions, which makes them pairs."""
 
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool", norm="imagenet",
-                 resize="bilinear", clean=True, back_translation=0.1, text=None, aware=False):
+                 resize="bilinear", clean=True, back_translation=0.1, text=None, aware=False, mixup=0.0):
         cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
         self.images = [i for i, r in enumerate(records) for _ in r["captions"]]             # which record an item is of
@@ -606,7 +640,7 @@ class Pairs(torch.utils.data.Dataset):
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
         self.texts, self.back_translation, self.text, self.aware = texts + self_texts, back_translation, text or {}, aware
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.mixup = seed, 0, mixup
 
     def __len__(self):
         return len(self.items)
@@ -615,6 +649,14 @@ class Pairs(torch.utils.data.Dataset):
         seed = mix(self.seed, self.epoch, i)
         torch.default_generator.manual_seed(seed)       # not torch.manual_seed: that one takes 0.3 ms to look for GPUs
         rng = random.Random(seed)
+        captions, pixels = self.vary(i, rng)
+        if self.mixup and rng.random() < self.mixup:
+            more, others = self.vary(rng.randrange(len(self)), rng)
+            captions, pixels = list(zip(captions, more)), (pixels + others) / 2
+        return dict(pixels=pixels, captions=captions, pid=self.pids[i], image=self.images[i], item=i, seed=seed)
+
+    def vary(self, i, rng):
+        """-> the captions of an item, its pixels (V, 3, H, W)."""
         record, n = self.items[i]
         captions = []
         for _ in range(self.texts):
@@ -622,11 +664,11 @@ class Pairs(torch.utils.data.Dataset):
             captions.append(vary_caption(translated or self.captions[i], rng, **self.text))
         flip = not (self.aware and re.search(r"\b(left|right)\b", record["captions"][n], re.I))
         image = load_image(record["image"])
-        return dict(pixels=torch.stack([view(image, flip) for view in self.views]), captions=captions, pid=self.pids[i], item=i, seed=seed)
+        return captions, torch.stack([view(image, flip) for view in self.views])
 
 
 def collate(tokenizer, items, mask=None):
-    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), pid (B,), item (B,). With mask = (content, other), the rates of
+    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), pid, image, item (B,): person, record and its own number. With mask = (content, other), the rates of
     Tokenizer.masked, also masked, asked (B, 77), of the first variation of each caption."""
     tokens = tokenizer([c for item in items for c in item["captions"]])
     more = {}
@@ -634,7 +676,7 @@ def collate(tokenizer, items, mask=None):
         rows = [tokenizer.masked(item["captions"][0], random.Random(item["seed"] + 1), *mask) for item in items]
         more = dict(masked=torch.stack([row for row, _ in rows]), asked=torch.stack([asked for _, asked in rows]))
     return more | dict(pixels=torch.stack([item["pixels"] for item in items], dim=1), tokens=tokens.view(len(items), -1, CONTEXT).transpose(0, 1),
-                pid=torch.tensor([item["pid"] for item in items]), item=torch.tensor([item["item"] for item in items]))
+                **{k: torch.tensor([item[k] for item in items]) for k in ("pid", "image", "item")})
 
 
 def batches(sampler, pids, batch, seed, images=None, drop_last=True):

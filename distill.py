@@ -165,12 +165,12 @@ def richer_heads(recipe, model, persons):
 
 # ---- losses of a step -----------------------------------------------------------------------------------------------
 
-def richer_losses(image, text, batch, own, model, recipe, autocast):
+def richer_losses(image, text, batch, model, recipe, autocast):
     """End to end, the paper's way: encoders and fusion together, each sample fused with what the batch holds of its person (the sampler
     "views" sees to it that there is something). `aux` keeps the encoders able to tell people from one view. image, text (B, D) without
-    fusion; own (M,): the image of each caption of the set."""
-    pid, tokens, image_of = batch["pid"], batch["tokens"][0], own[batch["item"]].to(batch["pid"].device)
-    same = pid[:, None] == pid[None, :]
+    fusion."""
+    pid, tokens = batch["pid"], batch["tokens"][0]
+    image_of, same = batch["image"].to(pid.device), pid[:, None] == pid[None, :]
     copies = (tokens[:, None] == tokens[None, :]).all(dim=2).to(pid.device)
     everyone, rich = torch.arange(len(pid), device=pid.device).expand(len(pid), -1), []
     for fuse, features, able in ((model.heads["fuse_image"], image, same & (image_of[:, None] != image_of[None, :])), (model.heads["fuse_text"], text, same & ~copies)):
@@ -473,12 +473,11 @@ def train_richer(args, recipe, splits, folder, plain):
     if recipe["end_to_end"]:
         model, tokenizer, pairs, info = tbps.prepare(args, recipe, splits["train"], richer_heads)
         tbps.open_run(args, folder)
-        own = torch.tensor(pairs.images)
         with tbps.asked_to_stop() as stop:
             for batch, _, autocast, parts in tbps.steps(args, recipe, model, tokenizer, pairs, splits.get("val"), folder, info, stop):
                 with autocast():
                     image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
-                parts |= richer_losses(image, text, batch, own, model, recipe, autocast)
+                parts |= richer_losses(image, text, batch, model, recipe, autocast)
     else:
         model, tokenizer, info = tbps.load_checkpoint(plain, args.device)
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)

@@ -83,6 +83,11 @@ def pick(x, at):
     return x[torch.arange(len(x), device=x.device), at][:, None]
 
 
+def mixed(x, share, partner):
+    """Each sample mixed with its partner: x (B, ...), share in [0, 1] its own part, partner (B,)."""
+    return share * x + (1 - share) * x[partner]
+
+
 class Block(nn.Module):
     """Pre-norm transformer block; both towers are built from it. Dropout is on the attention weights only."""
 
@@ -147,15 +152,15 @@ class ImageTower(nn.Module):
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         init_blocks(self.blocks, width)
 
-    def forward(self, pixels, at=None, keep=None):
-        """keep (B, K): only these patches, by number, go through the transformer."""
+    def forward(self, pixels, at=None, keep=None, mix=None):
+        """keep (B, K): only these patches, by number, go through the transformer. mix: as `mixed` takes it, after the first block."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos                # (B, T, C)
         if keep is not None:
             x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))], dim=1)      # (B, 1+K, C)
         x = self.ln_pre(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        for n, block in enumerate(self.blocks[:-1]):
+            x = mixed(block(x), *mix) if mix and n == 0 else block(x)
         return self.blocks[-1](x, at=at)
 
 
@@ -172,10 +177,10 @@ class TextTower(nn.Module):
         nn.init.normal_(self.tok.weight, std=0.02)
         init_blocks(self.blocks, width)
 
-    def forward(self, tokens, at=None):
+    def forward(self, tokens, at=None, mix=None):
         x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                               # (B, T, C)
-        for block in self.blocks[:-1]:
-            x = block(x, causal=True)
+        for n, block in enumerate(self.blocks[:-1]):
+            x = mixed(block(x, causal=True), *mix) if mix and n == 0 else block(x, causal=True)
         return self.blocks[-1](x, causal=True, at=at)
 
 
@@ -205,15 +210,22 @@ class DualEncoder(nn.Module):
         tokens = self.cut(tokens)[0] if cut else tokens.to(self.logit_scale.device, non_blocking=True)
         return self.text.ln_post(self.text(tokens)) @ self.text.proj
 
-    def encode_image(self, pixels):
-        """(B, 3, H, W) -> (B, D), not normalised: the class token."""
+    def encode_image(self, pixels, mix=None):
+        """(B, 3, H, W) -> (B, D), not normalised: the class token. mix: CTLG's mixup of features, as `mixed` takes it."""
         cls = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
-        return self.image.ln_post(self.image(pixels, at=cls)[:, 0]) @ self.image.proj
+        return self.image.ln_post(self.image(pixels, at=cls, mix=mix)[:, 0]) @ self.image.proj
 
-    def encode_text(self, tokens):
-        """(B, 77) ids -> (B, D), not normalised: the token at EOT, which has the largest id. Tokens may still be on the CPU."""
+    def encode_text(self, tokens, mix=None):
+        """(B, 77) ids -> (B, D), not normalised: the token at EOT, which has the largest id. Tokens may still be on the CPU. A mixed
+        caption ends twice, and both ends are looked at, in the same shares."""
         tokens, eot = self.cut(tokens)
-        return self.text.ln_post(self.text(tokens, at=eot)[:, 0]) @ self.text.proj
+        if mix:
+            x = self.text(tokens, mix=mix)                                                              # (B, T, C)
+            share, partner = mix
+            end = share * pick(x, eot)[:, 0] + (1 - share) * pick(x, eot[partner])[:, 0]
+        else:
+            end = self.text(tokens, at=eot)[:, 0]
+        return self.text.ln_post(end) @ self.text.proj
 
     def cut(self, tokens):
         """Tokens without the padding after the longest caption, and where each EOT is. The tower is causal, so nothing changes
@@ -223,9 +235,11 @@ class DualEncoder(nn.Module):
         return tokens.to(self.logit_scale.device, non_blocking=True), eot.to(self.logit_scale.device, non_blocking=True)
 
     def scale(self):
-        """exp(logit_scale), at most 100. The limit acts on the value only: the gradient goes on as if it were not there, as in
-        the code of TBPS-CLIP, so a scale beyond 100 can come back."""
+        """exp(logit_scale), while it learns at most 100. The limit acts on the value only: the gradient goes on as if it were not there,
+        as in the code of TBPS-CLIP, so a scale beyond 100 can come back."""
         scale = self.logit_scale.exp()
+        if not self.logit_scale.requires_grad:
+            return scale
         return scale + (scale.clamp(max=100) - scale).detach()
 
 
@@ -534,12 +548,12 @@ def load_checkpoint(path, device="cpu", make_heads=None):
 
 COMMON = dict(  # what every method has
     # optimisation: a rise, then a cosine, per iteration; AdamW
-    epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, per_epoch=False, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98,
+    epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98,
     lr_bias=1.0, lr_new=1.0, lr_named=False, sampler="random",
     # images and captions
     height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
     # augmentation
-    image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0,
+    image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
     # model
     tau=0.0, text_dropout=0.05, lock_patch=True)
 TBPS_CLIP = COMMON | dict(
@@ -556,19 +570,26 @@ SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
 IRRA = SDM_ID | dict(
     restoration=0.0, mlm=1.0, mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, released_drop=False, padding=False)
 UIT = IRRA | dict(batch=128, sampler="random-count", triplet=10.0, restoration=10.0, mlm=0.0, prune=0.2, mask_content=0.3, mask_other=0.05, mask_all=True)
+CTLG = COMMON | dict(
+    epochs=70, batch=256, lr=1e-4, lr_start=1e-5, lr_end=0.0, warmup=9.0, per_epoch=True, decay_every=20, weight_decay=0.0, beta2=0.999,
+    height=384, width=128, stride=12, resize="bicubic", clean=False, image_aug="shift", back_translation=0.0, deletion=0.0, approximate=0.5,
+    tau=0.005, text_dropout=0.0, lock_patch=False,
+    itc=1.0, same="pair", mixup=0.5, feature_mixup=0.0)
 KEYS = dict(  # what --help says of each key
     epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
-    lr_end="at the last step", warmup="epochs of linear rise", per_epoch="the rate changes between epochs only", weight_decay="of matrices",
+    lr_end="at the last step", warmup="epochs of linear rise", per_epoch="the rate changes between epochs only",
+    decay_every="epochs after which the rate falls to a tenth, each time; 0: half a cosine instead", weight_decay="of matrices",
     coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", lr_bias="factor of the rate of biases",
     lr_new="factor of the rate of layers that CLIP does not have", lr_named="the factors by layers' names, as released: lr_new for cross attention, "
     "blocks and classifiers alone, lr_bias for the former's biases", sampler="random, pk or random-count",
     height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
     resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
-    image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), none, or one of " + ", ".join(data.IMAGE_AUG[4:]),
+    image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), shift (reid without erasing), none, or one of " + ", ".join(data.IMAGE_AUG[5:]),
     aware="no mirroring where the caption says left or right",
     back_translation="chance to take captions_bt instead, where the data have it", deletion="chance of each word to be left out",
     synonym="share of words replaced", insertion="share of words inserted", swap="share of words exchanged", eda="rate of one of these four at random",
     prune="chance of a caption to be cut to its nouns, adjectives and pronouns",
+    approximate="chance of CTLG's approximate text: a fifth of the words replaced, left out, or left out in a row",
     tau="temperature; 0: learned from where the weights have it", text_dropout="on attention weights", lock_patch="freeze the patch convolution",
     itc="weight: contrast with one right answer each", nitc="weight: N-ITC, all captions of the person are right", ritc="weight: reversed KL",
     ritc_eps="its label smoothing", citc="weight: cyclic consistency", ss="weight: self-supervision between two image views",
@@ -580,7 +601,9 @@ KEYS = dict(  # what --help says of each key
     restoration="weight: dropped patches from a grey image and the caption", mlm="weight: masked words from the image",
     mask_content="chance of nouns and adjectives to be masked", mask_other="of other words", mask_all="the masked captions are used in all losses",
     depth="blocks of the restorer and of the word guesser", drop="share of patches dropped", released_drop="one patch more is dropped than scored, as released",
-    padding="restorer and guesser see the padding of captions too, as released")
+    padding="restorer and guesser see the padding of captions too, as released",
+    same="which captions are right for an image in itc: of its pair, image or person", mixup="chance of a pair to be mixed with another: mean pixels, both captions",
+    feature_mixup="alpha of the Beta distribution that tells how pairs are mixed after the first block; 0: they are not")
 
 
 def tbps_clip_heads(recipe, model, persons):
@@ -818,29 +841,46 @@ def restore(model, pixels, text_tokens, seen, recipe, generator=None):
     return model.heads["restoration"](visible, order, text_tokens, seen), dropped
 
 
+def ctlg_losses(model, batch, recipe, epoch, autocast):
+    """The loss of one step of CTLG (arXiv 2311.09084): contrast at a very low temperature, where nearly all the gradient goes to the hardest
+    negative. With feature_mixup all pairs are mixed with others, in one share for the batch, and what comes out are pairs again."""
+    mix, B = None, len(batch["pid"])
+    if recipe["feature_mixup"]:
+        alpha = torch.tensor(recipe["feature_mixup"])
+        mix = float(torch.distributions.Beta(alpha, alpha).sample()), torch.randperm(B).to(batch["pid"].device)
+    with autocast():
+        image, text = model.encode_image(batch["pixels"][0], mix), model.encode_text(batch["tokens"][0], mix)      # (B, D)
+    right = {"pair": torch.arange(B), "image": batch["image"], "person": batch["pid"]}[recipe["same"]].to(image.device)
+    return {"itc": recipe["itc"] * losses.nitc(image, text, right, model.scale())}                      # N-ITC of numbers that differ is ITC
+
+
 METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
     "irra": (IRRA, irra_heads, irra_losses),
     "uit": (UIT, irra_heads, irra_losses),
+    "ctlg": (CTLG, lambda *_: {}, ctlg_losses),
 }
 # On top of any recipe, for toy people learned from scratch: a smaller model and rate, more and smaller batches. There is nothing to lock or to
 # believe in before anything is learned, so the patch convolution learns too and the targets are the labels; every layer is new
-TOY = dict(height=96, width=48, epochs=10, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, per_epoch=False, weight_decay=0.02, coupled=False,
+TOY = dict(height=96, width=48, stride=0, epochs=10, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False,
            eps=1e-8, beta2=0.98, lr_bias=1.0, lr_new=1.0, soft=0.0, lock_patch=False, depth=1)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 def lr_at(it, n, recipe):
-    """Learning rate at iteration `it`, n iterations per epoch: linear from lr_start to lr, then half a cosine to lr_end. Per iteration
-    the warm-up ends at lr; per epoch, the first epoch after it begins there (IRRA: 0.1, 0.28 ... 0.82, then 1 of the rate)."""
+    """Learning rate at iteration `it`, n iterations per epoch: linear from lr_start to lr, then half a cosine to lr_end, or with decay_every
+    tenths of it. Per iteration the warm-up ends at lr; per epoch, the first epoch after it begins there (IRRA: 0.1, 0.28 ... 0.82, then 1 of
+    the rate)."""
     if recipe["per_epoch"]:
         it, n = it // n, 1
     warm = round(recipe["warmup"] * n)
     if it < warm:
         return recipe["lr_start"] + (recipe["lr"] - recipe["lr_start"]) * it / max(1, warm - (not recipe["per_epoch"]))
+    if recipe["decay_every"]:
+        return recipe["lr"] * 0.1 ** (it // (recipe["decay_every"] * n))
     done = (it - warm) / max(1, recipe["epochs"] * n - warm)
     return recipe["lr_end"] + 0.5 * (recipe["lr"] - recipe["lr_end"]) * (1 + math.cos(math.pi * done))
 
@@ -1038,8 +1078,9 @@ def parse_args(argv=None):
     """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
     recipes = {name: recipe for name, (recipe, *_) in METHODS.items()}
     p = arguments(recipes, __doc__, f"keys of a recipe, for --set, with the values of tbps-clip:\n{listed(TBPS_CLIP, KEYS)}"
-                  f"and of irra and uit alone, with the values of uit:\n{listed(UIT, KEYS, TBPS_CLIP)}\n" +
-                  "".join(f"{name} differs in: {differences(recipe, UIT | TBPS_CLIP)}\n" for name, recipe in recipes.items() if recipe != TBPS_CLIP))
+                  f"and of irra and uit alone, with the values of uit:\n{listed(UIT, KEYS, TBPS_CLIP)}"
+                  f"and of ctlg alone:\n{listed(CTLG, KEYS, TBPS_CLIP)}\n" +
+                  "".join(f"{name} differs in: {differences(recipe, CTLG | UIT | TBPS_CLIP)}\n" for name, recipe in recipes.items() if recipe != TBPS_CLIP))
     args = p.parse_args(argv)
     args.method = args.method or ("tbps-clip-simplified" if args.dataset.startswith("toy") else "tbps-clip")
     return args, settle(args, recipes[args.method])
@@ -1079,7 +1120,7 @@ def arguments(recipes, description, epilog):
 
 
 CHOICES = dict(sampler=["random", "pk", "random-count", "views"], norm=list(data.NORMS), resize=["bilinear", "bicubic"], eval_resize=["bilinear", "bicubic"],
-               image_aug=data.IMAGE_AUG)
+               image_aug=data.IMAGE_AUG, same=["pair", "image", "person"])
 
 
 def settle(args, recipe, choices=CHOICES):
@@ -1093,7 +1134,7 @@ def settle(args, recipe, choices=CHOICES):
             raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
         recipe[key] = typed(key, value, recipe[key])
     for key, able in choices.items():
-        if recipe[key] not in able:
+        if recipe.get(key, able[0]) not in able:
             raise ValueError(f"{key} must be one of {', '.join(able)}, not {recipe[key]!r}")
     for key, value in recipe.items():
         if isinstance(value, float) and not 0 <= value < math.inf:      # nan too
@@ -1127,8 +1168,8 @@ def settle(args, recipe, choices=CHOICES):
     return recipe
 
 
-TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune"]
-SHARES = ["back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop"]
+TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]
+SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop"]
 LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "triplet", "restoration", "mlm"]
 
 
@@ -1217,7 +1258,7 @@ def prepare(args, recipe, records, make_heads):
     r, size = recipe, (recipe["height"], recipe["width"])
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
     pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
-                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"])
+                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"], mixup=r.get("mixup", 0.0))
     if args.tokenizer or args.clip != "none":
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
     else:

@@ -140,10 +140,9 @@ def test_end_to_end_supports_come_from_the_batch(people):
     model, tokenizer = tiny_model(distill.PAPER, distill.richer_heads, people)
     pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
     batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
-    own = torch.tensor(pairs.images)
 
     def parts(batch, **weights):
-        return distill.richer_losses(*encode(model, batch), batch, own, model, distill.PAPER | weights, NO_AMP)
+        return distill.richer_losses(*encode(model, batch), batch, model, distill.PAPER | weights, NO_AMP)
 
     assert list(parts(batch)) == ["sdm", "id", "aux"] and list(parts(batch, aux=0.0)) == ["sdm", "id"]
     seen = []
@@ -389,7 +388,7 @@ def test_steps_at_full_size(people, tmp_path):
     """ViT-B/16, 384 x 128, 11,003 persons: finite gradients exactly where they belong, in each stage."""
     tokenizer = data.Tokenizer([m.split() for m in made_up_merges(48894)])
     pairs = data.Pairs(people[:8], (384, 128), image_aug="reid", norm="clip", clean=False)
-    batch, own = data.collate(tokenizer, [pairs[i] for i in range(0, 16, 2)]), torch.tensor(pairs.images)
+    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 16, 2)])
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128)))
     model.logit_scale.data.fill_(math.log(50))
     model.logit_scale.requires_grad_(False)
@@ -404,7 +403,7 @@ def test_steps_at_full_size(people, tmp_path):
         for n, p in model.named_parameters():
             assert n == "logit_scale" or p.grad is not None and p.grad.isfinite().all() and p.grad.any(), n
 
-    gradients(lambda *pair: distill.richer_losses(*pair, batch, own, model, distill.PAPER, NO_AMP), distill.richer_heads, distill.PAPER)
+    gradients(lambda *pair: distill.richer_losses(*pair, batch, model, distill.PAPER, NO_AMP), distill.richer_heads, distill.PAPER)
     richer = nn.ModuleDict({n: model.heads[n] for n in ("fuse_image", "fuse_text")})
     bank = distill.Bank(F.normalize(torch.randn(8, 512), dim=1), F.normalize(torch.randn(16, 512), dim=1), people[:8])
     before = {n: p.clone() for n, p in richer.state_dict().items()}

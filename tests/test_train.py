@@ -53,7 +53,7 @@ def test_set_is_checked():
                        ("sampler=all", "one of random, pk, random-count"), ("image_aug=cut", "one of pool")):
         with pytest.raises(ValueError, match=words):
             tbps.parse_args(["--set", bad])
-    assert tbps.KEYS.keys() == (tbps.UIT | tbps.TBPS_CLIP).keys()
+    assert tbps.KEYS.keys() == (tbps.CTLG | tbps.UIT | tbps.TBPS_CLIP).keys()
 
 
 # ---- the losses of a step -------------------------------------------------------------------------------------------
