@@ -277,19 +277,25 @@ def prune_caption(caption):
 
 COLOURS = """black white red blue green yellow orange purple pink brown grey gray beige tan navy khaki teal maroon turquoise violet crimson
     cream burgundy olive lavender golden gold silver magenta cyan""".split()
-GARMENTS = """coat jacket shirt shirts t-shirt t-shirts tshirt tee tee-shirt dress blouse top hoodie hoody suit clothes cloth clothing pants shorts sweatshirt skirt robe romper
-    sweater cardigan vest blazer jersey polo windbreaker parka tunic jumper pullover trousers slacks jeans leggings tights overalls uniform shoes shoe
-    sneakers trainers boots sandals heels footwear socks hat cap beanie hood scarf gloves belt tie bag backpack rucksack handbag purse satchel suitcase
-    umbrella glasses sunglasses""".split()
-
-
-def change_colour(caption):
-    """The caption with another first colour, hair aside: red, or blue where it was a red one. None if it names none."""
-    any_of = "|".join(COLOURS)
-    found = re.search(rf"\b({any_of})(\s+({any_of}))*\b(?!\s+(\w+\s+)?hair)", caption, re.I)
-    if found:
-        new = "blue" if found[0].lower() in "red orange pink crimson maroon burgundy magenta purple violet brown".split() else "red"
-        return caption[:found.start()] + new + caption[found.end():]
+# A line per piece of clothing: words that may stand for the same one
+GARMENTS = [line.split() for line in """coat jacket windbreaker parka blazer cardigan vest overcoat raincoat
+shirt t-shirt tshirt tee tee-shirt top blouse polo tunic sweatshirt hoodie hoody sweater jumper pullover jersey shirts t-shirts
+trousers pants slacks jeans leggings tights sweatpants
+shorts
+skirt
+dress robe romper gown
+suit uniform overalls clothes clothing cloth outfit
+shoes shoe sneakers trainers boots sandals heels footwear flip-flops
+socks
+hat cap beanie
+scarf
+gloves
+belt
+tie
+bag backpack rucksack handbag purse satchel
+suitcase
+umbrella
+glasses sunglasses""".splitlines()]
 
 
 # ---- captions: cleaning and variation -------------------------------------------------------------------------------
@@ -335,7 +341,7 @@ jacket, windbreaker
 has, possesses
 also, additionally
 picture, photo, image""".splitlines()]
-PROTECTED = set(COLOURS) | set(GARMENTS)                                # from CTLG's approximate text
+PROTECTED = set(COLOURS).union(*GARMENTS)                               # from CTLG's approximate text
 SYNONYM_OF = {word: [w for w in line if w != word] for line in SYNONYMS for word in line}
 
 

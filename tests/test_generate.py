@@ -1,0 +1,352 @@
+"""Proximity data generation: caption edits, Stable Diffusion's text encoder, inversion, prompt-to-prompt, on tiny models in the true format."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+import data
+import generate
+from test_model import TOKENS, hugging_face, openai_tiny
+
+# ---- caption edits --------------------------------------------------------------------------------------------------
+
+CAPTIONS = {  # what can be edited: "noun: colour, colour ..." per noun, in the order found
+    "A man in a red shirt and blue jeans.": "shirt: red; jeans: blue",
+    "The woman wears a blue and white striped shirt with black pants": "shirt: blue white; pants: black",
+    "His shirt is red. He wears black shoes.": "shirt: red; shoes: black",
+    "A colored shirt and grey pants": "pants: grey",
+    "a gray hoodie and gray trousers": "hoodie: gray; trousers: gray",
+    "She wears a navy blue dress and white shoes.": "shoes: white",
+    "a woman with a sky blue top and an orange skirt": "skirt: orange",
+    "A person in a shirt in red and black pants": "",
+    "a man in a shirt in red": "",
+    "a man wearing a red jacket. The red jacket has white stripes.": "jacket: red",
+    "a red shirt, and another red shirt": "shirt: red",
+    "a red shirt and a blue shirt": "",
+    "his coat is black and the coat is long": "coat: black",
+    "a red jacket, he holds a jacket": "jacket: red",
+    "a man with red hair in a red coat": "coat: red",
+    "the red-haired woman wears red shorts and a white top": "top: white",
+    "a multicolored dress with blue shoes": "shoes: blue",
+    "a man wearing a dark gray suit jacket and a black tie": "jacket: gray; tie: black",
+    "the man's trousers are dark blue and his shoes are white": "trousers: blue; shoes: white",
+    "a shirt that is green and black pants": "",
+    "a shirt that is green, and black pants": "shirt: green; pants: black",
+    "his pants are green. black bag": "pants: green; bag: black",
+    "black and white checked long sleeve shirt": "shirt: black white",
+    "The man has a white shirt with a red logo, carrying a red backpack": "shirt: white; backpack: red",
+    "a yellow, green and red polo": "polo: yellow green red",
+    "a black/white sweater": "sweater: black white",
+    "WEARING BLACK SHORTS AND A BLACK BAG": "shorts: black; bag: black",
+    "wears light blue jeans": "jeans: blue",
+    "an orange jacket over a white t-shirt": "jacket: orange; t-shirt: white",
+    "The lady\u2019s dress is pink": "dress: pink",
+    "a brown leather bag on her left shoulder": "bag: brown",
+    "a bag of brown leather": "",
+    "she walks past a red car": "",
+    "a red car, a red coat": "coat: red",
+    "white sneakers with white laces": "sneakers: white",
+    "a cream white coat": "",
+    "blue shirt blue jeans": "shirt: blue; jeans: blue",
+    "her hair is black and her hat is black": "",
+    "a reddish shirt and tan pants": "pants: tan",
+    "dressed in all black, with a red bag": "bag: red",
+    "a man": "",
+    "": "",
+    "a blue hoodie " + "and a very long caption " * 20: "",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Trained on the captions: letters with their ends are there, colours are words of their own."""
+    words = " ".join(generate.NEW_COLOURS + [w for line in data.GARMENTS for w in line]) + " gray tan trousers shorts shirt jacket"
+    return data.train_tokenizer([*CAPTIONS, *[words] * 8], vocab=2000)
+
+
+@pytest.mark.parametrize("caption, want", CAPTIONS.items(), ids=range(len(CAPTIONS)))
+def test_what_can_be_edited(caption, want, tokenizer):
+    found = {}
+    for e in generate.edits(caption, tokenizer):
+        found.setdefault(e["noun"], {}).setdefault(e["old"], []).append(e["new"])
+    assert "; ".join(f"{noun}: {' '.join(colours)}" for noun, colours in found.items()) == want
+    for e in generate.edits(caption, tokenizer, garments=True):
+        old, new = tokenizer([e["source"], e["caption"]])
+        assert old.argmax() == new.argmax() and e["source"] == data.plain_text(caption) != e["caption"]
+        differ = (old != new).nonzero()[:, 0].tolist()
+        assert set(e["tokens"]) <= set(differ) and set(e["tokens"]) <= set(e["blend"])                  # an article may differ as well
+        assert e["old"] not in e["caption"].split() or e["what"] == "colour"
+        assert tokenizer.bpe.decode([new[t].item() for t in e["tokens"]]).replace("</w>", " ").split() == [e["new"]] * len(e["tokens"])
+
+
+def test_all_mentions_change_and_articles_follow(tokenizer):
+    def edit(caption, old, new, **more):
+        return next(e for e in generate.edits(caption, tokenizer, **more) if (e["old"], e["new"]) == (old, new))
+
+    e = edit("a man wearing a red jacket. The red jacket has white stripes.", "red", "orange")
+    assert e["caption"] == "a man wearing an orange jacket. the orange jacket has white stripes." and len(e["tokens"]) == 2 and len(e["blend"]) == 4
+    assert edit("an orange skirt", "orange", "red")["caption"] == "a red skirt"
+    assert edit("a blue and white shirt", "white", "red")["caption"] == "a blue and red shirt"
+    assert all(e["new"] not in ("blue", "white") for e in generate.edits("a blue and white shirt", tokenizer))
+    assert all(e["new"] not in ("grey", "gray") for e in generate.edits("a gray shirt", tokenizer))
+    e = edit("blue trousers, the trousers are long", "trousers", "shorts", garments=True)
+    assert e["what"] == "garment" and e["caption"] == "blue shorts, the shorts are long" and len(e["tokens"]) == 2
+    assert not [e for e in generate.edits("a shirt and a jacket", tokenizer, garments=True)]
+    assert not [e for e in generate.edits("a red shirt and a blue shirt", tokenizer, garments=True)]
+    assert not [e for e in generate.edits("blue trousers", tokenizer) if e["what"] == "garment"]
+
+
+# ---- the text encoder -----------------------------------------------------------------------------------------------
+
+# last_hidden_state[:, (0, 4, 40, 76), :4] of transformers 5.23.0's CLIPTextModel with the weights of test_model, captions padded with EOT
+HIDDEN = {1: [[[-3.364189, -0.979074, 0.673918, -0.873639], [-4.209456, 1.491579, 0.641964, -1.729918], [-2.579308, 0.759668, 1.175238, -0.471858], [-2.77864, 0.881781, 1.161981, -0.359423]],
+              [[-3.364189, -0.979074, 0.673918, -0.873639], [-3.108665, 0.21666, 0.155209, -2.162647], [-2.23365, 0.870491, 1.212489, -0.648197], [-2.528584, 0.962096, 1.128063, -0.533916]]],
+          4: [[[-3.364189, -0.979074, 0.673918, -0.873639], [-4.373524, 1.006615, 0.787747, -1.282389], [-2.441389, 0.546406, 0.884262, -0.456611], [-2.828665, 0.867801, 1.026274, -0.309628]],
+              [[-3.364189, -0.979074, 0.673918, -0.873639], [-3.605984, -0.021237, 0.659414, -1.132439], [-2.306028, 0.55798, 0.893982, -0.33911], [-3.083023, 1.013612, 0.870254, -0.67657]]]}
+TOTAL = {1: 7993.6, 4: 7855.775}                                        # of all absolute values
+
+
+@pytest.mark.parametrize("heads, prefix", [(1, "text_model."), (4, "text_model."), (4, "")])
+def test_text_encoder_is_the_original(heads, prefix, tmp_path):
+    weights = {n.replace("text_model.", prefix): w.contiguous() for n, w in hugging_face(openai_tiny()).items() if n.startswith("text_model.")}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(hidden_size=64, num_attention_heads=heads, num_hidden_layers=2, vocab_size=100, max_position_embeddings=77, hidden_act="quick_gelu")))
+    words = generate.load_words(tmp_path)
+    tokens = TOKENS.clone()
+    for row in tokens:
+        row[int(row.argmax()):] = 99
+    hidden = words(tokens)
+    assert torch.allclose(hidden[:, [0, 4, 40, 76], :4], torch.tensor(HIDDEN[heads]), atol=1e-4)
+    assert hidden.double().abs().sum().item() == pytest.approx(TOTAL[heads], abs=0.05)
+    generate.save_words(words, tmp_path / "again")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert again.keys() == {"text_model." + n.removeprefix("text_model.") for n in weights} and all(torch.equal(again["text_model." + n.removeprefix("text_model.")], w) for n, w in weights.items())
+    assert torch.equal(generate.load_words(tmp_path / "again")(tokens), hidden)
+
+
+# ---- a tiny model in the true format --------------------------------------------------------------------------------
+
+CAPTION = "a man in a red shirt and blue jeans"
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """Stable Diffusion 1.x with few channels: the same kinds of layers in the same order, the same files."""
+    root = tmp_path_factory.mktemp("diffusion")
+    torch.manual_seed(0)
+    UNet2DConditionModel(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=2, cross_attention_dim=32, attention_head_dim=2,
+                         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3).save_pretrained(root / "unet")
+    AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
+                  layers_per_block=1, norm_num_groups=4, scaling_factor=0.18215).save_pretrained(root / "vae")
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(root / "scheduler")
+    generate.save_words(generate.Words(tokenizer.vocab, 32, 2, 16), root / "text_encoder")
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in tokenizer.merges), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def model(folder):
+    return generate.load_diffusion(folder, steps=10)
+
+
+def control(model, edits, **more):
+    return generate.Control([e["tokens"] for e in edits], [e["blend"] for e in edits], **more)
+
+
+def an_edit(model, caption=CAPTION, new="green"):
+    return next(e for e in generate.edits(caption, model.tokenizer) if e["new"] == new)
+
+
+def test_time_and_noise(folder):
+    model = generate.load_diffusion(folder)
+    assert model.steps == list(range(980, -1, -20)) and len(model.steps) == 50
+    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+    assert model.alpha(980) == pytest.approx((1 - betas).cumprod(0)[980].item(), rel=1e-5) and model.alpha(-20) == model.alpha(0) == pytest.approx(1 - 0.00085, rel=1e-6)
+
+
+def test_pictures_of_any_shape(model):
+    pixels = torch.rand(2, 3, 128, 64)
+    z = model.encode(pixels)
+    mean = model.vae.encode(2 * pixels - 1).latent_dist.mean
+    assert z.shape == (2, 4, 16, 8) and torch.allclose(z, 0.18215 * mean) and model.decode(z).shape == (2, 3, 128, 64)
+    text = model.read([CAPTION] * 2)
+    assert text.shape == (2, 77, 32) and model.noise(z, 500, text).shape == z.shape and model.evaluations == 2
+    tokens = model.tokenizer([CAPTION])
+    tokens[0, int(tokens.argmax()):] = model.tokenizer.eot
+    assert torch.allclose(text[:1], model.words(tokens), atol=1e-6)
+
+
+def test_the_schedulers_own_step(model):
+    """A step is that of diffusers' DDIMScheduler, also for a model that predicts v."""
+    z, text = torch.randn(2, 4, 16, 8), model.read([CAPTION, "a man"])
+    for kind in ("epsilon", "v_prediction"):
+        model.kind = kind
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, prediction_type=kind)
+        scheduler.set_timesteps(10)
+        for t in (900, 500, 0):
+            with torch.no_grad():
+                want = scheduler.step(model.unet(z, t, encoder_hidden_states=text).sample, t, z, eta=0.0).prev_sample
+                assert torch.allclose(model.move(z, model.noise(z, t, text), t, t - 100), want, atol=1e-5)
+
+
+def test_inversion_and_back(folder, model):
+    """The first step is the identity; a step back undoes a step forth if the noise is the same; all steps back come near, where the noise
+    changes slowly."""
+    z0, text = torch.randn(2, 4, 16, 8), model.read([CAPTION, "a man"])
+    zs = model.invert(z0, text)
+    assert len(zs) == 11 and torch.equal(zs[0], z0) and torch.allclose(zs[1], z0, atol=1e-6) and model.evaluations == 20
+    with torch.no_grad():
+        noise = model.noise(z0, 500, text)
+        assert torch.allclose(model.move(model.move(z0, noise, 400, 500), noise, 500, 400), z0, atol=1e-5)
+    model = generate.load_diffusion(folder, steps=50)
+    model.noise = lambda z, t, text: z.tanh() * (t / 1000) ** 0.5
+    zs = model.invert(z0, text)
+    z = zs[-1]
+    for t in model.steps:
+        z = model.move(z, model.noise(z, t, text), t, t - 20)
+    assert (z - z0).abs().max() < 0.15 and (zs[-1] - z0).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("inversion", ["negative", "null"])
+def test_the_same_caption_gives_the_same_picture(inversion, model):
+    """Identical captions and weight 1: the target is the source, bit for bit."""
+    text = model.read([CAPTION, "a woman with white shoes"])
+    zs = model.invert(torch.randn(2, 4, 16, 8), text)
+    nulls = model.null_text(zs, text, 7.5, rounds=1) if inversion == "null" else None
+    old, new = model.edit(zs, text, text, generate.Control([[], []], [[4], [4]], weight=1.0, blend_at=4), inversion=inversion, nulls=nulls)
+    assert torch.equal(old, new) and old.isfinite().all()
+
+
+def test_direct_inversion_keeps_the_source(model):
+    e = an_edit(model)
+    source, target = model.read([e["source"]]), model.read([e["caption"]])
+    z0 = torch.randn(1, 4, 32, 16)
+    zs, before = model.invert(z0, source), model.evaluations
+    c = control(model, [e], threshold=0.99)                             # attention of a random model is nearly the same everywhere
+    old, new = model.edit(zs, source, target, c)
+    assert torch.equal(old, z0) and model.evaluations - before == 3 * 10
+    outside = (c.mask == 0).expand_as(new)
+    assert 0 < outside.float().mean() < 1 and torch.equal(new[outside], old[outside]) and not torch.equal(new, old)
+
+
+def test_null_text_leads_back(model):
+    """With the empty captions it finds, guided steps come nearer to the inversion's than with the empty caption; early stop saves passes."""
+    text = model.read([CAPTION])
+    zs = model.invert(torch.randn(1, 4, 16, 8), text)
+
+    def off(nulls):
+        z = zs[-1]
+        for i, t in enumerate(model.steps):
+            with torch.no_grad():
+                told, untold = model.noise(z, t, text), model.noise(z, t, nulls[i])
+            z = model.move(z, untold + 7.5 * (told - untold), t, t - 100)
+        return (z - zs[0]).square().mean().item()
+
+    before = model.evaluations
+    nulls = model.null_text(zs, text, 7.5)
+    assert len(nulls) == 10 and 10 * 3 <= model.evaluations - before <= 10 * 12
+    assert off(nulls) < off([model.read([""])] * 10)
+
+
+def test_batched_is_single(model):
+    """Two edits of other captions in one batch are those made one by one: inversion, null text, edit, mask."""
+    for part in (model.unet, model.words):
+        part.double()
+    captions = [CAPTION, "the woman wears an orange skirt"]
+    pairs = [an_edit(model, c, "green") for c in captions]
+    z0 = torch.randn(2, 4, 16, 8, dtype=torch.float64)
+
+    def make(numbers, inversion):
+        source, target = (model.read([pairs[n][k] for n in numbers]) for k in ("source", "caption"))
+        zs = model.invert(z0[numbers], source)
+        nulls = model.null_text(zs, source, 7.5, rounds=3) if inversion == "null" else None
+        c = control(model, [pairs[n] for n in numbers])
+        return torch.stack([*model.edit(zs, source, target, c, nulls=nulls, inversion=inversion), c.mask.expand(-1, 4, -1, -1)])
+
+    for inversion in ("direct", "negative", "null"):
+        both = make([0, 1], inversion)
+        for n in (0, 1):
+            assert torch.allclose(both[:, [n]], make([n], inversion), atol=1e-5), inversion
+
+
+# ---- prompt-to-prompt, layer by layer -------------------------------------------------------------------------------
+
+class Spy(generate.Control):
+    """Notes of each layer: cross or self, factor, middle, step, whether the source's queries and keys were taken, whose values were scaled."""
+
+    def __call__(self, q, k, v, cross, middle):
+        out = super().__call__(q, k, v, cross, middle)
+        B = self.shape[0]
+        assert out[0] is q or torch.equal(out[0][B:2 * B], q[:B]) and torch.equal(out[1][B:2 * B], k[:B])
+        factor = round((self.shape[-2] * self.shape[-1] / q.shape[2]) ** 0.5)
+        self.seen = getattr(self, "seen", [])
+        self.seen.append((cross, factor, middle, self.step, out[0] is not q, (out[2] - v).abs().sum(dim=(1, 3)).nonzero()[:, 1].unique().tolist()))
+        return out
+
+
+def test_which_layers_and_when(folder):
+    """50 steps: cross-attention of all 16 layers to step 39, self-attention where the picture is halved at least to step 19; blend from the
+    11th step on; values scaled at the new word alone."""
+    model = generate.load_diffusion(folder, steps=50)
+    e = an_edit(model)
+    source, target = model.read([e["source"]]), model.read([e["caption"]])
+    spy, blends = Spy([e["tokens"]], [e["blend"]]), []
+    spy.blended = lambda old, new: blends.append((spy.step, generate.Control.blended(spy, old, new) is not new)) or new
+    model.edit([torch.randn(1, 4, 32, 16)] * 51, source, target, spy)
+    layers = len([1 for s in spy.seen if s[0] and s[3] == 0])
+    assert layers == 16 and len(spy.seen) == 50 * 32
+    assert {f for c, f, *_ in spy.seen} == {1, 2, 4, 8} and {f for c, f, middle, *_ in spy.seen if middle} == {8}
+    for cross, factor, _, step, replaced, scaled in spy.seen:
+        assert replaced == (step < 40 if cross else step < 20 and factor >= 2), (cross, factor, step)
+        assert scaled == (e["tokens"] if cross and step < 40 else [])
+    assert [s for s, blended in blends if blended] == list(range(10, 50))
+
+
+def test_scaled_values_are_scaled_maps():
+    """Replace and reweight as published, A_target = A_source * weight, by the maps; the mask by hand."""
+    torch.manual_seed(0)
+    B, H, N, C = 2, 4, 8, 6
+    q, k, v = torch.randn(3 * B, H, N, C), torch.randn(3 * B, H, 77, C), torch.randn(3 * B, H, 77, C)
+    c = generate.Control([[5], [2, 3]], [[5, 6], [2, 3, 4]], weight=6.0, blend_at=2)
+    c.start(type("M", (), dict(steps=range(10), device="cpu")), (B, 4, 8, 4))
+    out = F.scaled_dot_product_attention(*c(q, k, v, cross=True, middle=False))
+    maps = (q @ k.transpose(2, 3) / math.sqrt(C)).softmax(dim=3)
+    e = torch.ones(B, 77)
+    e[0, 5] = e[1, 2] = e[1, 3] = 6
+    edited = maps[:B] * e[:, None, None]
+    assert torch.allclose(out[B:2 * B], edited @ v[B:2 * B], atol=1e-5) and torch.allclose(out[:B], maps[:B] @ v[:B], atol=1e-5)
+    assert torch.allclose(out[2 * B:], maps[2 * B:] @ v[2 * B:], atol=1e-5)                             # without caption: untouched
+    words = [[5, 6], [2, 3, 4]]
+    c.step = 9
+    old, new = torch.zeros(B, 4, 8, 4), torch.ones(B, 4, 8, 4)
+    mask = torch.zeros(B, 8, 4)
+    for b in range(B):
+        for m in (maps[b], edited[b]):
+            grid = m[:, :, words[b]].sum(dim=2).mean(dim=0).view(4, 2)
+            around = torch.tensor([[max(grid[y, x] for y in range(max(0, i - 1), min(4, i + 2)) for x in range(max(0, j - 1), min(2, j + 2))) for j in range(2)] for i in range(4)])
+            mask[b] += (around / around.max() > 0.3).float().repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(c.blended(old, new)[:, 0], (mask > 0).float()) and torch.equal(c.mask[:, 0], (mask > 0).float())
+    c.step = 8                                                          # of 10 steps, 0.8 of 11 are replaced: 0 ... 7
+    q2, k2, v2 = c(q, k, v, cross=True, middle=False)
+    assert torch.equal(q2, q) and torch.equal(v2, v)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+def test_mistakes(folder, tmp_path, model):
+    with pytest.raises(FileNotFoundError, match="layout of diffusers"):
+        generate.load_diffusion(tmp_path)
+    with pytest.raises(FileNotFoundError, match="name its folder with --diffusion"):
+        generate.load_diffusion("nobody/nothing")
+    e = an_edit(model)
+    text = model.read([e["source"]])
+    with pytest.raises(ValueError, match="no layer of this UNet reduces the picture 16 times"):
+        model.edit(model.invert(torch.randn(1, 4, 16, 8), text), text, text, control(model, [e], blend_at=16))
+    with pytest.raises(ValueError, match="predicts 'sample'"):
+        generate.Diffusion(model.unet, None, DDIMScheduler(prediction_type="sample"), model.words, model.tokenizer)
