@@ -1,12 +1,27 @@
 """Proximity data generation (PDG) of CTLG (arXiv 2311.09084): a diffusion model turns a training pair into new pairs nearby, in which one
 piece of clothing has another colour, in the picture and in the caption.
 
+    python generate.py                                                     toy people: trains a small diffusion model, then 500 pairs
+    python generate.py --dataset cuhk --data-root DIR --diffusion MODEL    with a Stable Diffusion 1.x: a folder, or a hub id
+    torchrun --nproc_per_node 8 generate.py ...                            on all GPUs of a machine
+    python tbps.py --dataset cuhk --data-root DIR --extra runs/pdg-cuhk-0  trains on them too
+
+Stopped at any moment and started again with the same command, it ends with the same files. Pictures of the folder: imgs/; what each was made
+from, its captions and scores: pairs.jsonl; some of them side by side: report.html.
+
 M mentions, B sources in a batch, R rows of the model's batch, T steps, L latents: 4 channels and an eighth of the pixels' side (Stable
 Diffusion), or the pixels themselves (no VAE). z[t] is the latent at step t of T, 0 the clean one."""
 
+import argparse
 import collections
+import html
+import io
 import json
+import math
+import os
+import random
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -16,9 +31,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import data
+import eval as evaluation
 import tbps
 
 # ---- caption edits --------------------------------------------------------------------------------------------------
@@ -219,17 +237,28 @@ class Diffusion:
         # As published for prompt-to-prompt and CTLG: t = 980, 960, ..., 0 for 50 steps, and below 0 the first noise level, not none
         scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=0, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
         scheduler.set_timesteps(steps)
-        self.kind, self.alphas, self.steps = scheduler.config.prediction_type, scheduler.alphas_cumprod.double().tolist(), scheduler.timesteps.tolist()
+        self.scheduler, self.kind, self.alphas, self.steps = scheduler, scheduler.config.prediction_type, scheduler.alphas_cumprod.double().tolist(), scheduler.timesteps.tolist()
         self.stride = scheduler.config.num_train_timesteps // steps
         if self.kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"the model predicts {self.kind!r}; epsilon and v_prediction are known")
 
-    @torch.no_grad()
-    def read(self, captions):
+    def read(self, captions, learn=False):
         """Captions -> what the UNet looks at, (B, 77, C). Padded with the end symbol, as Stable Diffusion was trained."""
         tokens = self.tokenizer(captions)
         after = torch.arange(tokens.shape[1]) > tokens.argmax(dim=1, keepdim=True)
-        return self.words(tokens.masked_fill(after, self.tokenizer.eot).to(self.device))
+        with torch.set_grad_enabled(learn):
+            return self.words(tokens.masked_fill(after, self.tokenizer.eot).to(self.device))
+
+    def save(self, folder):
+        """In the layout of diffusers; the UNet last, whose folder tells that all is there."""
+        save_words(self.words, folder / "text_encoder")
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in self.tokenizer.merges), encoding="utf-8")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.vae:
+            self.vae.save_pretrained(folder / "vae")
+        self.unet.save_pretrained(folder / "unet.part")
+        (folder / "unet.part").rename(folder / "unet")
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -382,3 +411,314 @@ class Control:
         maps = F.interpolate(F.max_pool2d(self.maps, 3, stride=1, padding=1), self.shape[-2:])
         self.mask = (maps / maps.amax(dim=(2, 3), keepdim=True) > self.threshold).any(dim=0)[:, None].to(new.dtype)
         return old + self.mask * (new - old)
+
+
+# ---- training: the toy's model from scratch, or a UNet on one's own pictures ----------------------------------------
+
+def toy_model(captions, steps, device):
+    """A small model of the toy people, in pixels: a UNet of 1.7 M parameters and a text encoder that learns along."""
+    tokenizer = data.train_tokenizer(captions)
+    unet = UNet2DConditionModel(
+        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+        norm_num_groups=8, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    return Diffusion(unet, None, scheduler, Words(tokenizer.vocab, 128, 2, 32), tokenizer, steps, device)
+
+
+def train_diffusion(model, records, recipe, seed, folder, words):
+    """Teaches the UNet, and with `words` the text encoder, to tell the noise in the pictures of records (arXiv 2006.11239, eq. 14), a tenth of
+    the captions left empty for guidance. What is kept is the running mean of the weights. Writes folder/last.pt after each epoch and goes
+    on from it; ends with the folder in the layout of diffusers."""
+    scale, parts = data.Scale((recipe["height"], recipe["width"]), "bicubic"), nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.words) if words else {}))
+    learned = list(parts.requires_grad_(True).train().parameters())
+    optimizer, n = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01), -(-len(records) // recipe["train_batch"])
+    total, epoch, mean = recipe["train_epochs"] * n, 0, [p.detach().clone() for p in learned]
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "last.pt").exists():
+        saved = tbps.read_file(folder / "last.pt")
+        if saved["recipe"] != recipe or saved["seed"] != seed:
+            raise ValueError(f"{folder} holds a model that was begun with other options; remove it to start anew")
+        parts.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        mean, epoch = [m.to(model.device) for m in saved["mean"]], saved["epoch"]
+    bar = tqdm(total=recipe["train_epochs"] * len(records), initial=epoch * len(records), unit=" images", desc="diffusion model", disable=None)
+    for epoch in range(epoch, recipe["train_epochs"]):
+        torch.manual_seed(data.mix(seed, epoch))
+        rng, losses, began = random.Random(data.mix(seed, epoch)), 0.0, time.time()
+        for i, chunk in enumerate(torch.randperm(len(records)).split(recipe["train_batch"])):
+            done = (epoch * n + i) / total
+            optimizer.param_groups[0]["lr"] = recipe["train_lr"] * min(1, 20 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2
+            z = model.encode(torch.stack([scale(data.load_image(records[j]["image"])) for j in chunk]))
+            text = model.read(["" if rng.random() < recipe["drop_caption"] else rng.choice(records[j]["captions"]) for j in chunk], learn=words)
+            t, noise = torch.randint(1000, (len(z),), device=z.device), torch.randn_like(z)
+            a = torch.tensor(model.alphas, dtype=z.dtype, device=z.device)[t].view(-1, 1, 1, 1)
+            out = model.unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, encoder_hidden_states=text).sample
+            loss = F.mse_loss(out, noise if model.kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            torch._foreach_lerp_(mean, [p.detach() for p in learned], 1 - min(0.999, (1 + epoch * n + i) / (10 + epoch * n + i)))
+            losses += loss.item()
+            bar.update(len(chunk))
+        if not math.isfinite(losses):
+            raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {epoch + 1}; try a lower --set train_lr=")
+        line = f"epoch {epoch + 1:3d}/{recipe['train_epochs']}  loss {losses / n:.4f}  {len(records) / (time.time() - began):.0f} images/s"
+        bar.write(line) if not bar.disable else print(line, flush=True)
+        tbps.save(folder / "last.pt", dict(weights=parts.state_dict(), mean=mean, optimizer=optimizer.state_dict(), epoch=epoch + 1, recipe=recipe, seed=seed))
+    bar.close()
+    with torch.no_grad():
+        for p, m in zip(learned, mean):
+            p.copy_(m)
+    parts.requires_grad_(False).eval()
+    model.save(folder)
+
+
+# ---- production -----------------------------------------------------------------------------------------------------
+
+SD = dict(  # for Stable Diffusion 1.x, in the shape of persons
+    height=512, width=192, steps=50, guidance=7.5, inversion="direct", rounds=10, weight=6.0, cross=0.8, own=0.4, blend_from=0.2, threshold=0.3, blend_at=4,
+    paste=True, garments=False, train_epochs=5, train_batch=8, train_lr=1e-5, drop_caption=0.1)
+PAPER = SD | dict(width=512, inversion="null", paste=False)
+TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, blend_at=2, train_epochs=15, train_batch=32, train_lr=1e-3)
+KEYS = dict(  # what --help says of each key
+    height="of what the model sees, pixels", width="likewise", steps="of DDIM, each way", guidance="how much the new caption is insisted on",
+    inversion="direct, negative or null: how the source picture is kept", rounds="of null-text optimisation per step, at most",
+    weight="how much the new word counts", cross="share of the steps in which the target looks where the source looks", own="the same for self-attention",
+    blend_from="share of the steps after which the picture outside the mask is the source's; 1: never", threshold="of the mask, of its maximum",
+    blend_at="reduction of the layers whose attention makes the mask", paste="what the model cannot hold is taken from the source, in full size",
+    garments="garments are exchanged, too", train_epochs="passes over the pictures, for the toy's model and --finetune", train_batch="its batch",
+    train_lr="its rate", drop_caption="share of empty captions in it")
+
+
+def plan(records, tokenizer, seed, count, per_source, garments):
+    """Which pairs to make: [(number of the record, [edit, ...])], `count` edits in all, at most per_source of a record; a function of the
+    seed. A source's edits are of different garments, as far as it has them."""
+    out, left = [], count
+    order = list(range(len(records)))
+    random.Random(data.mix(seed, 0)).shuffle(order)
+    for i in order:
+        rng, able = random.Random(data.mix(seed, 1, i)), []
+        for caption in rng.sample(records[i]["captions"], len(records[i]["captions"])):
+            if able := edits(caption, tokenizer, garments):
+                break
+        sites = {}
+        for e in able:
+            sites.setdefault((e["what"], e["noun"], e["old"]), []).append(e)
+        ways = [rng.sample(of, len(of)) for of in rng.sample(list(sites.values()), len(sites))]
+        chosen = [way[k] for k in range(max(map(len, ways), default=0)) for way in ways if k < len(way)][:min(per_source, left)]
+        if chosen:
+            out.append((i, chosen))
+            left -= len(chosen)
+        if not left:
+            break
+    return out
+
+
+class Judge:
+    """How much better a picture goes with the new caption than with the old one, by a dual encoder."""
+
+    def __init__(self, path, device):
+        self.model, self.tokenizer, info = tbps.load_checkpoint(path, device)
+        self.view, self.clean = data.EvalView(info["size"], info["norm"], info["resize"]), data.clean_caption if info["clean"] else str
+
+    @torch.no_grad()
+    def __call__(self, pictures, edits):
+        image = F.normalize(self.model.encode_image(torch.stack([self.view(p) for p in pictures]).to(self.model.logit_scale.device)), dim=1)
+        new, old = (F.normalize(self.model.encode_text(self.tokenizer([self.clean(e[k]) for e in edits])), dim=1) for k in ("caption", "source"))
+        return ((image * new).sum(dim=1) - (image * old).sum(dim=1)).tolist()
+
+
+def to_picture(pixels):
+    return Image.fromarray((255 * pixels.clamp(0, 1) + 0.5).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def make(model, records, batch, recipe, judge, seed):
+    """One batch of the plan -> [(picture, manifest entry without its file, strip of pictures to look at)] in the plan's order."""
+    size, pictures = (recipe["height"], recipe["width"]), [data.load_image(records[i]["image"]) for i, _ in batch]
+    pixels = torch.stack([data.Scale(size, "bicubic")(p) for p in pictures])
+    torch.manual_seed(data.mix(seed, 2, batch[0][0]))
+    made = []
+    text = model.read([some[0]["source"] for _, some in batch])
+    zs = model.invert(model.encode(pixels), text)
+    nulls = model.null_text(zs, text, recipe["guidance"], recipe["rounds"]) if recipe["inversion"] == "null" else None
+    for k in range(max(len(some) for _, some in batch)):                                                # all edits share one inversion
+        rows = [n for n, (_, some) in enumerate(batch) if k < len(some)]
+        chosen = [batch[n][1][k] for n in rows]
+        control = Control([e["tokens"] for e in chosen], [e["blend"] for e in chosen], **{key: recipe[key] for key in ("weight", "cross", "own", "blend_from", "threshold", "blend_at")})
+        old, new = model.edit([z[rows] for z in zs], text[rows], model.read([e["caption"] for e in chosen]), control, recipe["guidance"],
+                              [x[rows] for x in nulls] if nulls else None, recipe["inversion"])
+        old, new = model.decode(old).cpu(), model.decode(new).cpu()
+        mask = torch.ones_like(new[:, :1]) if control.mask is None else F.interpolate(control.mask.float().cpu(), size)
+        change = (new - old).abs().mean(dim=1, keepdim=True)
+        for n, e, o, x, m, c in zip(rows, chosen, old, new, mask, change):
+            H, W = pictures[n].height, pictures[n].width
+            if recipe["paste"]:
+                full = data.Scale((H, W), "bicubic")(pictures[n])
+                x = full + F.interpolate((x - o)[None], (H, W), mode="bicubic", antialias=True)[0]
+            else:
+                x = F.interpolate(x[None], (H, W), mode="bicubic", antialias=True)[0]
+            scores = dict(psnr=-10 * math.log10(max(1e-10, (o - pixels[n]).square().mean().item())), changed=(c * m).sum().item() / max(1.0, m.sum().item()),
+                          kept=1 - (c * (1 - m)).sum().item() / max(1.0, (1 - m).sum().item()))
+            strip = [pictures[n], *(to_picture(p).resize((W, H), Image.Resampling.NEAREST) for p in (o, m.expand(3, -1, -1)))]
+            made.append((n, k, to_picture(x), dict(captions=[e["caption"]], edit={key: e[key] for key in ("what", "noun", "old", "new", "source", "tokens", "blend")}, scores=scores), strip))
+    made.sort(key=lambda m: m[:2])
+    if judge:
+        for (*_, entry, _), margin in zip(made, judge([m[2] for m in made], [batch[m[0]][1][m[1]] for m in made])):
+            entry["scores"]["words"] = margin
+    return [m[2:] for m in made]
+
+
+def parse_args(argv=None):
+    listed = tbps.listed(SD, KEYS)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                epilog=f"keys for --set, with the values for Stable Diffusion:\n{listed}\n--preset paper differs in: {tbps.differences(PAPER, SD)}\n"
+                                       f"on toy people: {tbps.differences(TOY, SD)}")
+    p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="whose training split the sources are from (default: toy)")
+    p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
+    p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x or 2.x (toy people: trained first, and kept)")
+    p.add_argument("--finetune", metavar="DIR", help="first train its UNet on the training split, and keep that in this folder")
+    p.add_argument("--count", type=int, default=500, help="pairs to make (default: 500)")
+    p.add_argument("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
+    p.add_argument("--batch", type=int, default=16, help="sources at a time (default: 16)")
+    p.add_argument("--judge", metavar="FILE", help="a checkpoint whose encoders score how well a picture goes with its new caption")
+    p.add_argument("--preset", choices=["persons", "paper"], default="persons", help="paper: squashed to a square, null-text inversion, as published")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of sources and edits, and of the toy's model (default: 0)")
+    p.add_argument("--out", help="the folder of the pairs (default: runs/pdg-DATASET-SEED)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
+    args = p.parse_args(argv)
+    toy = args.dataset.startswith("toy")
+    if toy and args.preset == "paper":
+        raise ValueError("--preset paper is for Stable Diffusion; toy people have a preset of their own")
+    recipe = dict(TOY if toy else PAPER if args.preset == "paper" else SD)
+    for text in args.set:
+        key, _, value = text.partition("=")
+        if key not in recipe:
+            raise ValueError(f"there is no key {key!r}; there are {', '.join(recipe)}")
+        recipe[key] = tbps.typed(key, value, recipe[key])
+    if recipe["inversion"] not in ("direct", "negative", "null"):
+        raise ValueError(f"inversion must be one of direct, negative, null, not {recipe['inversion']!r}")
+    if zero := [k for k in ("height", "width", "steps", "rounds", "blend_at", "train_epochs", "train_batch") if recipe[k] < 1]:
+        raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be at least 1")
+    if over := [k for k in ("cross", "own", "blend_from", "threshold", "drop_caption") if not 0 <= recipe[k] <= 1]:
+        raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
+    if small := [k for k in ("count", "edits", "batch") if getattr(args, k) < 1]:
+        raise ValueError(f"--{small[0]} must be at least 1")
+    if not toy and not args.diffusion:
+        raise ValueError("name the diffusion model with --diffusion: a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x or 2.x")
+    args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
+    return args, recipe
+
+
+def open_folder(out, settings):
+    """A new folder, or one that the same command began."""
+    file = out / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if changed := [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]:
+            raise ValueError(f"{out} was made with other options, so going on would mix two things:\n  " + "\n  ".join(changed) + "\n  Name another folder with --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is no folder of generated pairs; name another with --out")
+    for name in ("imgs", "strips", "parts"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(settings, indent=1).encode())
+
+
+def write_whole(path, content):
+    """A file that is there wholly or not at all, also if two ranks write it."""
+    part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def write_picture(path, picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def name_of(record, i, dataset):
+    return str(record["image"]) if isinstance(record["image"], Path) else f"{dataset} {i}"
+
+
+def main():
+    args, recipe = parse_args()
+    out, rank, ranks = Path(args.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda" and ranks > 1:
+        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    if args.judge:
+        data.need(Path(args.judge), "the judge", "it is a checkpoint of tbps.py, like runs/NAME/best.pt")
+    records = data.read(args.dataset, args.data_root, "train")
+    if max(r["pid"] for r in records) >= 1_000_000:
+        raise ValueError("person ids of this set reach a million, from where generated persons are counted")
+    toys = Path(f"runs/{args.dataset}-diffusion-{args.seed}")
+    source = args.diffusion or args.finetune or str(toys)
+    if not args.diffusion and not (toys / "unet").exists():
+        if ranks > 1:
+            raise ValueError(f"{toys} is not there yet; make it first with the same command in one process")
+        print(f"a diffusion model of the toy people is trained first, and kept in {toys}", flush=True)
+        torch.manual_seed(data.mix(args.seed))
+        train_diffusion(toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device), records, recipe, args.seed, toys, words=True)
+    if args.finetune:
+        tuned = Path(args.finetune)
+        if not (tuned / "unet").exists():
+            if ranks > 1:
+                raise ValueError(f"{tuned} is not there yet; make it first with the same command in one process")
+            train_diffusion(load_diffusion(args.diffusion or toys, recipe["steps"], args.device), records, recipe, args.seed, tuned, words=False)
+        source = args.finetune
+    model = load_diffusion(source, recipe["steps"], args.device)
+    judge = Judge(args.judge, args.device) if args.judge else None
+    todo = plan(records, model.tokenizer, args.seed, args.count, args.edits, recipe["garments"])
+    pairs = sum(len(some) for _, some in todo)
+    if not todo:
+        raise ValueError("no caption of the training split has a coloured garment that could be edited")
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "set", "preset")} | recipe
+    open_folder(out, settings)
+    print(f"{pairs:,} pairs from {len(todo):,} of {len(records):,} pictures; {recipe['inversion']} inversion, {recipe['steps']} steps, "
+          f"{recipe['height']}x{recipe['width']} pixels", flush=True)
+    batches = [todo[k:k + args.batch] for k in range(0, len(todo), args.batch)]                          # fixed: what a batch gives depends on nothing else
+    first = [sum(len(some) for _, some in todo[:k]) for k in range(0, len(todo), args.batch)]
+    bar, began, fresh = tqdm(total=sum(len(some) for b in batches[rank::ranks] for _, some in b), unit=" pairs", disable=None), time.time(), 0
+    for b, number in list(zip(batches, first))[rank::ranks]:
+        part = out / f"parts/{number:06d}.jsonl"
+        if not part.exists():
+            entries, places = [], [(i, e) for i, some in b for e in some]
+            for k, ((i, _), (picture, entry, strip)) in enumerate(zip(places, make(model, records, b, recipe, judge, args.seed))):
+                file = f"{number + k:06d}.png"
+                write_picture(out / "imgs" / file, picture)
+                wide = Image.new("RGB", (4 * picture.width, picture.height))
+                for n, shown in enumerate((strip[0], strip[1], picture, strip[2])):
+                    wide.paste(shown, (n * picture.width, 0))
+                write_picture(out / "strips" / file, wide)
+                entries.append(dict(image=file, pid=1_000_000 * (args.seed + 1) + number + k, split="train", source_image=name_of(records[i], i, args.dataset),
+                                    source_pid=records[i]["pid"], seed=args.seed) | entry)
+            write_whole(part, "".join(json.dumps(e) + "\n" for e in entries).encode())                   # last: now the batch is done
+            fresh += len(entries)
+        bar.update(sum(len(some) for _, some in b))
+    bar.close()
+    if fresh:
+        print(f"{fresh:,} pairs made, {fresh / (time.time() - began):.2f} per second; {model.evaluations / fresh:.0f} evaluations of the UNet each "
+              "(the published code needs about 1,000)", flush=True)
+    if all((out / f"parts/{number:06d}.jsonl").exists() for number in first):
+        finish(out, first)
+
+
+def finish(out, first):
+    """The list of pairs, and a page to look at them."""
+    lines = [line for number in first for line in (out / f"parts/{number:06d}.jsonl").read_text().splitlines()]
+    write_whole(out / "pairs.jsonl", "".join(line + "\n" for line in lines).encode())
+    entries, shown = [json.loads(line) for line in lines], []
+    for e in entries[::max(1, len(entries) // 40)][:40]:
+        strip = evaluation.thumbnail(data.load_image(out / "strips" / e["image"]), 160)
+        scores = ", ".join(f"{k} {v:.3g}" for k, v in e["scores"].items())
+        shown.append(f"<div class=row><img src='{strip}'><p>{html.escape(e['edit']['source'])}<br><b>{html.escape(e['captions'][0])}</b><br>{scores}</p></div>")
+    rows = {k: dict(zip(("lowest", "5 %", "median", "95 %", "highest"), torch.tensor([e["scores"][k] for e in entries]).quantile(torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0])).tolist()))
+            for k in entries[0]["scores"]}
+    evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", ("Scores", evaluation.table(rows)),
+                          ("Source, reconstruction, edit, mask", "".join(shown)))
+    print(f"{len(entries):,} pairs in {out}; look at {out / 'report.html'}; train on them with tbps.py --extra {out}")
+
+
+if __name__ == "__main__":
+    data.command(main)

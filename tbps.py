@@ -1099,6 +1099,7 @@ def arguments(recipes, description, epilog):
     g.add_argument("--batch", type=int, help="short for --set batch=, pairs per step")
     g.add_argument("--lr", type=float, help="short for --set lr=, the peak")
     g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="folders of generated pairs (imgs/ and pairs.jsonl) to train on too")
+    g.add_argument("--min-score", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of these pairs only those whose scores reach the values, like words=0.02")
     g.add_argument("--val", choices=["auto", "none"], default="auto", help="none: train on what a set without validation split would hold out, keep the last epoch")
     g.add_argument("--skip-bad", action="store_true", help="decode all images first and leave out those that fail (default: stop at one)")
     g = p.add_argument_group("from what")
@@ -1151,6 +1152,8 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError(f"beta2={recipe['beta2']} must be below 1")
     if masks(recipe) == (0, 0):
         raise ValueError("mask_content and mask_other are both 0: masking is left out by mlm=0 mask_all=0")
+    if args.min_score and not args.extra:
+        raise ValueError("--min-score chooses among generated pairs; name their folder with --extra")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
@@ -1240,7 +1243,10 @@ def load_data(args):
     hold_out = args.val == "auto"
     splits = {s: data.read(args.dataset, args.data_root, s, hold_out) for s in (("train", "val", "test") if hold_out else ("train", "test"))}
     for folder in args.extra:
-        splits["train"] = splits["train"] + data.read("pairs", folder, "train", hold_out=False)
+        pairs = data.read("pairs", folder, "train", hold_out=False)
+        good = data.gate(pairs, args.min_score)
+        print(f"{folder}: {len(good):,} generated pairs" + f" of {len(pairs):,} reach {' '.join(args.min_score)}" * bool(args.min_score))
+        splits["train"] = splits["train"] + good
     for split, records in splits.items():
         if args.skip_bad:
             bad = data.broken(records)

@@ -1,7 +1,10 @@
 """Proximity data generation: caption edits, Stable Diffusion's text encoder, inversion, prompt-to-prompt, on tiny models in the true format."""
 
+import collections
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import data
 import generate
+import tbps
+from conftest import error, run
 from test_model import TOKENS, hugging_face, openai_tiny
 
 # ---- caption edits --------------------------------------------------------------------------------------------------
@@ -63,10 +68,10 @@ CAPTIONS = {  # what can be edited: "noun: colour, colour ..." per noun, in the 
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer(people):
     """Trained on the captions: letters with their ends are there, colours are words of their own."""
     words = " ".join(generate.NEW_COLOURS + [w for line in data.GARMENTS for w in line]) + " gray tan trousers shorts shirt jacket"
-    return data.train_tokenizer([*CAPTIONS, *[words] * 8], vocab=2000)
+    return data.train_tokenizer([*CAPTIONS, *[c for r in people for c in r["captions"]], *[words] * 8], vocab=2000)
 
 
 @pytest.mark.parametrize("caption, want", CAPTIONS.items(), ids=range(len(CAPTIONS)))
@@ -337,6 +342,128 @@ def test_scaled_values_are_scaled_maps():
     assert torch.equal(q2, q) and torch.equal(v2, v)
 
 
+# ---- production -----------------------------------------------------------------------------------------------------
+
+QUICK = ["--count", "11", "--edits", "2", "--batch", "2", "--set", "height=64", "width=32", "steps=3"]
+
+
+@pytest.fixture(scope="module")
+def made(folder, cuhk, tmp_path_factory):
+    """A folder of generated pairs, and what was said while they were made."""
+    out = tmp_path_factory.mktemp("made") / "pdg"
+    return out, run("generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", out, *QUICK)
+
+
+def files(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != "report.html"}
+
+
+def test_pairs_are_made(made, cuhk, people):
+    out, said = made
+    entries = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    sources = {r["file_path"]: r for r in json.loads((cuhk / "reid_raw.json").read_text())}
+    assert len(entries) == len(list((out / "imgs").iterdir())) == 11 and "11 pairs" in said and "12 evaluations of the UNet each" not in said
+    assert len({e["pid"] for e in entries}) == 11 and min(e["pid"] for e in entries) == 1_000_000
+    for e in entries:
+        source = sources[e["source_image"].split("imgs/")[1]]
+        assert source["split"] == e["split"] == "train" and source["id"] == e["source_pid"]
+        assert e["edit"]["source"] in [data.plain_text(c) for c in source["captions"]] and e["captions"][0] != e["edit"]["source"]
+        assert e["scores"].keys() == {"psnr", "changed", "kept"} and 0 < e["scores"]["kept"] <= 1
+    sites = collections.defaultdict(set)
+    for e in entries:
+        sites[e["source_image"]].add((e["edit"]["noun"], e["edit"]["old"]))
+    assert len(sites) == 6 and max(map(len, sites.values())) == 2      # two edits of a source are of two garments
+    first = entries[0]
+    picture, original = data.load_image(out / "imgs" / first["image"]), data.load_image(first["source_image"])
+    assert picture.size == original.size and picture.tobytes() != original.tobytes()
+    assert data.load_image(out / "strips" / first["image"]).size == (4 * original.width, original.height)
+    assert f"{(6 * 3 + 11 * 9) / 11:.0f} evaluations of the UNet each" in said
+    page = (out / "report.html").read_text()
+    assert page.count("<img") == 11 and first["captions"][0] in page and "psnr" in page
+
+
+def test_pairs_are_read(made):
+    records = data.read("pairs", made[0], "train", hold_out=False)
+    assert len(records) == 11 and all(r["image"].exists() for r in records)
+    middle = sorted(r["scores"]["changed"] for r in records)[5]
+    assert len(data.gate(records, [f"changed={middle}", "kept=0"])) == 6 and data.gate(records, ["psnr=1000"]) == []
+    with pytest.raises(ValueError, match="no score 'words'; it has psnr, changed, kept"):
+        data.gate(records, ["words=0"])
+    with pytest.raises(ValueError, match="KEY=NUMBER, not 'psnr=x'"):
+        data.gate(records, ["psnr=x"])
+
+
+@pytest.mark.parametrize("after", [0, 5, 8])
+def test_killed_and_started_again(after, made, folder, cuhk, tmp_path, monkeypatch):
+    """Wherever it is stopped, the same files come out in the end; what is done is not done again."""
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK]
+    replace, left = Path.replace, [after]
+
+    def dies(part, path):
+        left[0] -= Path(path).suffix == ".png"
+        if left[0] < 0:
+            raise KeyboardInterrupt("killed")
+        return replace(part, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        run(*command, code=130)
+    assert not (tmp_path / "pdg/pairs.jsonl").exists()
+    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pdg/parts").iterdir()}
+    run(*command)
+    assert files(tmp_path / "pdg") == files(made[0])
+    assert all((tmp_path / "pdg/parts" / name).stat().st_mtime_ns == when for name, when in done.items())
+    assert "pairs made" not in run(*command)
+
+
+def test_shards(made, folder, cuhk, tmp_path, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert not (tmp_path / "pdg/pairs.jsonl").exists()
+        run("generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK)
+    assert files(tmp_path / "pdg") == files(made[0])
+
+
+def test_nothing_is_overwritten(made, folder, cuhk, tmp_path):
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder]
+    assert "guidance: 7.5 then, 2.0 now" in error(*command, "--out", made[0], *QUICK, "guidance=2")
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "is no folder of generated pairs" in error(*command, "--out", tmp_path, *QUICK)
+
+
+def test_the_whole_chain_on_toy_people(people, tmp_path, monkeypatch):
+    """A model of the toy people is trained, stopped and gone on with, makes pairs in pixels, a checkpoint judges them, training reads them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "toy", lambda split, **_: people[:8] if split in ("train", "few") else people[8:24])
+    tiny = ["train_epochs=2", "train_batch=4", "steps=2"]
+    save = tbps.save
+    monkeypatch.setattr(tbps, "save", lambda *a: save(*a) or (_ for _ in ()).throw(KeyboardInterrupt()))
+    run("generate.py", "--count", "3", "--out", "p", "--set", *tiny, code=130)
+    assert torch.load("runs/toy-diffusion-0/last.pt")["epoch"] == 1
+    monkeypatch.setattr(tbps, "save", save)
+    assert "other options; remove it" in error("generate.py", "--count", "3", "--out", "p", "--set", *tiny, "train_lr=0.1")
+    run("tbps.py", "--out", "c", "--set", "epochs=1", "batch=4")
+    said = run("generate.py", "--count", "3", "--out", "p", "--judge", "c/best.pt", "--set", *tiny)
+    assert "epoch   2/2" in said and "epoch   1/2" not in said and "3 pairs in p" in said
+    weights = load_file("runs/toy-diffusion-0/unet/diffusion_pytorch_model.safetensors")
+    shutil.copytree("runs/toy-diffusion-0", "kept")
+    shutil.rmtree("runs/toy-diffusion-0")
+    run("generate.py", "--count", "3", "--out", "q", "--judge", "c/best.pt", "--set", *tiny)
+    again = load_file("runs/toy-diffusion-0/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weights[n], again[n]) for n in weights)      # stopped or not
+    assert files(Path("p")) == files(Path("q"))
+    entries = [json.loads(line) for line in Path("p/pairs.jsonl").read_text().splitlines()]
+    assert all(-2 < e["scores"]["words"] < 2 and e["source_image"].startswith("toy ") for e in entries)
+    said = run("tbps.py", "--out", "d", "--extra", "p", "--min-score", f"words={max(e['scores']['words'] for e in entries)}", "--set", "epochs=1", "batch=4")
+    assert "p: 1 generated pairs of 3 reach words=" in said
+    before = load_file("kept/unet/diffusion_pytorch_model.safetensors")
+    run("generate.py", "--count", "1", "--out", "f", "--diffusion", "kept", "--finetune", "tuned", "--set", *tiny)
+    tuned = load_file("tuned/unet/diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(before[n], tuned[n]) for n in before)
+    assert (Path("kept/text_encoder/model.safetensors").read_bytes() == Path("tuned/text_encoder/model.safetensors").read_bytes())
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 def test_mistakes(folder, tmp_path, model):
@@ -348,5 +475,10 @@ def test_mistakes(folder, tmp_path, model):
     text = model.read([e["source"]])
     with pytest.raises(ValueError, match="no layer of this UNet reduces the picture 16 times"):
         model.edit(model.invert(torch.randn(1, 4, 16, 8), text), text, text, control(model, [e], blend_at=16))
+    for options, words in ((["--dataset", "cuhk"], "name the diffusion model with --diffusion"), (["--preset", "paper"], "a preset of their own"),
+                           (["--set", "inversion=magic"], "one of direct, negative, null"), (["--set", "guide=1"], "there is no key 'guide'"),
+                           (["--set", "own=2"], "a share from 0 to 1"), (["--count", "0"], "--count must be at least 1"), (["--judge", "x.pt"], "the judge")):
+        assert words in error("generate.py", *options)
+    assert "name their folder with --extra" in error("tbps.py", "--min-score", "words=0")
     with pytest.raises(ValueError, match="predicts 'sample'"):
         generate.Diffusion(model.unet, None, DDIMScheduler(prediction_type="sample"), model.words, model.tokenizer)
