@@ -438,6 +438,9 @@ def main():
         tbps.check_run(here, recipe, folder)
         todo.append((stage, here, folder))
     splits = tbps.load_data(args)
+    images, texts = [r["pid"] for r in splits["train"]], [r["pid"] for r in splits["train"] for _ in r["captions"]]
+    alone = [sum(n == 1 for n in collections.Counter(pids).values()) for pids in (images, texts)]
+    print(f"supports: {alone[0]:,} of {len(images):,} images and {alone[1]:,} of {len(texts):,} captions have no others of their person")
     for stage, here, folder in todo:
         print(f"\n{stage}")
         if stage == "plain":
@@ -517,8 +520,6 @@ def teach(args, recipe, splits, folder, teacher):
         rows["the teacher's encoders"] = cost(model, tokenizer(["a man"] * 32))
     if distils(recipe):
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
-        alone = [int((table < 0).all(dim=1).sum()) for table in (bank.image_others, bank.text_others)]
-        print(f"supports: {alone[0]:,} of {len(bank.image):,} images and {alone[1]:,} of {len(bank.text):,} captions have no others of their person")
         target = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
     if args.student in SHRUNK:                                          # a file like any other weights: sizes and dropout are the recipe's
         state = {k: info[k] for k in ("epoch", "step", "best", "scores")}

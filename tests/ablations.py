@@ -72,7 +72,9 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "IRRA, masked captions everywhere < IRRA, with MLM": "--method irra --set mask_all=1",
     }),
     "lcr2s": (f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05", LCR2S_PARTS | {
-        "A-KD, warm < A-KD": "--teacher {teacher}/richer/last.pt --set warm=1",
+        "plain, warm < plain": "--teacher {teacher}/richer/last.pt --set warm=1 affinity=0",
+        "A-KD, warm < plain, warm < SELF, warm": "--teacher {teacher}/richer/last.pt --set warm=1",
+        "SELF, warm < plain, warm": "--teacher {teacher}/richer/last.pt --set warm=1 target=self",
         "teacher, the mean": "--plain {plain}/light/best.pt --stage richer --set fusion=mean",
         "A-KD from the mean < A-KD < SELF": "--teacher {teacher, the mean}/richer/last.pt",
         "teacher, support 1": "--plain {plain}/light/best.pt --stage richer --set support=1",
