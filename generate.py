@@ -64,10 +64,14 @@ def mentions(words, kinds):
     def before(k):
         """Colours before a noun, past adjectives, nouns, and what joins two colours."""
         i, colours = k - 1, []
-        while i >= 0 and (colour[i] or other[i] and "-" not in words[i] and (words[i] not in GARMENT_OF or i == k - 1) or words[i] in JOINS and i > 0 and colour[i - 1] and colour[i + 1]):
+        while i >= 0:
+            joins = words[i] in JOINS and i > 0 and colour[i - 1] and colour[i + 1]
+            describes = other[i] and "-" not in words[i] and (words[i] not in GARMENT_OF or i == k - 1)
+            if not (colour[i] or joins or describes):
+                break
             colours = [i] * colour[i] + colours
             i -= 1
-        return [] if words[max(i, 0)] in ("in", "of") and i > 0 and words[i - 1] in GARMENT_OF else colours         # "a shirt in red and black pants"
+        return [] if i > 0 and words[i] in ("in", "of") and words[i - 1] in GARMENT_OF else colours      # "a shirt in red and black pants"
 
     def after(k):
         """Colours after a noun: "is red and white"."""
@@ -127,7 +131,7 @@ def replaced(source, what, noun, old, new, changed, blend, text, tokenizer):
     """The edit in which the words with the numbers `changed` become `new`, or None if tokens do not stay in their places."""
     spans = [(m.start(), m.end()) for m in data.WORD.finditer(source)]
     pieces, end = [], 0
-    for k in changed:
+    for k in sorted(changed):
         before = source[end:spans[k][0]]
         pieces += [re.sub(r"\b(a|an) $", "an " if new[0] in "aeiou" else "a ", before), new]
         end = spans[k][1]
@@ -232,7 +236,7 @@ class Diffusion:
         self.unet, self.vae, self.words = (m and m.to(device).eval().requires_grad_(False) for m in (unet, vae, words))
         self.tokenizer, self.device, self.evaluations, self.control = tokenizer, device, 0, None
         if any(isinstance(m, Attention) and (m.group_norm is not None or m.norm_cross or m.residual_connection) for m in unet.modules()):
-            raise ValueError("this UNet has attention layers of another kind than Stable Diffusion 1.x and 2.x; such models cannot be edited here")
+            raise ValueError("this UNet has attention layers of another kind than Stable Diffusion's; such models cannot be edited here")
         unet.set_attn_processor({name: Attend(self, name) for name in unet.attn_processors})
         # As published for prompt-to-prompt and CTLG: t = 980, 960, ..., 0 for 50 steps, and below 0 the first noise level, not none
         scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=0, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
@@ -405,7 +409,8 @@ class Control:
     def blended(self, old, new):
         """The target with what lies outside the mask (B, 1, H, W) from the source; called once after each step."""
         if self.maps is None and self.blend_from < 1:
-            raise ValueError(f"no layer of this UNet reduces the picture {self.blend_at} times; set blend_at to another power of 2, or blend_from=1 for no local blend")
+            raise ValueError(f"no layer of this UNet reduces the picture {self.blend_at} times; set blend_at to another power of 2, "
+                             "or blend_from=1 for no local blend")
         if self.step + 1 <= int(self.blend_from * self.total):
             return new
         maps = F.interpolate(F.max_pool2d(self.maps, 3, stride=1, padding=1), self.shape[-2:])
@@ -545,7 +550,8 @@ def make(model, records, batch, recipe, judge, seed):
     for k in range(max(len(some) for _, some in batch)):                                                # all edits share one inversion
         rows = [n for n, (_, some) in enumerate(batch) if k < len(some)]
         chosen = [batch[n][1][k] for n in rows]
-        control = Control([e["tokens"] for e in chosen], [e["blend"] for e in chosen], **{key: recipe[key] for key in ("weight", "cross", "own", "blend_from", "threshold", "blend_at")})
+        control = Control([e["tokens"] for e in chosen], [e["blend"] for e in chosen],
+                          **{key: recipe[key] for key in ("weight", "cross", "own", "blend_from", "threshold", "blend_at")})
         old, new = model.edit([z[rows] for z in zs], text[rows], model.read([e["caption"] for e in chosen]), control, recipe["guidance"],
                               [x[rows] for x in nulls] if nulls else None, recipe["inversion"])
         old, new = model.decode(old).cpu(), model.decode(new).cpu()
@@ -561,7 +567,8 @@ def make(model, records, batch, recipe, judge, seed):
             scores = dict(psnr=-10 * math.log10(max(1e-10, (o - pixels[n]).square().mean().item())), changed=(c * m).sum().item() / max(1.0, m.sum().item()),
                           kept=1 - (c * (1 - m)).sum().item() / max(1.0, (1 - m).sum().item()))
             strip = [pictures[n], *(to_picture(p).resize((W, H), Image.Resampling.NEAREST) for p in (o, m.expand(3, -1, -1)))]
-            made.append((n, k, to_picture(x), dict(captions=[e["caption"]], edit={key: e[key] for key in ("what", "noun", "old", "new", "source", "tokens", "blend")}, scores=scores), strip))
+            said = {key: e[key] for key in ("what", "noun", "old", "new", "source", "tokens", "blend")}
+            made.append((n, k, to_picture(x), dict(captions=[e["caption"]], edit=said, scores=scores), strip))
     made.sort(key=lambda m: m[:2])
     if judge:
         for (*_, entry, _), margin in zip(made, judge([m[2] for m in made], [batch[m[0]][1][m[1]] for m in made])):
@@ -576,7 +583,7 @@ def parse_args(argv=None):
                                        f"on toy people: {tbps.differences(TOY, SD)}")
     p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="whose training split the sources are from (default: toy)")
     p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
-    p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x or 2.x (toy people: trained first, and kept)")
+    p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x (toy people: trained first, and kept)")
     p.add_argument("--finetune", metavar="DIR", help="first train its UNet on the training split, and keep that in this folder")
     p.add_argument("--count", type=int, default=500, help="pairs to make (default: 500)")
     p.add_argument("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
@@ -606,7 +613,7 @@ def parse_args(argv=None):
     if small := [k for k in ("count", "edits", "batch") if getattr(args, k) < 1]:
         raise ValueError(f"--{small[0]} must be at least 1")
     if not toy and not args.diffusion:
-        raise ValueError("name the diffusion model with --diffusion: a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x or 2.x")
+        raise ValueError("name the diffusion model with --diffusion: a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x")
     args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
     return args, recipe
 
@@ -713,8 +720,8 @@ def finish(out, first):
         strip = evaluation.thumbnail(data.load_image(out / "strips" / e["image"]), 160)
         scores = ", ".join(f"{k} {v:.3g}" for k, v in e["scores"].items())
         shown.append(f"<div class=row><img src='{strip}'><p>{html.escape(e['edit']['source'])}<br><b>{html.escape(e['captions'][0])}</b><br>{scores}</p></div>")
-    rows = {k: dict(zip(("lowest", "5 %", "median", "95 %", "highest"), torch.tensor([e["scores"][k] for e in entries]).quantile(torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0])).tolist()))
-            for k in entries[0]["scores"]}
+    shares = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
+    rows = {k: {name: torch.tensor([e["scores"][k] for e in entries]).quantile(share).item() for name, share in shares.items()} for k in entries[0]["scores"]}
     evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", ("Scores", evaluation.table(rows)),
                           ("Source, reconstruction, edit, mask", "".join(shown)))
     print(f"{len(entries):,} pairs in {out}; look at {out / 'report.html'}; train on them with tbps.py --extra {out}")
