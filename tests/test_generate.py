@@ -6,14 +6,17 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
 import generate
+import pdg
 import tbps
 from conftest import error, run
 from test_model import TOKENS, hugging_face, openai_tiny
@@ -482,3 +485,31 @@ def test_mistakes(folder, tmp_path, model):
     assert "name their folder with --extra" in error("tbps.py", "--min-score", "words=0")
     with pytest.raises(ValueError, match="predicts 'sample'"):
         generate.Diffusion(model.unet, None, DDIMScheduler(prediction_type="sample"), model.words, model.tokenizer)
+
+
+# ---- the oracle of the toy people -----------------------------------------------------------------------------------
+
+def test_the_oracle(tmp_path, monkeypatch):
+    """Pairs painted by hand: the right colour is reached, an untouched picture is not, a repainted rest is noticed."""
+    records = data.toy("few", persons=30)
+    monkeypatch.setattr(data, "toy", lambda *_, **__: records)
+    (tmp_path / "imgs").mkdir()
+    entries, kinds = [], ["right", "untouched", "all over"]
+    able = [i for i, r in enumerate(records) if {"top", "bottom"} <= r["visible"] and r["attributes"]["top_colour"] not in ("green", "black")
+            and r["attributes"]["bottom_colour"] not in ("green", "black", "navy")]
+    for n, i in enumerate(able[:30]):
+        r, kind = records[i], kinds[n % 3]
+        picture = r["image"].astype(float)
+        light = picture[pdg.plain(r, "bottom")].mean() / np.mean(data.PALETTE[r["attributes"]["bottom_colour"]])
+        for region in dict(right=["top"], untouched=[]).get(kind, ["top", "bottom"]):
+            picture[pdg.plain(r, region)] = light * np.array(data.PALETTE["green"])
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(tmp_path / f"imgs/{n}.png")
+        entries.append(dict(image=f"{n}.png", pid=n, split="train", captions=["x"], source_image=f"toy-few {i}", scores=dict(kind=kinds.index(kind)),
+                            edit=dict(what="colour", noun="shirt", old=r["attributes"]["top_colour"], new="green")))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert len(entries) == 30
+    everything = pdg.score(tmp_path)
+    assert everything["reach the colour, %"] == pytest.approx(66.7, abs=4) and everything["the rest keeps its colours, %"] == pytest.approx(66.7, abs=7)
+    assert everything["both, %"] == pytest.approx(33.3, abs=4) and everything["pairs"] == 30
+    worst = pdg.score(tmp_path, ["kind=2"])
+    assert worst["pass the gate, %"] == pytest.approx(33.3, abs=0.1) and worst["both, %"] < 10 and worst["change outside, % of the range"] > 1
