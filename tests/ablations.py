@@ -82,7 +82,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "teacher, support 2": "--plain {plain}/light/best.pt --stage richer --set support=2",
         "A-KD, support 2 < A-KD": "--teacher {teacher, support 2}/richer/last.pt --set support=2",
         "teacher, end to end": "--method lcr2s-paper --stage richer",
-        "P-KD, end to end < plain < P-KD": "--method lcr2s-paper --teacher {teacher, end to end}/richer/last.pt --set sampler=random",
+        "P-KD, end to end < plain < P-KD": "--teacher {teacher, end to end}/richer/last.pt --set affinity=0 features=0.5 relations=0.2",
         "half": "--teacher {teacher}/richer/last.pt --student half --set affinity=0",
         "half, A-KD < half": "--teacher {teacher}/richer/last.pt --student half",
         "narrow": "--teacher {teacher}/richer/last.pt --student narrow --set affinity=0",
