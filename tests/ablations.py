@@ -84,9 +84,11 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "teacher, end to end": "--method lcr2s-paper --stage richer",
         "P-KD, end to end < plain < P-KD": "--teacher {teacher, end to end}/richer/last.pt --set affinity=0 features=0.5 relations=0.2",
         "half": "--teacher {teacher}/richer/last.pt --student half --set affinity=0",
-        "half, A-KD < half": "--teacher {teacher}/richer/last.pt --student half",
+        "half, A-KD < half < half, SELF": "--teacher {teacher}/richer/last.pt --student half",
+        "half, SELF < half": "--teacher {teacher}/richer/last.pt --student half --set target=self",
         "narrow": "--teacher {teacher}/richer/last.pt --student narrow --set affinity=0",
-        "narrow, A-KD < narrow": "--teacher {teacher}/richer/last.pt --student narrow",
+        "narrow, A-KD < narrow < narrow, SELF": "--teacher {teacher}/richer/last.pt --student narrow",
+        "narrow, SELF < narrow": "--teacher {teacher}/richer/last.pt --student narrow --set target=self",
     }),
     "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }
@@ -133,8 +135,9 @@ def queue(groups, seeds, jobs):
                 if not result(path):
                     needed = [paths[n] for _, n, *_ in Formatter().parse(rows[name]) if n]
                     runs[path] = pool.submit(make, path, f"{common} {rows[name].format_map(paths)} --seed {seed}", needed)
-        for run in tqdm(as_completed(runs.values()), total=len(runs), unit="run"):
-            run.result()
+        failed = [run.exception() for run in tqdm(as_completed(runs.values()), total=len(runs), unit="run") if run.exception()]
+    if failed:
+        raise failed[0]
 
 
 WAYS = {"R@1": ("text to image", "R@1"), "mAP": ("text to image", "mAP"), "R@1, own": ("text to other images", "R@1"), "mAP, own": ("text to other images", "mAP")}
