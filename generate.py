@@ -180,7 +180,8 @@ def load_words(folder):
     words = Words(config["vocab_size"], width, config["num_hidden_layers"], width // heads, config.get("hidden_act", "quick_gelu") == "quick_gelu",
                   config["max_position_embeddings"])
     if differ := sorted(words.state_dict().keys() ^ weights.keys()):
-        raise ValueError(f"{path} is not the text encoder of a Stable Diffusion 1.x: it {'lacks' if differ[0] in words.state_dict() else 'also has'} {differ[0]}")
+        raise ValueError(f"{path} is not the text encoder of a Stable Diffusion 1.x: it "
+                         f"{'lacks' if differ[0] in words.state_dict() else 'also has'} {differ[0]}")
     words.load_state_dict(weights)
     return words
 
@@ -207,8 +208,8 @@ FILES = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safete
          "merges.txt", "tokenizer.json"]
 
 
-def load_diffusion(source, steps=50, device="cpu"):
-    """A model in the layout of diffusers, as Stable Diffusion 1.x has it: a local folder, or a hub id. Without vae/ it works on pixels."""
+def find_diffusion(source):
+    """A local folder in the layout of diffusers, or a hub id, which is fetched through huggingface_hub's cache -> the folder."""
     folder = Path(source)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         try:
@@ -218,6 +219,12 @@ def load_diffusion(source, steps=50, device="cpu"):
                                     "machine with network and name its folder with --diffusion") from None
     for name in FOLDERS[:-1]:
         data.need(folder / name, "a part of the diffusion model", "a folder in the layout of diffusers has unet, vae, scheduler, text_encoder and tokenizer")
+    return folder
+
+
+def load_diffusion(source, steps=50, device="cpu"):
+    """A model as Stable Diffusion 1.x is published. Without vae/ it works on pixels."""
+    folder = find_diffusion(source)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", low_cpu_mem_usage=False) if (folder / "vae").exists() else None
     words, tokenizer = load_words(folder / "text_encoder"), data.load_tokenizer(folder / "tokenizer")
@@ -618,18 +625,16 @@ def parse_args(argv=None):
     return args, recipe
 
 
-def open_folder(out, settings):
-    """A new folder, or one that the same command began."""
+def check_folder(out, settings):
+    """A folder for pairs is new, or one that the same command began."""
     file = out / "settings.json"
     if file.exists():
         before = json.loads(file.read_text())
         if changed := [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]:
-            raise ValueError(f"{out} was made with other options, so going on would mix two things:\n  " + "\n  ".join(changed) + "\n  Name another folder with --out")
-    elif out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} was made with other options, so going on would mix two things:\n  " + "\n  ".join(changed) +
+                             "\n  Name another folder with --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no folder of generated pairs; name another with --out")
-    for name in ("imgs", "strips", "parts"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(settings, indent=1).encode())
 
 
 def write_whole(path, content):
@@ -649,71 +654,93 @@ def name_of(record, i, dataset):
     return str(record["image"]) if isinstance(record["image"], Path) else f"{dataset} {i}"
 
 
+def prepared_model(args, recipe, records, ranks):
+    """The diffusion model: given, or of the toy people and trained first; tuned first if that is wanted. What is trained is kept."""
+    def once(folder, train):
+        if not (folder / "unet").exists():
+            if ranks > 1:
+                raise ValueError(f"the diffusion model {folder} is not there yet; make it first with the same command in one process")
+            print(f"a diffusion model is trained first, and kept in {folder}", flush=True)
+            torch.manual_seed(data.mix(args.seed))
+            train()
+        return folder
+
+    def toy():
+        model = toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device)
+        train_diffusion(model, records, recipe, args.seed, toys, words=True)
+
+    def tune():
+        train_diffusion(load_diffusion(source, recipe["steps"], args.device), records, recipe, args.seed, Path(args.finetune), words=False)
+
+    toys = Path(f"runs/{args.dataset}-diffusion-{args.seed}")
+    source = args.diffusion or once(toys, toy)
+    return load_diffusion(once(Path(args.finetune), tune) if args.finetune else source, recipe["steps"], args.device)
+
+
 def main():
     args, recipe = parse_args()
     out, rank, ranks = Path(args.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "set", "preset")} | recipe
+    check_folder(out, settings)
     if args.device == "cuda" and ranks > 1:
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
     if args.judge:
         data.need(Path(args.judge), "the judge", "it is a checkpoint of tbps.py, like runs/NAME/best.pt")
+    judge = Judge(args.judge, args.device) if args.judge else None
+    if args.diffusion:
+        find_diffusion(args.diffusion)
     records = data.read(args.dataset, args.data_root, "train")
     if max(r["pid"] for r in records) >= 1_000_000:
         raise ValueError("person ids of this set reach a million, from where generated persons are counted")
-    toys = Path(f"runs/{args.dataset}-diffusion-{args.seed}")
-    source = args.diffusion or args.finetune or str(toys)
-    if not args.diffusion and not (toys / "unet").exists():
-        if ranks > 1:
-            raise ValueError(f"{toys} is not there yet; make it first with the same command in one process")
-        print(f"a diffusion model of the toy people is trained first, and kept in {toys}", flush=True)
-        torch.manual_seed(data.mix(args.seed))
-        train_diffusion(toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device), records, recipe, args.seed, toys, words=True)
-    if args.finetune:
-        tuned = Path(args.finetune)
-        if not (tuned / "unet").exists():
-            if ranks > 1:
-                raise ValueError(f"{tuned} is not there yet; make it first with the same command in one process")
-            train_diffusion(load_diffusion(args.diffusion or toys, recipe["steps"], args.device), records, recipe, args.seed, tuned, words=False)
-        source = args.finetune
-    model = load_diffusion(source, recipe["steps"], args.device)
-    judge = Judge(args.judge, args.device) if args.judge else None
+    model = prepared_model(args, recipe, records, ranks)
     todo = plan(records, model.tokenizer, args.seed, args.count, args.edits, recipe["garments"])
-    pairs = sum(len(some) for _, some in todo)
     if not todo:
         raise ValueError("no caption of the training split has a coloured garment that could be edited")
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "set", "preset")} | recipe
-    open_folder(out, settings)
-    print(f"{pairs:,} pairs from {len(todo):,} of {len(records):,} pictures; {recipe['inversion']} inversion, {recipe['steps']} steps, "
+    for name in ("imgs", "strips", "parts"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    write_whole(out / "settings.json", json.dumps(settings, indent=1).encode())
+    sizes = [len(some) for _, some in todo]
+    print(f"{sum(sizes):,} pairs from {len(todo):,} of {len(records):,} pictures; {recipe['inversion']} inversion, {recipe['steps']} steps, "
           f"{recipe['height']}x{recipe['width']} pixels", flush=True)
-    batches = [todo[k:k + args.batch] for k in range(0, len(todo), args.batch)]                          # fixed: what a batch gives depends on nothing else
-    first = [sum(len(some) for _, some in todo[:k]) for k in range(0, len(todo), args.batch)]
-    bar, began, fresh = tqdm(total=sum(len(some) for b in batches[rank::ranks] for _, some in b), unit=" pairs", disable=None), time.time(), 0
-    for b, number in list(zip(batches, first))[rank::ranks]:
-        part = out / f"parts/{number:06d}.jsonl"
-        if not part.exists():
-            entries, places = [], [(i, e) for i, some in b for e in some]
-            for k, ((i, _), (picture, entry, strip)) in enumerate(zip(places, make(model, records, b, recipe, judge, args.seed))):
-                file = f"{number + k:06d}.png"
+    starts = range(0, len(todo), args.batch)                            # batches are fixed: what one gives depends on nothing else
+    batches = {sum(sizes[:k]): todo[k:k + args.batch] for k in starts}  # by the number of its first pair
+    mine = list(batches.items())[rank::ranks]
+    bar, began, fresh = tqdm(total=sum(len(some) for _, batch in mine for _, some in batch), unit=" pairs", disable=None), time.time(), 0
+    for first, batch in mine:
+        if not part_of(out, first).exists():
+            entries, sources = [], [i for i, some in batch for _ in some]
+            for number, (i, (picture, entry, strip)) in enumerate(zip(sources, make(model, records, batch, recipe, judge, args.seed)), start=first):
+                file = f"{number:06d}.png"
                 write_picture(out / "imgs" / file, picture)
-                wide = Image.new("RGB", (4 * picture.width, picture.height))
-                for n, shown in enumerate((strip[0], strip[1], picture, strip[2])):
-                    wide.paste(shown, (n * picture.width, 0))
-                write_picture(out / "strips" / file, wide)
-                entries.append(dict(image=file, pid=1_000_000 * (args.seed + 1) + number + k, split="train", source_image=name_of(records[i], i, args.dataset),
+                write_picture(out / "strips" / file, side_by_side(strip[0], strip[1], picture, strip[2]))
+                entries.append(dict(image=file, pid=1_000_000 * (args.seed + 1) + number, split="train", source_image=name_of(records[i], i, args.dataset),
                                     source_pid=records[i]["pid"], seed=args.seed) | entry)
-            write_whole(part, "".join(json.dumps(e) + "\n" for e in entries).encode())                   # last: now the batch is done
+            write_whole(part_of(out, first), "".join(json.dumps(e) + "\n" for e in entries).encode())    # last: now the batch is done
             fresh += len(entries)
-        bar.update(sum(len(some) for _, some in b))
+        bar.update(sum(len(some) for _, some in batch))
     bar.close()
     if fresh:
         print(f"{fresh:,} pairs made, {fresh / (time.time() - began):.2f} per second; {model.evaluations / fresh:.0f} evaluations of the UNet each "
               "(the published code needs about 1,000)", flush=True)
-    if all((out / f"parts/{number:06d}.jsonl").exists() for number in first):
-        finish(out, first)
+    if all(part_of(out, first).exists() for first in batches):
+        finish(out, batches)
 
 
-def finish(out, first):
+def part_of(out, first):
+    """What is known of the batch whose first pair has this number."""
+    return out / f"parts/{first:06d}.jsonl"
+
+
+def side_by_side(*pictures):
+    wide = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    for n, p in enumerate(pictures):
+        wide.paste(p, (n * p.width, 0))
+    return wide
+
+
+def finish(out, batches):
     """The list of pairs, and a page to look at them."""
-    lines = [line for number in first for line in (out / f"parts/{number:06d}.jsonl").read_text().splitlines()]
+    lines = [line for first in batches for line in part_of(out, first).read_text().splitlines()]
     write_whole(out / "pairs.jsonl", "".join(line + "\n" for line in lines).encode())
     entries, shown = [json.loads(line) for line in lines], []
     for e in entries[::max(1, len(entries) // 40)][:40]:
