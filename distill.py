@@ -277,8 +277,6 @@ def judge(heads, bank, size, seed=0):
     pid, own, device = bank.pid, bank.own, bank.image.device
     persons, person = pid.unique(return_inverse=True)
     P, images, texts = len(persons), members(person), members(person[own])                      # (P, K) each
-    if images.shape[1] < 2:
-        raise ValueError("no person of the test split has two images: a richer model cannot be judged on it")
     view = (images[person] == torch.arange(len(pid), device=device)[:, None]).int().argmax(dim=1)       # (N,): which of its person's it is
 
     def held_out(fuse, table):
@@ -424,23 +422,34 @@ def main():
     if "richer" not in stages and (distils(recipe) or recipe["warm"] or args.student in SHRUNK):
         data.need(teacher, "the richer model", "train it with --stage richer, or name one with --teacher")
     if args.plain:
-        data.need(plain, "the plain model", "leave out --plain to train one")
+        tbps.load_checkpoint(plain)                                     # now, and not after the data are read: what is wrong is said at once
+    if "richer" not in stages and teacher.exists():
+        load_teacher(teacher, args)
+    if args.student not in ("same", *SHRUNK, "ViT-B/32"):
+        try:
+            tbps.read_file(tbps.find_weights(args.student))
+        except (FileNotFoundError, ValueError) as e:
+            raise ValueError(f"--student {args.student} is none of same, {', '.join(SHRUNK)}, ViT-B/32, so it should be CLIP weights:\n  {e}") from None
     todo = []
     for stage in stages:
         folder, here = out / stage, copy.copy(args)
-        if args.resume and (folder / "log.jsonl").exists() and '"test"' in (folder / "log.jsonl").read_text().rpartition("\n{")[2]:
-            print(f"{folder} is done")
-            continue
         here.stage, here.resume = stage, args.resume and (folder / "last.pt").exists()
         if stage == "light":
             start = {"same": teacher if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"} | {k: out / f"{k}.pt" for k in SHRUNK}
             here.clip = str(start.get(args.student, args.student))
         tbps.check_run(here, recipe, folder)
-        todo.append((stage, here, folder))
+        if here.resume and '"test"' in (folder / "log.jsonl").read_text().rpartition("\n{")[2]:
+            print(f"{folder} is done: {folder / 'report.html'}")
+        else:
+            todo.append((stage, here, folder))
+    if not todo:
+        return
     splits = tbps.load_data(args)
     images, texts = [r["pid"] for r in splits["train"]], [r["pid"] for r in splits["train"] for _ in r["captions"]]
     alone = [sum(n == 1 for n in collections.Counter(pids).values()) for pids in (images, texts)]
     print(f"supports: {alone[0]:,} of {len(images):,} images and {alone[1]:,} of {len(texts):,} captions have no others of their person")
+    if alone == [len(images), len(texts)]:
+        raise ValueError("every training person has one image and one caption: there is nothing to fuse them with")
     for stage, here, folder in todo:
         print(f"\n{stage}")
         if stage == "plain":
@@ -492,7 +501,10 @@ def train_richer(args, recipe, splits, folder, plain):
             train_fusion(args, recipe, model, tokenizer, {k: info[k] for k in ("size", "norm", "resize", "clean")}, bank, folder, stop)
     model, tokenizer, info = load_teacher(folder / "last.pt", args)
     bank = Bank.of(model, tokenizer, info, splits["test"], recipe, args)
-    rows = judge(model.heads, bank, recipe["support"])
+    several = max(collections.Counter(bank.pid.tolist()).values()) > 1
+    rows = judge(model.heads, bank, recipe["support"]) if several else {}
+    if not several:
+        print("no person of the test split has two images: the richer model cannot be judged on it")
     for name, scores in rows.items():
         print(f"{name:44}{evaluation.show(scores)}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -506,10 +518,9 @@ def train_richer(args, recipe, splits, folder, plain):
 
 def load_teacher(path, args):
     """-> model with its heads, tokenizer, info."""
-    model, tokenizer, info = tbps.load_checkpoint(path, args.device, lambda recipe, *of: richer_heads(recipe, *of) if "fusion" in recipe else {})
-    if info["args"].get("stage") != "richer":
-        raise ValueError(f"{path} has no fusion: name the richer/last.pt of a run of distill.py")
-    return model, tokenizer, info
+    if tbps.load_checkpoint(path)[2]["args"].get("stage") != "richer":
+        raise ValueError(f"{path} is no richer model: name the richer/last.pt of a run of distill.py")
+    return tbps.load_checkpoint(path, args.device, richer_heads)
 
 
 def teach(args, recipe, splits, folder, teacher):

@@ -437,6 +437,14 @@ def toy_model(captions, steps, device):
     return Diffusion(unet, None, scheduler, Words(tokenizer.vocab, 128, 2, 32), tokenizer, steps, device)
 
 
+TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption"]
+
+
+def check_training(saved, recipe, folder):
+    if changed := [f"{k} {saved['recipe'][k]} then, {recipe[k]} now" for k in TRAINING if saved["recipe"][k] != recipe[k]]:
+        raise ValueError(f"{folder} holds a diffusion model trained with other options ({'; '.join(changed)}): remove it, or take it as it is with --diffusion {folder}")
+
+
 def train_diffusion(model, records, recipe, seed, folder, words):
     """Teaches the UNet, and with `words` the text encoder, to tell the noise in the pictures of records (arXiv 2006.11239, eq. 14), a tenth of
     the captions left empty for guidance. What is kept is the running mean of the weights. Writes folder/last.pt after each epoch and goes
@@ -448,8 +456,7 @@ def train_diffusion(model, records, recipe, seed, folder, words):
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
         saved = tbps.read_file(folder / "last.pt")
-        if saved["recipe"] != recipe or saved["seed"] != seed:
-            raise ValueError(f"{folder} holds a model that was begun with other options; remove it to start anew")
+        check_training(saved, recipe, folder)
         parts.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         mean, epoch = [m.to(model.device) for m in saved["mean"]], saved["epoch"]
@@ -617,6 +624,9 @@ def parse_args(argv=None):
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be at least 1")
     if over := [k for k in ("cross", "own", "blend_from", "threshold", "drop_caption") if not 0 <= recipe[k] <= 1]:
         raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
+    if bad := [k for k, v in recipe.items() if isinstance(v, float) and not 0 <= v < math.inf]:         # nan too
+        raise ValueError(f"{bad[0]}={recipe[bad[0]]} must be a number from 0 up")
+    tbps.check_device(args.device)
     if small := [k for k in ("count", "edits", "batch") if getattr(args, k) < 1]:
         raise ValueError(f"--{small[0]} must be at least 1")
     if not toy and not args.diffusion:
@@ -663,6 +673,8 @@ def prepared_model(args, recipe, records, ranks):
             print(f"a diffusion model is trained first, and kept in {folder}", flush=True)
             torch.manual_seed(data.mix(args.seed))
             train()
+        elif (folder / "last.pt").exists():
+            check_training(tbps.read_file(folder / "last.pt"), recipe, folder)
         return folder
 
     def toy():
@@ -748,7 +760,7 @@ def finish(out, batches):
         scores = ", ".join(f"{k} {v:.3g}" for k, v in e["scores"].items())
         shown.append(f"<div class=row><img src='{strip}'><p>{html.escape(e['edit']['source'])}<br><b>{html.escape(e['captions'][0])}</b><br>{scores}</p></div>")
     shares = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
-    rows = {k: {name: torch.tensor([e["scores"][k] for e in entries]).quantile(share).item() for name, share in shares.items()} for k in entries[0]["scores"]}
+    rows = {k: {name: f"{torch.tensor([e['scores'][k] for e in entries]).quantile(share).item():.3g}" for name, share in shares.items()} for k in entries[0]["scores"]}
     evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", ("Scores", evaluation.table(rows)),
                           ("Source, reconstruction, edit, mask", "".join(shown)))
     print(f"{len(entries):,} pairs in {out}; look at {out / 'report.html'}; train on them with tbps.py --extra {out}")

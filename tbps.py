@@ -581,7 +581,7 @@ KEYS = dict(  # what --help says of each key
     decay_every="epochs after which the rate falls to a tenth, each time; 0: half a cosine instead", weight_decay="of matrices",
     coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", lr_bias="factor of the rate of biases",
     lr_new="factor of the rate of layers that CLIP does not have", lr_named="the factors by layers' names, as released: lr_new for cross attention, "
-    "blocks and classifiers alone, lr_bias for the former's biases", sampler="random, pk or random-count",
+    "blocks and classifiers alone, lr_bias for the former's biases", sampler="random, pk, random-count or views (data.batches)",
     height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
     resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
     image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), shift (reid without erasing), none, or one of " + ", ".join(data.IMAGE_AUG[5:]),
@@ -1156,12 +1156,9 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError("--min-score chooses among generated pairs; name their folder with --extra")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device is cpu, mps, cuda or cuda:N, not {args.device!r}")
+    check_device(args.device)
     if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
         raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device here; take --device cpu, or install the driver")
     args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
@@ -1169,6 +1166,13 @@ def settle(args, recipe, choices=CHOICES):
     if args.amp == "auto":
         args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if args.device.startswith("cuda") else "off"
     return recipe
+
+
+def check_device(device):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"--device is cpu, mps, cuda or cuda:N, not {device!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here; take --device cpu, or install the driver")
 
 
 TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]

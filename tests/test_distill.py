@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import distill
@@ -364,13 +365,39 @@ def test_mistakes_at_the_command_line(distilled, lonely, tmp_path):
     base = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--out", tmp_path / "r"]
     assert "train it with --stage richer" in error(*base, "--stage", "light", *TINY)
     for wrong in ("light/last.pt", "light/best.pt", "plain/last.pt"):
-        assert "heads are in the last.pt" in error(*base, "--teacher", out / wrong, *TINY, "--overwrite")
+        assert "is no richer model: name the richer/last.pt" in error(*base, "--teacher", out / wrong, *TINY)
+    (tmp_path / "text.pt").write_text("weights")
+    for option in ("--teacher", "--plain", "--student"):                # before anything is read or trained, and nothing is left behind
+        said = error(*base, option, tmp_path / "text.pt", *TINY)
+        assert "text.pt cannot be read as weights" in said and "persons" not in said
+    assert "--student haf is none of same, half, narrow, ViT-B/32" in error(*base, "--student", "haf", *TINY) and not (tmp_path / "r").exists()
     for other in (["--teacher", "x"], ["--stage", "light"], ["--set", "end_to_end=1", "sampler=views"]):
         assert "there is none to put on" in error(*base, "--plain", "y", *other)
     assert "take one of them" in error(*base, "--set", "warm=1", "--student", "half")
     assert "leave out --stage richer" in error(*base, "--teacher", "x", "--stage", "richer")
-    assert "the plain model should be at" in error(*base, "--plain", tmp_path / "nothing.pt", *TINY)
+    assert "nothing.pt" in error(*base, "--plain", tmp_path / "nothing.pt", *TINY)
     assert "holds a run already" in error(*base[:-1], out, *TINY)
+    said = error(*base[:-1], out, "--resume", *TINY, "rich_lr=0.1")     # also of stages that are done
+    assert "rich_lr: 0.0003 then, 0.1 now" in said
+    said = run(*base[:-1], out, "--resume", *TINY)
+    assert said.splitlines() == [f"{out / stage} is done: {out / stage / 'report.html'}" for stage in ("plain", "richer", "light")]
+
+
+def test_people_of_one_image(people, tmp_path):
+    """In the test split, a richer model is trained but not judged; in the training split, and with one caption, there is nothing to fuse."""
+    singles = [r for n, r in enumerate(people) if n % 4 == 0][:8]
+    rows = [[r["image"], c, n, split] for split, some in (("train", people[:8]), ("test", singles)) for n, r in enumerate(some) for c in r["captions"][:1]]
+    for n, (image, caption, pid, split) in enumerate(rows):
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+
+    def write(name, pid_of):
+        lines = [f'{n}.png,"{caption}",{pid_of(pid) if split == "train" else 100 + pid},{split}' for n, (_, caption, pid, split) in enumerate(rows)]
+        (tmp_path / name).write_text("image,caption,pid,split\n" + "\n".join(lines))
+        return ["distill.py", "--dataset", "csv", "--data-root", tmp_path / name, "--val", "none", "--out", tmp_path / name[0], *TINY, "batch=4"]
+
+    said = run(*write("a.csv", lambda n: n // 4))
+    assert "no person of the test split has two images: the richer model cannot be judged" in said and said.splitlines()[-1].startswith("test R@1")
+    assert "there is nothing to fuse them with" in error(*write("b.csv", lambda n: n))
 
 
 @pytest.mark.parametrize("bad, words", [(["support=0"], "support=0 must be above 0"), (["end_to_end=1"], "sampler=views"), (["fusion=sum"], "fusion must be one of attention, self, mean"),

@@ -445,10 +445,12 @@ def test_the_whole_chain_on_toy_people(people, tmp_path, monkeypatch):
     run("generate.py", "--count", "3", "--out", "p", "--set", *tiny, code=130)
     assert torch.load("runs/toy-diffusion-0/last.pt")["epoch"] == 1
     monkeypatch.setattr(tbps, "save", save)
-    assert "other options; remove it" in error("generate.py", "--count", "3", "--out", "p", "--set", *tiny, "train_lr=0.1")
+    other = ["--count", "3", "--out", "p", "--set", *tiny, "train_lr=0.1"]
+    assert "train_lr 0.001 then, 0.1 now): remove it" in error("generate.py", *other)
     run("tbps.py", "--out", "c", "--set", "epochs=1", "batch=4")
     said = run("generate.py", "--count", "3", "--out", "p", "--judge", "c/best.pt", "--set", *tiny)
     assert "epoch   2/2" in said and "epoch   1/2" not in said and "3 pairs in p" in said
+    assert "train_lr 0.001 then, 0.1 now): remove it" in error("generate.py", *other[:3], "o", *other[4:])
     weights = load_file("runs/toy-diffusion-0/unet/diffusion_pytorch_model.safetensors")
     shutil.copytree("runs/toy-diffusion-0", "kept")
     shutil.rmtree("runs/toy-diffusion-0")
@@ -480,7 +482,7 @@ def test_mistakes(folder, tmp_path, model):
         model.edit(model.invert(torch.randn(1, 4, 16, 8), text), text, text, control(model, [e], blend_at=16))
     for options, words in ((["--dataset", "cuhk"], "name the diffusion model with --diffusion"), (["--preset", "paper"], "a preset of their own"),
                            (["--set", "inversion=magic"], "one of direct, negative, null"), (["--set", "guide=1"], "there is no key 'guide'"),
-                           (["--set", "own=2"], "a share from 0 to 1"), (["--count", "0"], "--count must be at least 1"), (["--judge", "x.pt"], "the judge")):
+                           (["--set", "own=2"], "a share from 0 to 1"), (["--set", "guidance=nan"], "guidance=nan must be"), (["--device", "foo"], "--device is cpu"), (["--count", "0"], "--count must be at least 1"), (["--judge", "x.pt"], "the judge")):
         assert words in error("generate.py", *options)
     assert "name their folder with --extra" in error("tbps.py", "--min-score", "words=0")
     with pytest.raises(ValueError, match="predicts 'sample'"):
