@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import distill
+import generate
 import tbps
 from conftest import ROOT, run, start
 
@@ -66,8 +67,8 @@ def test_readme_commands_parse(command):
     """Each of the README's commands names a script that exists and options that it has."""
     script, *options = shlex.split(re.sub(r"^.*?(\S+\.py)", r"\1", command))
     assert (ROOT / script).exists(), script
-    if script in ("tbps.py", "distill.py"):
-        {"tbps.py": tbps, "distill.py": distill}[script].parse_args(options)
+    if script in ("tbps.py", "distill.py", "generate.py"):
+        {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}[script].parse_args(options)
     else:
         text = (ROOT / script).read_text()
         assert all(f'"{o}"' in text for o in options if o.startswith("--"))
