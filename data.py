@@ -311,6 +311,15 @@ umbrella
 glasses sunglasses""".splitlines()]
 
 
+def change_colour(caption):
+    """The caption with another first colour, hair aside: red, or blue where it was a red one. None if it names none."""
+    any_of = "|".join(COLOURS)
+    found = re.search(rf"\b({any_of})(\s+({any_of}))*\b(?!\s+(\w+\s+)?hair)", caption, re.I)
+    if found:
+        new = "blue" if found[0].lower() in "red orange pink crimson maroon burgundy magenta purple violet brown".split() else "red"
+        return caption[:found.start()] + new + caption[found.end():]
+
+
 # ---- captions: cleaning and variation -------------------------------------------------------------------------------
 
 def clean_caption(caption):
