@@ -171,12 +171,13 @@ def gate(records, wanted):
     """Those of generated records whose scores reach all of `wanted`, texts KEY=VALUE: the quality gate of PDG, put up when pairs are read."""
     for text in wanted:
         key, _, value = text.partition("=")
-        if missing := [r for r in records if key not in r.get("scores", {})]:
-            raise ValueError(f"{missing[0]['image']} has no score {key!r}; it has {', '.join(missing[0].get('scores', {})) or 'none'}")
         try:
-            records = [r for r in records if r["scores"][key] >= float(value)]
+            least = float(value)
         except ValueError:
             raise ValueError(f"--min-score takes KEY=NUMBER, not {text!r}") from None
+        if missing := [r for r in records if key not in r.get("scores", {})]:
+            raise ValueError(f"{missing[0]['image']} has no score {key!r}; it has {', '.join(missing[0].get('scores', {})) or 'none'}")
+        records = [r for r in records if r["scores"][key] >= least]
     return records
 
 

@@ -241,6 +241,7 @@ class Diffusion:
 
     def __init__(self, unet, vae, scheduler, words, tokenizer, steps=50, device="cpu"):
         self.unet, self.vae, self.words = (m and m.to(device).eval().requires_grad_(False) for m in (unet, vae, words))
+        unet.to(memory_format=torch.channels_last)                      # a third faster, on a CPU too
         self.tokenizer, self.device, self.evaluations, self.control = tokenizer, device, 0, None
         if any(isinstance(m, Attention) and (m.group_norm is not None or m.norm_cross or m.residual_connection) for m in unet.modules()):
             raise ValueError("this UNet has attention layers of another kind than Stable Diffusion's; such models cannot be edited here")
@@ -624,6 +625,8 @@ def parse_args(argv=None):
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be at least 1")
     if over := [k for k in ("cross", "own", "blend_from", "threshold", "drop_caption") if not 0 <= recipe[k] <= 1]:
         raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
+    if recipe["blend_at"] not in (1, 2, 4, 8):
+        raise ValueError(f"blend_at={recipe['blend_at']} must be 1, 2, 4 or 8: layers of a UNet reduce the picture by such numbers")
     if bad := [k for k, v in recipe.items() if isinstance(v, float) and not 0 <= v < math.inf]:         # nan too
         raise ValueError(f"{bad[0]}={recipe[bad[0]]} must be a number from 0 up")
     tbps.check_device(args.device)

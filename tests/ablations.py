@@ -48,6 +48,30 @@ LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from pl
     "relations < plain": "--teacher {teacher}/richer/last.pt --set affinity=0 relations=0.2",
     "P-KD < plain < A-KD": "--teacher {teacher}/richer/last.pt --set affinity=0 features=0.5 relations=0.2",
 }
+
+
+def ctlg(dataset, epochs, longer, count, gate):
+    """The parts of CTLG. `longer`: epochs of as many steps without generated pairs as with them."""
+    sharp, diffusion = "--method ctlg --set approximate=0 mixup=0", f"runs/{dataset}-diffusion-0"
+    return f"tbps.py --dataset {dataset} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}", {
+        "tau 0.02": f"{sharp} tau=0.02",
+        "pairs": f"generate.py --dataset {dataset} --diffusion {diffusion} --count {count} --judge {{tau 0.02}}/best.pt",
+        "tau 0.005 < tau 0.02": sharp,
+        "tau 0.05 < tau 0.02": f"{sharp} tau=0.05",
+        "as many steps < tau 0.005": f"{sharp} --epochs {longer}",
+        "+ generated pairs < tau 0.005 < as many steps": f"{sharp} --extra {{pairs}}",
+        "+ generated pairs, gate < tau 0.005 < as many steps < + generated pairs": f"{sharp} --extra {{pairs}} --min-score {gate}",
+        "+ approximate text < tau 0.005": f"{sharp} approximate=0.5",
+        "+ mixup < tau 0.005": f"{sharp} mixup=0.5",
+        "+ mixup of features < tau 0.005": f"{sharp} feature_mixup=1",
+        "CTLG, all of it < tau 0.005 < as many steps": f"--method ctlg --extra {{pairs}} --min-score {gate}",
+        "+ all texts of the image right < tau 0.005": f"{sharp} same=image",
+        "+ all texts of the person right < tau 0.005": f"{sharp} same=person",
+        "rate 1e-4 < tau 0.005": f"{sharp} lr=1e-4",
+        "rate 1e-5 < tau 0.005": f"{sharp} lr=1e-5",
+    }
+
+
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
     "uit": (FINE_TUNE, UIT_PARTS),
     "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
@@ -90,6 +114,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "narrow, A-KD < narrow < narrow, SELF": "--teacher {teacher}/richer/last.pt --student narrow",
         "narrow, SELF < narrow": "--teacher {teacher}/richer/last.pt --student narrow --set target=self",
     }),
+    "ctlg": ctlg("toy", 3, 3.5, 1500, "words=0.02"),
+    "ctlg-few": ctlg("toy-few", 20, 30, 600, "words=0.02"),
     "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }
 
@@ -103,7 +129,9 @@ def folder(group, name, seed):
 
 
 def result(path):
-    """{what: test scores} of a finished run, of its last stage, or None."""
+    """{what: test scores} of a finished run, of its last stage, or None; {} of finished generated pairs."""
+    if (path / "pairs.jsonl").exists():
+        return {}
     log = next((f for stage in ("light", "richer", ".") if (f := path / stage / "log.jsonl").exists()), None)
     last = json.loads(log.read_text().splitlines()[-1]) if log and log.stat().st_size else {}
     return last.get("test")
@@ -111,7 +139,10 @@ def result(path):
 
 def start(path, options, threads):
     """Makes a run, or ends one, quietly; what it printed is in its folder if it failed."""
-    command = [sys.executable, *options.split(), "--out", path] + ["--resume"] * any(path.glob("**/last.pt")) + ["--workers", "0"]
+    script, *options = options.split()
+    command = [sys.executable, script, *options, "--out", path]
+    if script != "generate.py":                           # which goes on by itself
+        command += ["--resume"] * any(path.glob("**/last.pt")) + ["--workers", "0"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS=str(threads)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
@@ -132,9 +163,9 @@ def queue(groups, seeds, jobs):
             common, rows = GROUPS[group]
             for name, seed in ((name, seed) for name in rows for seed in range(seeds)):
                 path, paths = folder(group, name, seed), {row(n): folder(group, n, seed) for n in rows}
-                if not result(path):
+                if result(path) is None:
                     needed = [paths[n] for _, n, *_ in Formatter().parse(rows[name]) if n]
-                    runs[path] = pool.submit(make, path, f"{common} {rows[name].format_map(paths)} --seed {seed}", needed)
+                    runs[path] = pool.submit(make, path, f"{'' if '.py ' in rows[name] else common} {rows[name].format_map(paths)} --seed {seed}", needed)
         failed = [run.exception() for run in tqdm(as_completed(runs.values()), total=len(runs), unit="run") if run.exception()]
     if failed:
         raise failed[0]
@@ -163,7 +194,7 @@ def table(group, seeds):
     teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
     for name in GROUPS[group][1]:
         own, bases = found[row(name)], name.split(" < ")[1:]
-        for n, base in enumerate(bases or [""]) if own and row(name) not in teachers else ():
+        for n, base in enumerate(bases or [""]) if any(own.values()) and row(name) not in teachers else ():
             cells, both = [], [s for s in own if s in found.get(base, ())]
             for what, metric in WAYS.values():
                 value = {s: r[f"best.pt, {what}"][metric] for s, r in own.items() if f"best.pt, {what}" in r}
@@ -185,8 +216,11 @@ def main():
     p.add_argument("--table", action="store_true", help="run nothing")
     args = p.parse_args()
     if not args.table:
-        if not result(ROOT / GENERIC):
+        if result(ROOT / GENERIC) is None:
             start(ROOT / GENERIC, "tbps.py --dataset toy-generic", os.cpu_count())
+        for group, dataset in (("ctlg", "toy"), ("ctlg-few", "toy-few")):
+            if group in args.only and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
+                start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --count 1", os.cpu_count())
         queue(args.only, args.seeds, args.jobs)
     for group in args.only:
         print(f"\n{table(group, args.seeds)}")

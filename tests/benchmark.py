@@ -28,6 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
 import eval as evaluation                                               # noqa: E402
+import generate                                                         # noqa: E402
 import losses                                                           # noqa: E402
 import tbps                                                             # noqa: E402
 
@@ -158,6 +159,18 @@ def toy_step():
     return run
 
 
+def generation(which, sources=4):
+    """Two pairs of each of some toy people, with the toy's diffusion model, untrained. Plain: one at a time, each by null-text inversion,
+    as published; ours: all in one batch, directly, two pairs from one inversion."""
+    torch.manual_seed(0)
+    people = data.toy("train", persons=30)
+    recipe = generate.TOY | dict(inversion="null" if which == "plain" else "direct")
+    model = generate.toy_model([c for r in people for c in r["captions"]], recipe["steps"], "cpu")
+    todo = generate.plan(people, model.tokenizer, 0, 2 * sources, 2, False)
+    batches = [[(i, [edit])] for i, some in todo for edit in some] if which == "plain" else [todo]
+    return lambda: [generate.make(model, people, batch, recipe, None, 0) for batch in batches]
+
+
 # ---- the data pipeline ----------------------------------------------------------------------------------------------
 
 def pipeline(which, number=200):
@@ -185,6 +198,7 @@ ROWS = [  # name, the plain side (or None), ours; each (function, arguments), re
     ("step, ViT-B/16: baseline, irra", (method_step, "baseline"), (method_step, "irra"), 3, 8),
     ("step, ViT-B/16: irra, uit", (method_step, "irra"), (method_step, "uit"), 3, 8),
     ("step, toy, batch 128", None, (toy_step,), 10, 128),
+    ("pairs, toy: null-text, direct", (generation, "plain"), (generation, "ours"), 1, 8),
     ("data, 4 views at 224 x 224", (pipeline, "plain"), (pipeline, "ours"), 3, 200),
     ("data, 1 view at 224 x 224", None, (pipeline, "simplified"), 3, 200),
 ]
