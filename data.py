@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tokenizers import Regex, Tokenizer as BPETokenizer, models, pre_tokenizers, trainers
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -186,15 +186,18 @@ def counts(records):
     return len({r["pid"] for r in records}), len(records), sum(len(r["captions"]) for r in records)
 
 
-def load_image(image):
-    """A path or a uint8 array (H, W, 3) -> PIL image, RGB. Raises ValueError naming a file that is no image or is cut off."""
+def load_image(image, least=None):
+    """A path or a uint8 array (H, W, 3) -> PIL image, RGB, upright where the camera said how it was held. With `least` a JPEG may come smaller,
+    but no less than so many pixels high and wide, which is fast. Raises ValueError naming a file that is no image or is cut off."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
         with Image.open(image) as opened:
             if opened.mode.startswith("I"):                             # 16 bits: convert() would cut them off at 255, all white
                 return Image.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
-            return opened.convert("RGB")
+            if least:
+                opened.draft("RGB", (least, least))
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:                       # SyntaxError: broken PNG chunks
@@ -1282,7 +1285,15 @@ def main():
     p.add_argument("--dataset", choices=DATASETS, default="toy", help="what to check (default: toy)")
     p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
     p.add_argument("--sheet", help="where to write the sample sheet (default: check-DATASET.html)")
+    p.add_argument("--pictures", metavar="DIR", help="write the pictures of the test split into this folder instead, to try a search on")
     args = p.parse_args()
+    if args.pictures:
+        folder, records = Path(args.pictures), read(args.dataset, args.data_root, "test")
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, r in enumerate(records):
+            load_image(r["image"]).save(folder / f"{r['pid']:04}_{n:05}.png")
+        print(f"{len(records):,} pictures in {folder}")
+        return
     sheet = Path(args.sheet or f"check-{args.dataset}.html")
     need(sheet.absolute().parent, "the folder for the sample sheet", "make it, or name another file with --sheet")
     sys.exit(1 if check(args.dataset, args.data_root, sheet) else 0)

@@ -1,18 +1,31 @@
-"""Evaluation: ranking metrics, embedding, the report page.
+"""Evaluation and search: ranking metrics, embedding, the report page, searching a folder of pictures.
 
     python eval.py --checkpoint runs/toy-tbps-clip-simplified-0/best.pt                  scores on the data set it was trained on
-    python eval.py --checkpoint C --dataset icfg --data-root DIR --split test            scores on another one
+    python eval.py --checkpoint A B --dataset cuhk icfg --data-root DIR                  a table: checkpoints x data sets
+    python eval.py --checkpoint C --gallery PHOTOS --query "a woman in a green coat"     the pictures of a folder that fit best
+    python eval.py --checkpoint C --gallery PHOTOS --serve                               the same as a page in the browser
+    python eval.py --features FILE.npz                                                   scores of features from elsewhere
+    python eval.py --checkpoint C --export DIR                                           the encoders as torch.export programs
 
-Prints R@1, R@5, R@10, mAP and mINP in percent, text-to-image (the protocol of the field: every caption a query, every image of the
-split in the gallery), image-to-text, and text-to-image without the image that the caption was written for, and writes a
-self-contained page with queries and their top 10. As a module it needs torch, torchvision, numpy and what these bring along
-(Pillow, tqdm): `retrieval_metrics` can be copied as it stands. CUHK-PEDES (6,156 queries x 3,074 images) takes it 0.25 s on 2 cores."""
+C is a checkpoint of tbps.py or distill.py, or the weights of a CLIP. Scores are R@1, R@5, R@10, mAP and mINP in percent, text-to-image
+(the protocol of the field: every caption a query, every image of the split in the gallery), image-to-text, and text-to-image without
+the image that the caption was written for, with a self-contained page of queries and their top 10. As a module it needs torch,
+torchvision, numpy and what these bring along (Pillow, tqdm): `retrieval_metrics` can be copied as it stands. CUHK-PEDES (6,156
+queries x 3,074 images) takes it 0.25 s on 2 cores."""
 
 import argparse
 import base64
+import hashlib
 import html
 import io
+import json
+import os
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import numpy as np
 import torch
@@ -113,6 +126,7 @@ def embed_texts(model, tokens, batch=512):
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:78em;padding:0 1em;color:#222}h1{font-size:1.5em}h2{margin-top:2em;font-size:1.15em}
 table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:right}td:first-child,th:first-child{text-align:left}th{border-bottom:1px solid #999}
 .settings{columns:4;font:13px ui-monospace,monospace;color:#444}.row{margin:1.1em 0}.row p{margin:0 0 .3em}.row img{height:112px;margin-right:4px;border:4px solid #fff;border-radius:4px}
+.hits{display:flex;flex-wrap:wrap;gap:1em}.hit{width:9em;font-size:12px;overflow-wrap:anywhere}.hit img{max-width:9em;border-radius:4px}.row figure{margin-right:.8em}.row figcaption{font-size:13px}
 .row img.own{border-color:#bbb;margin-right:18px}.row img.right{border-color:#1a9641}.row img.wrong{border-color:#d7301f}figure{display:inline-block;margin:0;text-align:center}svg{margin-right:2em}svg text{font:12px system-ui;fill:#444}"""
 COLOURS = ["#1f6fb4", "#d7301f", "#1a9641", "#8a4fbe", "#e08214", "#555", "#c2569b"]
 
@@ -179,34 +193,622 @@ def write_page(path, title, *chapters):
     part.replace(path)
 
 
+# ---- an index of one's own pictures ---------------------------------------------------------------------------------
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+def photos_in(folder):
+    """{path below the folder: (bytes, time of change in ns)} of its pictures, at any depth. Hidden ones, and links that lead out of the
+    folder or nowhere, are left out."""
+    root, found = Path(folder).resolve(), {}
+    for where, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for path in (Path(where, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES):
+            if not path.is_symlink() or path.exists() and path.resolve().is_relative_to(root):
+                state = path.stat()
+                found[str(path.relative_to(folder))] = state.st_size, state.st_mtime_ns
+    return dict(sorted(found.items()))
+
+
+class Photos(torch.utils.data.Dataset):
+    """Files as the encoder takes them: (pixels (3, H, W), True), or (zeros, False) for one that cannot be read."""
+
+    def __init__(self, folder, paths, view, size):
+        self.folder, self.paths, self.view, self.size = Path(folder), paths, view, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return self.view(self.folder / self.paths[i]), True
+        except (OSError, ValueError):
+            return torch.zeros(3, *self.size), False
+
+
+class Index:
+    """Embeddings of the pictures of a folder, in two files that anything can read: FILE.npy, float16 (N, D), rows of unit length, and
+    FILE.jsonl, a line that tells whose embeddings they are, then for each row [path, bytes, time of change in ns].
+
+    Rows are appended, so what an interrupted run made is kept. Other weights begin anew."""
+
+    def __init__(self, file, weights, width):
+        self.npy, self.list, self.head, self.width, self.entries = Path(f"{file}.npy"), Path(f"{file}.jsonl"), dict(weights=weights), width, []
+        if not self.npy.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.npy.parent} for the index; make it, or name another file with --index")
+        if self.part(self.list).exists() and not self.part(self.npy).exists():                          # cut off at the end of `keep`
+            self.part(self.list).replace(self.list)
+        if self.npy.exists() and not self.list.exists():
+            raise ValueError(f"{self.npy} exists and is no index of pictures: there is no {self.list.name} beside it; name another file with --index")
+        text, rows = self.list.read_bytes() if self.npy.exists() else b"", 0
+        lines = text.split(b"\n")[:-1]                                  # the last one may have been cut off
+        try:
+            if lines and json.loads(lines[0]) == self.head:
+                with open(self.npy, "rb") as f:
+                    np.lib.format.read_magic(f)
+                    rows = np.lib.format.read_array_header_1_0(f)[0][0]
+                self.entries = [json.loads(line) for line in lines[1:1 + rows]]
+        except ValueError:
+            raise ValueError(f"{self.npy} and {self.list.name} are no index of pictures; remove them, or name another file with --index") from None
+        self.bytes = len(text)
+        if not len(lines) - 1 == len(self.entries) == rows or not text.endswith(b"\n"):
+            self.keep(range(len(self.entries)))
+
+    @staticmethod
+    def part(path):
+        return path.with_name(path.name + ".part")
+
+    def header(self, rows):
+        """Of the .npy: numpy leaves room in it, so its length stays when rows are added."""
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, dict(descr="<f2", fortran_order=False, shape=(rows, self.width)))
+        return buffer.getvalue()
+
+    def features(self):
+        """(N, D) float16, in a mapped file: only what is looked at is read."""
+        return np.load(self.npy, mmap_mode="c")
+
+    def keep(self, rows):
+        """Leaves out all rows but these: both files are written anew, and take the places of the old ones last."""
+        old = self.features() if len(rows) else None
+        with open(self.part(self.npy), "wb") as f:
+            f.write(self.header(len(rows)))
+            for start in range(0, len(rows), 4096):
+                f.write(old[rows[start:start + 4096]].tobytes())
+        self.entries = [self.entries[n] for n in rows]
+        text = "".join(json.dumps(x) + "\n" for x in [self.head, *self.entries]).encode()
+        self.part(self.list).write_bytes(text)
+        del old                                                         # some systems do not replace what is mapped
+        self.part(self.npy).replace(self.npy)
+        self.part(self.list).replace(self.list)
+        self.bytes = len(text)
+
+    def append(self, rows, entries):
+        """New rows, float16 (n, D), and what they are of. First the rows, then what says that they are there."""
+        if self.list.stat().st_size != self.bytes:
+            raise ValueError(f"{self.list} has changed meanwhile: is another search filling the same index?")
+        header, text = self.header(len(self.entries) + len(rows)), "".join(json.dumps(e) + "\n" for e in entries).encode()
+        with open(self.npy, "r+b") as f:
+            f.seek(len(header) + 2 * self.width * len(self.entries))
+            f.write(rows.tobytes())
+            f.truncate()
+            f.seek(0)
+            f.write(header)
+        with open(self.list, "ab") as f:
+            f.write(text)
+        self.entries += entries
+        self.bytes += len(text)
+
+
+@torch.no_grad()
+def update_index(index, model, view, size, folder, device="cpu", workers=0, batch=256):
+    """Makes an index that of the folder as it is now: embeds what is new or changed, drops what is gone. -> paths of files that cannot be
+    read. Under torchrun each process embeds its share; the first one alone has the index, the others None."""
+    ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if torch.distributed.is_initialized() else (1, 0)
+    bad, new = [], None
+    if rank == 0:
+        there = photos_in(folder)
+        kept = [n for n, (path, *state) in enumerate(index.entries) if there.get(path) == tuple(state)]
+        if len(kept) < len(index.entries):
+            index.keep(kept)
+        new = sorted(there.keys() - {path for path, *_ in index.entries})
+    if ranks > 1:
+        torch.distributed.broadcast_object_list(box := [new])
+        new = box[0]
+    steps = [range(k, min(k + batch * ranks, len(new)))[rank::ranks] for k in range(0, len(new), batch * ranks)]
+    loader = iter(torch.utils.data.DataLoader(Photos(folder, new, view, size), batch_sampler=[rows for rows in steps if rows], num_workers=workers))
+    bar = tqdm(total=len(new), unit=" pictures", desc="embedding", disable=None if rank == 0 else True)
+    for rows in steps:
+        mine, parts = [], None
+        if rows:
+            pixels, able = next(loader)
+            features = F.normalize(model.encode_image(pixels.to(device)).float(), dim=1).half().cpu().numpy()
+            mine = [(new[n], f if ok else None) for n, f, ok in zip(rows, features, able.tolist())]
+        if ranks > 1:
+            parts = [None] * ranks if rank == 0 else None
+            torch.distributed.gather_object(mine, parts)
+        if rank == 0:
+            found = [pair for part in parts or [mine] for pair in part]
+            bad += [path for path, f in found if f is None]
+            if good := [(path, f) for path, f in found if f is not None]:
+                index.append(np.stack([f for _, f in good]), [[path, *there[path]] for path, _ in good])
+            bar.update(len(found))
+    bar.close()
+    return bad
+
+
+@torch.no_grad()
+def best(features, query, top, chunk=8192):
+    """The gallery's rows (N, D), float16, that fit each query (Q, D) best -> cosines (Q, top), row numbers (Q, top). The gallery goes by
+    in pieces and may be a mapped file; cost and reading grow linearly with N, memory does not grow."""
+    score, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
+    for start in range(0, len(features), chunk):
+        some = query.float() @ torch.from_numpy(features[start:start + chunk]).float().T
+        some, at = some.topk(min(top, some.shape[1]), dim=1)
+        score, which = torch.cat([score, some], dim=1).topk(min(top, score.shape[1] + some.shape[1]), dim=1)
+        row = torch.cat([row, at + start], dim=1).gather(1, which)
+    return score, row
+
+
+# ---- searching ------------------------------------------------------------------------------------------------------
+
+class Search:
+    """A model, the pictures of a folder, and their embeddings: what the command line and the page in the browser ask."""
+
+    def __init__(self, model, tokenizer, info, folder, index, device):
+        import data
+        self.model, self.tokenizer, self.info, self.folder, self.device, self.entries = model, tokenizer, info, Path(folder), device, index.entries
+        self.features, self.view, self.load = index.features(), data.EvalView(info["size"], info["norm"], info["resize"]), data.load_image
+        self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.plain_text, data.tag_words, threading.Lock()
+
+    def path(self, row):
+        """The file of a row, as long as it is a picture below the folder: it may have been replaced by a link."""
+        path = self.folder / self.entries[row][0]
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{self.name(row)} is not in the folder any more")
+        return path
+
+    def name(self, row):
+        """The path below the folder as text, also where its bytes are none."""
+        return os.fsencode(self.entries[row][0]).decode("utf-8", "replace")
+
+    @torch.no_grad()
+    def encode(self, texts):
+        """Sentences, cleaned as in training -> (Q, D) of unit length."""
+        texts = [self.clean(t) for t in texts]
+        if not all(t.strip() for t in texts):
+            raise ValueError("the query is empty: describe the person in a sentence")
+        with self.lock:
+            return F.normalize(self.model.encode_text(self.tokenizer(texts)).float(), dim=1).cpu()
+
+    def left_out(self, text):
+        """How many tokens of a text are beyond the 75 that the encoder reads."""
+        return max(0, len(self.tokenizer.bpe.encode(self.clean(text)).ids) - 75)
+
+    def describe(self, texts):
+        """One query (1, D) from some descriptions of one person: the mean of their directions."""
+        return F.normalize(self.encode(texts).mean(dim=0, keepdim=True), dim=1)
+
+    def like(self, row):
+        """A picture as the query (1, D)."""
+        return torch.from_numpy(self.features[row:row + 1]).float()
+
+    def top(self, query, number):
+        """[(row, cosine), ...] of one query (1, D)."""
+        score, row = best(self.features, query, number)
+        return list(zip(row[0].tolist(), score[0].tolist()))
+
+    def explain(self, row, text):
+        """What in a picture the words of a text answer to; see `word_maps`."""
+        with self.lock:
+            return word_maps(self.model, self.tokenizer, self.view(self.path(row)), self.clean(self.plain(text)), self.tag, self.device)
+
+
+@torch.no_grad()
+def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
+    """Which parts of a picture (3, H, W) the words of a text answer to: [(word, how much it adds to the cosine, (h, w) map)], the `most` nouns
+    and adjectives that matter most, in the order of the text.
+
+    A word is what the text loses without it, a direction: text minus text without the word. A part is what the picture loses in
+    this direction when a window over it is painted grey (occlusion); windows overlap by half. So this shows what the model reacts to, not
+    where a thing is: a noun that many pictures share has hardly any direction of its own."""
+    words = [(a, b) for a, b, kind in tag(text) if kind in "NJ"]
+    if not words:
+        return []
+    texts = [text] + [(text[:a] + text[b:]).strip() or "a person" for a, b in words]
+    whole, *without = F.normalize(model.encode_text(tokenizer(texts)).float(), dim=1).cpu()
+    directions = whole - torch.stack(without)                                                           # (W, D)
+    (h, w), (H, W) = model.image.grid, pixels.shape[1:]
+    step = max(1, round((h * w / 100) ** 0.5))                          # about a hundred windows of two steps
+    windows = [(y, x, min(h, y + 2 * step), min(w, x + 2 * step)) for y in range(0, max(1, h - step), step) for x in range(0, max(1, w - step), step)]
+    hidden = pixels.repeat(len(windows) + 1, 1, 1, 1)
+    for picture, (top, left, bottom, right) in zip(hidden[1:], windows):
+        picture[:, H * top // h:H * bottom // h, W * left // w:W * right // w] = 0
+    image = torch.cat([F.normalize(model.encode_image(part.to(device)).float(), dim=1).cpu() for part in hidden.split(64)])
+    seen, loss = torch.zeros(h, w), torch.zeros(len(words), h, w)
+    for (top, left, bottom, right), lost in zip(windows, (image[:1] - image[1:]) @ directions.T):
+        loss[:, top:bottom, left:right] += lost[:, None, None]
+        seen[top:bottom, left:right] += 1
+    adds = image[0] @ directions.T
+    return [(text[slice(*words[n])], adds[n].item(), loss[n] / seen) for n in sorted(adds.argsort(descending=True)[:most].tolist())]
+
+
+def overlay(picture, heat):
+    """A picture with what is hot in red; heat (h, w) in [0, 1]."""
+    shown = Image.fromarray((255 * heat.clamp(0, 1)).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
+    return Image.composite(Image.new("RGB", picture.size, (230, 30, 20)), picture.convert("L").convert("RGB"), shown.point(lambda v: int(0.75 * v)))
+
+
+def explained(search, row, text, height=176):
+    """HTML: a picture beside maps of what answers to the words of a text, on one scale, the root of the strongest word's."""
+    found, picture = search.explain(row, text), search.load(search.path(row), 2 * height)
+    picture.thumbnail((4 * height, 2 * height))
+    most = max([1e-6] + [heat.max().item() for *_, heat in found])
+    cells = [("the picture", picture)] + [(f"{html.escape(word)} {adds:+.3f}", overlay(picture, (heat / most).clamp(min=0).sqrt())) for word, adds, heat in found]
+    return "<div class=row>" + "".join(f'<figure><img src="{thumbnail(shown, height)}"><figcaption>{said}</figcaption></figure>' for said, shown in cells) + "</div>"
+
+
+def results(search, found, links=None):
+    """HTML: the pictures of [(row, cosine), ...], by rank. links(row) is what may stand below each."""
+    cells = []
+    for rank, (row, score) in enumerate(found, start=1):
+        try:
+            shown = f'<img src="{thumbnail(search.load(search.path(row), 384), 192)}" alt="">'
+        except (OSError, ValueError):
+            shown = "<p>cannot be read any more</p>"
+        cells.append(f"<figure class=hit>{f'<a href=/photo?row={row}>{shown}</a>' if links else shown}<figcaption><b>{rank}</b> {score:.3f}<br>"
+                     f"{html.escape(search.name(row))}{links(row) if links else ''}</figcaption></figure>")
+    return f"<div class=hits>{''.join(cells)}</div>"
+
+
+# ---- the search page ------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Find a person</title><link rel=icon href=data:,><style>{style}</style>
+<h1>Find a person in {number:,} pictures</h1>
+<form action=/ method=get><textarea name=q rows=2 autofocus maxlength=20000 placeholder="a woman in a green coat with a black backpack">{text}</textarea>
+<button>Search</button> <label><input name=top type=number min=1 max=200 value={top}> pictures</label>
+<p class=hint>A line is a description; several lines describe the same person, and are averaged.</p></form><main>{main}</main>
+<script nonce={nonce}>
+const form = document.forms[0], text = form.q
+async function go(url, push) {{
+  document.body.classList.add("busy")
+  const page = new DOMParser().parseFromString(await (await fetch(url)).text(), "text/html")
+  document.querySelector("main").replaceWith(page.querySelector("main"))
+  text.value = page.querySelector("textarea").value
+  if (push) history.pushState(0, "", url)
+  document.body.classList.remove("busy")
+}}
+text.addEventListener("keydown", e => {{ if (e.key == "Enter" && !e.shiftKey) {{ e.preventDefault(); form.requestSubmit() }} }})
+form.addEventListener("submit", e => {{ e.preventDefault(); go("/?" + new URLSearchParams(new FormData(form)), true) }})
+addEventListener("click", e => {{ const a = e.target.closest("main a[href^='/?']"); if (a && !e.ctrlKey && !e.metaKey) {{ e.preventDefault(); go(a.href, true) }} }})
+addEventListener("popstate", () => go(location.href, false))
+</script></html>"""
+PAGE_STYLE = """form{margin-bottom:1.5em}textarea{width:100%;box-sizing:border-box;font:inherit;padding:.5em;border:1px solid #888;border-radius:6px}button{font:inherit;padding:.3em 1.2em}
+input{font:inherit;width:4em}.hint,.busy main{opacity:.55}.note{background:#f3f3f3;padding:.5em .8em;border-radius:6px}"""
+
+
+def answer(search, query):
+    """The main part of the page for a query string -> (text of the field, number of pictures, HTML). Raises ValueError in words."""
+    asked = parse_qs(query, keep_blank_values=True, max_num_fields=20)
+
+    def number(name, low, high, default):
+        value = asked.get(name, [default])[-1]
+        if value is not None and not (re.fullmatch("[0-9]{1,9}", value) and low <= int(value) <= high):
+            raise ValueError(f"{name} must be a number from {low} to {high}, not {value[:20]!r}")
+        return None if value is None else int(value)
+
+    text, rows = "\n".join(asked.get("q", [])), len(search.entries) - 1
+    top, like, why = number("top", 1, 200, "20"), number("like", 0, rows, None), number("why", 0, rows, None)
+
+    def links(row):
+        more = [(f"/?{urlencode(dict(like=row, q=text, top=top))}", "more like this")]
+        if text.strip():
+            more.append((f"/?{urlencode(dict(why=row, q=text, top=top))}", "why?"))
+        return "<br>" + " ".join(f"<a href='{html.escape(url)}'>{said}</a>" for url, said in more)
+
+    said = [line for line in text.splitlines() if line.strip()]
+    if like is not None:
+        main = f"<h2>Like {html.escape(search.name(like))}</h2>" + results(search, search.top(search.like(like), top), links)
+    elif "q" not in asked:
+        main = ""
+    elif not said:
+        main = "<p class=note>Describe the person in a sentence.</p>"
+    else:
+        main = results(search, search.top(search.describe(said), top), links)
+        if longest := max(map(search.left_out, said)):
+            main = f"<p class=note>A description has room for 75 tokens, about 55 words: the last {longest:,} tokens were not read.</p>" + main
+        if why is not None:
+            main = f"<h2>What in {html.escape(search.name(why))} answers to the words</h2>{explained(search, why, ' '.join(said))}<p>{WHY}</p>" + main
+    return text, top, main
+
+
+WHY = ("Red: painted grey, these parts would cost the word its share of the score, which stands beside it. This is what the model reacts to; it need not be "
+       "where the thing is.")
+
+
+def serve(search, port):
+    """Answers on localhost until Ctrl-C. Only numbers of rows come from outside, never a path."""
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 15                                                    # seconds for a client that sends nothing
+
+        def do_GET(self):
+            hosts = {f"{name}:{self.server.server_port}" for name in ("localhost", "127.0.0.1")}
+            if self.headers.get("Host") not in hosts:                   # a foreign site's name that was made to lead here
+                return self.send(403, "text/plain", b"this page answers to localhost only\n")
+            url = urlsplit(self.path)
+            try:
+                if url.path == "/":
+                    nonce = base64.b64encode(os.urandom(12)).decode()
+                    self.page(200, nonce, *answer(search, url.query))
+                elif url.path == "/photo" and re.fullmatch("[0-9]{1,9}", row := parse_qs(url.query).get("row", [""])[0]) and int(row) < len(search.entries):
+                    buffer = io.BytesIO()
+                    search.load(search.path(int(row))).save(buffer, "JPEG", quality=92)
+                    self.send(200, "image/jpeg", buffer.getvalue())
+                else:
+                    self.send(404, "text/plain", b"there is nothing here\n")
+            except (ValueError, OSError) as e:
+                if isinstance(e, (ConnectionError, TimeoutError)):
+                    raise
+                self.page(400, "", "", 20, f"<p class=note>{html.escape(str(e))}</p>")
+
+        do_HEAD = do_GET
+
+        def page(self, code, nonce, text, top, main):
+            shown = PAGE.format(style=STYLE + PAGE_STYLE, number=len(search.entries), text=html.escape(text), top=top, main=main, nonce=nonce)
+            self.send(code, "text/html; charset=utf-8", shown.encode("utf-8", "replace"), f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; "
+                      f"script-src 'nonce-{nonce}'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+        def send(self, code, kind, body, policy="default-src 'none'; style-src 'unsafe-inline'"):
+            self.send_response(code)
+            for name, value in {"Content-Type": kind, "Content-Length": len(body), "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
+                                "Referrer-Policy": "no-referrer", "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 128
+
+        def handle_error(self, request, client):
+            if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+                super().handle_error(request, client)
+
+    try:
+        server = Server(("127.0.0.1", port), Handler)
+    except OSError as e:
+        raise OSError(f"port {port} cannot be had ({e.strerror}); name another with --serve PORT, or 0 for any") from None
+    print(f"search page: http://localhost:{server.server_port}/   (Ctrl-C ends it)", flush=True)
+    with server:
+        server.serve_forever()
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+class ImageEncoder(torch.nn.Module):
+    """(B, 3, H, W) pixels, scaled and normalised -> (B, D) of unit length."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels):
+        return F.normalize(self.model.encode_image(pixels), dim=1)
+
+
+class TextEncoder(torch.nn.Module):
+    """(B, 77) token ids -> (B, D) of unit length. All 77 positions are computed: where a text ends must not change the program."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        x = self.model.text_tokens(tokens, cut=False)                                                   # (B, 77, D)
+        return F.normalize(x[torch.arange(x.shape[0]), tokens.argmax(dim=1)], dim=1)
+
+
+@torch.no_grad()
+def export(model, tokenizer, info, folder):
+    """Writes image.pt2, text.pt2 (torch.export, any batch size), tokenizer.json and info.json (what pictures and texts need), and checks
+    what it wrote against the model: -> the largest difference of a feature. Raises ValueError if that is not rounding."""
+    import data
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = tokenizer(["a man in a red jacket", "a woman", "a person with a black backpack and a white hat"])
+    worst = 0.0
+    for name, encoder, x in (("image", ImageEncoder(model), torch.randn(3, 3, *info["size"])), ("text", TextEncoder(model), tokens)):
+        path = folder / f"{name}.pt2"
+        torch.export.save(torch.export.export(encoder.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
+        program = torch.export.load(path).module()
+        for some in (x, x[:1], torch.cat([x, x])):
+            worst = max(worst, (program(some) - encoder(some)).abs().max().item())
+    if not worst < 1e-4:
+        raise ValueError(f"the exported programs differ from the checkpoint by {worst:.2g}: do not use {folder}")
+    tokenizer.bpe.save(str(folder / "tokenizer.json"))
+    mean, std = data.NORMS[info["norm"]]
+    (folder / "info.json").write_text(json.dumps(dict(size=info["size"], mean=mean, std=std, resize=info["resize"], clean=info["clean"], context=data.CONTEXT,
+                                                      start=tokenizer.eot - 1, end=tokenizer.eot, embed=model.arch["embed"]), indent=1))
+    return worst
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+def open_model(source, device="cpu", tokenizer=None, size=None):
+    """-> model, tokenizer, info of a checkpoint, or of the weights of a CLIP, which then sees pictures as it was trained to, or of `size`."""
+    import data
+    import tbps
+    if Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        data.need(source, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt, or name the weights of a CLIP")
+    path = tbps.find_weights(source)
+    if tbps.is_ours(path):
+        if tokenizer or size:
+            raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; {path} is a checkpoint and knows its own")
+        return tbps.load_checkpoint(path, device)
+    model, tokenizer = tbps.load_clip(source, size), tbps.tokenizer_for(source, tokenizer)
+    if tokenizer.vocab != model.arch["vocab"]:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
+    info = dict(size=model.arch["image_size"], norm="clip", resize="bicubic", clean=False, method="zero-shot", epoch=0, args={})
+    return model.eval().to(device), tokenizer, info
+
+
+def weights_id(model, info):
+    """A name for what the embeddings of pictures depend on: the weights of the image tower and how pictures are prepared."""
+    digest = hashlib.sha256(json.dumps([model.arch, list(info["size"]), info["norm"], info["resize"]]).encode())
+    for name, w in sorted(model.image.state_dict().items()):
+        digest.update(w.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def compare(args):
+    """Scores of all checkpoints on all data sets: printed, and written as a page."""
+    import data
+    import tbps
+    table_rows, chapters = {}, []
+    for source in args.checkpoint:
+        model, tokenizer, info = open_model(source, args.device, args.tokenizer, args.size)
+        if not (args.dataset or info["args"]):
+            raise ValueError(f"{source} was trained on no data set known here; name one with --dataset")
+        for dataset in args.dataset or [info["args"]["dataset"]]:
+            records = data.read(dataset, args.data_root or info["args"].get("data_root", "data"), args.split)
+            rows, sheet = tbps.evaluate(model, tokenizer, info, records, args.device, 0 if dataset.startswith("toy") else args.workers)
+            print(f"{source} ({info['method']}, epoch {info['epoch']}) on {dataset} {args.split}: {{:,}} persons, {{:,}} images, {{:,}} captions".format(*data.counts(records)))
+            for name, scores in rows.items():
+                print(f"{name:28}{show(scores)}", flush=True)
+            table_rows[f"{source} on {dataset}"] = rows["text to image"]
+            chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
+    several = len(table_rows) > 1
+    if several:
+        print("\ntext to image")
+        for name, scores in table_rows.items():
+            print(f"{name:{max(map(len, table_rows))}}  {show(scores)}")
+    file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
+    page = Path(args.page or (Path(args.checkpoint[0]).parent if Path(args.checkpoint[0]).is_file() else Path()) / file)
+    write_page(page, " and ".join(args.checkpoint), *([("Text to image", table(table_rows))] if several else []), *chapters)
+    print(f"page: {page}")
+
+
+def search_gallery(args):
+    """Brings the index up to date, then answers the queries, or serves the page."""
+    import data
+    if len(args.checkpoint) > 1:
+        raise ValueError("a gallery is searched with one checkpoint")
+    folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of pictures")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; --gallery takes a folder of pictures")
+    queries = list(args.query)
+    if args.queries:
+        queries += [line for line in data.need(args.queries, "the file of queries", "it has one query per line").read_text(encoding="utf-8").splitlines() if line.strip()]
+    if any(not q.strip() for q in queries):
+        raise ValueError("a query is empty: describe the person in a sentence")
+    if args.queries and not queries:
+        raise ValueError(f"{args.queries} has no query: it has one per line")
+    model, tokenizer, info = open_model(args.checkpoint[0], args.device, args.tokenizer, args.size)
+    weights, rank = weights_id(model, info), int(os.environ.get("RANK", 0))
+    file = re.sub(r"\.npy$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo")
+    index = Index(file, weights, model.arch["embed"]) if rank == 0 else None
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    bad = update_index(index, model, view, info["size"], folder, args.device, args.workers)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
+    if bad:
+        print(f"{len(bad)} files are no pictures that can be read, and are left out: {', '.join(bad[:5])}{' ...' * (len(bad) > 5)}", file=sys.stderr)
+    if not index.entries:
+        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
+    print(f"{len(index.entries):,} pictures; index: {index.npy}", flush=True)
+    search, chapters = Search(model, tokenizer, info, folder, index, args.device), []
+    for query in queries:
+        found = search.top(search.describe([query]), args.top)
+        print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
+        why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
+        chapters.append((query, results(search, found) + (why and f"<p>{WHY}</p>{why}")))
+    if queries:
+        write_page(args.page or "search.html", f"{folder}, {info['method']}", *chapters)
+        print(f"\npage: {args.page or 'search.html'}", flush=True)
+    if args.serve is not None:
+        serve(search, args.serve)
+
+
 def main():
-    import data                                                         # here: as a module this file stands alone
+    import data
     import tbps
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
-    p.add_argument("--dataset", choices=data.DATASETS, help="what to score on (default: what the checkpoint was trained on)")
-    p.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: that of the training run)")
-    p.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
+    p.add_argument("--checkpoint", nargs="+", default=[], help="best.pt or last.pt of a run, or the weights of a CLIP: a file, a folder or a hub id (zero-shot)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
-    p.add_argument("--page", help="where to write the retrieval sheet (default: beside the checkpoint, eval-DATASET-SPLIT.html)")
+    p.add_argument("--page", metavar="FILE", help="the page to write (default: eval-DATASET-SPLIT.html beside the checkpoint; search.html here)")
+    p.add_argument("--tokenizer", help="CLIP's vocabulary, for the weights of a CLIP (default: beside them)")
+    p.add_argument("--size", type=image_size, metavar="HxW", help="what a CLIP sees, in pixels, e.g. 384x128 (default: as it was trained)")
+    g = p.add_argument_group("scores")
+    g.add_argument("--dataset", nargs="+", choices=data.DATASETS, help="what to score on (default: what the checkpoint was trained on)")
+    g.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: that of the training run)")
+    g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
+    g.add_argument("--features", metavar="FILE", help="an .npz with query (Q, D), gallery (G, D), q_pid (Q,), g_pid (G,), and own (Q,) if wanted: scores of any model")
+    g = p.add_argument_group("search")
+    g.add_argument("--gallery", metavar="DIR", help="a folder of pictures, at any depth: " + ", ".join(sorted(SUFFIXES)))
+    g.add_argument("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="whom to find; each text in quotes")
+    g.add_argument("--queries", metavar="FILE", help="a text file with a query per line")
+    g.add_argument("--top", type=int, default=10, help="how many pictures (default: 10)")
+    g.add_argument("--index", metavar="FILE", help="where the embeddings are kept (default: beside the gallery)")
+    g.add_argument("--explain", type=int, default=0, metavar="N", help="show for the first N pictures of a query which parts answer to its words")
+    g.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="a search page on localhost (default port: 8000)")
+    g = p.add_argument_group("export")
+    g.add_argument("--export", metavar="DIR", help="write both encoders as torch.export programs, and check them")
     args = p.parse_args()
+    tbps.check_device(args.device)
     if args.page:
         data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
+    if args.top < 1 or args.explain < 0 or args.workers < 0 or args.serve is not None and not 0 <= args.serve <= 65535:
+        raise ValueError("--top must be at least 1, --explain and --workers at least 0, and a port at most 65535")
+    if args.features:
+        return score_features(args.features)
+    if not args.checkpoint:
+        raise ValueError("name a checkpoint with --checkpoint, or features with --features; --help tells what can be done")
+    if (args.query or args.queries or args.serve is not None) and not args.gallery:
+        raise ValueError("name the folder to search with --gallery")
+    if args.export:
+        model, tokenizer, info = open_model(args.checkpoint[0], "cpu", args.tokenizer, args.size)
+        worst = export(model, tokenizer, info, Path(args.export))
+        print(f"{args.export}: image.pt2, text.pt2, tokenizer.json, info.json; they differ from the checkpoint by {worst:.1g} at most")
+    elif args.gallery:
+        search_gallery(args)
+    else:
+        compare(args)
 
-    model, tokenizer, info = tbps.load_checkpoint(args.checkpoint, args.device)
-    dataset, root = args.dataset or info["args"]["dataset"], args.data_root or info["args"]["data_root"]
-    records = data.read(dataset, root, args.split)
-    rows, sheet = tbps.evaluate(model, tokenizer, info, records, args.device, 0 if dataset.startswith("toy") else args.workers)
-    print(f"{args.checkpoint} ({info['method']}, epoch {info['epoch']}) on {dataset} {args.split}: " +
-          "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
-    for name, scores in rows.items():
-        print(f"{name:28}{show(scores)}")
-    page = args.page or Path(args.checkpoint).parent / f"eval-{dataset}-{args.split}.html"
-    write_page(page, f"{dataset} {args.split}, {info['method']}", ("Scores", table(rows)), ("Queries and their top 10", sheet))
-    print(f"page: {page}")
+
+def image_size(text):
+    """HxW -> (H, W), for argparse."""
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def score_features(file):
+    """Prints the scores of features in an .npz."""
+    import data
+    try:
+        found = dict(np.load(data.need(file, "the features", "an .npz with query, gallery, q_pid, g_pid")))
+    except (ValueError, OSError, TypeError) as e:
+        if isinstance(e, FileNotFoundError):
+            raise
+        raise ValueError(f"{file} cannot be read as .npz ({e})") from None
+    if missing := {"query", "gallery", "q_pid", "g_pid"} - found.keys():
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(found))}")
+    x = {name: torch.from_numpy(found[name]) for name in ("query", "gallery", "q_pid", "g_pid", "own") if name in found}
+    Q, G = len(x["query"]), len(x["gallery"])
+    if not (x["query"].ndim == x["gallery"].ndim == 2 and x["query"].shape[1] == x["gallery"].shape[1] and len(x["q_pid"]) == len(x.get("own", x["q_pid"])) == Q
+            and len(x["g_pid"]) == G):
+        raise ValueError(f"{file}: the shapes do not fit: " + ", ".join(f"{name} {tuple(v.shape)}" for name, v in x.items()))
+    print(f"{Q:,} queries, {G:,} gallery images, {x['query'].shape[1]} numbers each")
+    print(f"text to image               {show(retrieval_metrics(x['query'], x['gallery'], x['q_pid'], x['g_pid']))}")
+    if "own" in x:
+        print(f"text to other images        {show(retrieval_metrics(*(x[n] for n in ('query', 'gallery', 'q_pid', 'g_pid', 'own'))))}")
 
 
 if __name__ == "__main__":

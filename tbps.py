@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 def pick(x, at):
     """Token at[b] of each sample: (B, T, C), (B,) -> (B, 1, C)."""
-    return x[torch.arange(len(x), device=x.device), at][:, None]
+    return x[torch.arange(x.shape[0], device=x.device), at][:, None]
 
 
 def mixed(x, share, partner):
@@ -155,7 +155,7 @@ class ImageTower(nn.Module):
     def forward(self, pixels, at=None, keep=None, mix=None):
         """keep (B, K): only these patches, by number, go through the transformer. mix: as `mixed` takes it, after the first block."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
-        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos                # (B, T, C)
+        x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1) + self.pos              # (B, T, C)
         if keep is not None:
             x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))], dim=1)      # (B, 1+K, C)
         x = self.ln_pre(x)
@@ -212,7 +212,7 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels, mix=None):
         """(B, 3, H, W) -> (B, D), not normalised: the class token. mix: CTLG's mixup of features, as `mixed` takes it."""
-        cls = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        cls = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)          # not len(): export keeps the batch free
         return self.image.ln_post(self.image(pixels, at=cls, mix=mix)[:, 0]) @ self.image.proj
 
     def encode_text(self, tokens, mix=None):
@@ -277,7 +277,7 @@ def find_weights(source):
         files = [path / n for n in WEIGHT_FILES if (path / n).exists()] or sorted(path.glob("*.pt"))
         return files[0] if files else data.need(path / WEIGHT_FILES[0], "the CLIP weights", f"or one of {', '.join(WEIGHT_FILES[1:])}, *.pt")
     if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return data.need(path, "the CLIP weights", "--clip takes a file, a folder, a hub id like openai/clip-vit-base-patch16, or none (from scratch)")
+        return data.need(path, "the CLIP weights", "weights are a file, a folder or a hub id like openai/clip-vit-base-patch16; --clip none trains from scratch")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, LocalEntryNotFoundError
     found, reason = {}, None
@@ -296,8 +296,8 @@ def find_weights(source):
             reason = e
     if not any(n in found for n in WEIGHT_FILES):
         why = f"the hub cannot be reached ({type(reason).__name__})" if reason else f"it has none of {', '.join(WEIGHT_FILES)}"
-        raise FileNotFoundError(f"no CLIP weights from {source}: {why}\n  Fetch the model on a machine with network and give its file or folder "
-                                "with --clip, or use --clip none to train from scratch")
+        raise FileNotFoundError(f"no CLIP weights from {source}: {why}\n  Fetch the model on a machine with network and name its file or folder; "
+                                "--clip none trains from scratch")
     return Path(next(found[n] for n in WEIGHT_FILES if n in found))
 
 

@@ -4,7 +4,7 @@
     python tests/benchmark.py --only metric    rows whose name holds this word
 
 Each side of a row runs in a process of its own: a warm-up, then medians; memory is what its peak adds to what stood before the first
-call. Share of peak: floating-point operations of the step (counted by torch) per second, over those of a 1024^3 fp32 matrix product
+call (of a search all that is its own, without what is mapped). Share of peak: floating-point operations of the step (counted by torch) per second, over those of a 1024^3 fp32 matrix product
 measured in the same process. Rows with two methods compare the first one's step with the second's. Quote ratios; absolute times
 belong to the machine, which the last line names."""
 
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -59,6 +60,34 @@ def full_sort_metrics(query, gallery, q_pid, g_pid):
 def metric(which, queries, gallery, persons):
     sample = features(queries, gallery, persons)
     return lambda: (evaluation.retrieval_metrics if which == "ours" else full_sort_metrics)(*sample)
+
+
+# ---- search ---------------------------------------------------------------------------------------------------------
+
+def search(which, gallery, queries):
+    """The top 10 of a gallery of 512 numbers each. Plain: in memory as float32, scored at once, sorted. Ours: float16 in a mapped file."""
+    folder, rng = tempfile.mkdtemp(), np.random.default_rng(0)
+    index = evaluation.Index(Path(folder) / "i", "w", 512)
+    for start in range(0, gallery, 10_000):
+        index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, [["", 0, 0]] * 10_000)
+    query = F.normalize(torch.randn(queries, 512), dim=1)
+    if which == "ours":
+        return lambda: evaluation.best(index.features(), query, 10)
+
+    def plain():
+        return (query @ torch.from_numpy(np.load(index.npy).astype(np.float32)).T).sort(dim=1, descending=True).indices[:, :10]
+    return plain
+
+
+class Private(threading.Thread):
+    """The peak of this process's own memory while it runs, MB: pages of mapped files are not counted."""
+
+    def run(self):
+        self.peak, self.on = 0, True
+        while self.on:
+            status = Path("/proc/self/status").read_text()
+            self.peak = max(self.peak, int(status.split("RssAnon:")[1].split()[0]) / 1024)
+            time.sleep(0.005)
 
 
 # ---- encoding and one step at ViT-B/16 ------------------------------------------------------------------------------
@@ -193,6 +222,10 @@ def pipeline(which, number=200):
 ROWS = [  # name, the plain side (or None), ours; each (function, arguments), repetitions, items per call
     ("metric, CUHK size 6,156 x 3,074", (metric, "plain", 6156, 3074, 1000), (metric, "ours", 6156, 3074, 1000), 5, 6156),
     ("metric, ICFG size 19,848 x 19,848", (metric, "plain", 19848, 19848, 1000), (metric, "ours", 19848, 19848, 1000), 1, 19848),
+    ("search, 1 query in 10,000", (search, "plain", 10_000, 1), (search, "ours", 10_000, 1), 9, 10_000),
+    ("search, 1 query in 100,000", (search, "plain", 100_000, 1), (search, "ours", 100_000, 1), 9, 100_000),
+    ("search, 1 query in 1,000,000", (search, "plain", 1_000_000, 1), (search, "ours", 1_000_000, 1), 5, 1_000_000),
+    ("search, 1,000 queries in 1,000,000", None, (search, "ours", 1_000_000, 1000), 1, 1000),
     ("text, 64 captions, cut to the longest", (text, "plain"), (text, "ours"), 3, 64),
     ("step, TBPS-CLIP, ViT-B/16, batch 4", (step, "plain"), (step, "ours"), 3, 4),
     ("step, ViT-B/16: baseline, irra", (method_step, "baseline"), (method_step, "irra"), 3, 8),
@@ -208,6 +241,9 @@ def measure(make, arguments, times):
     """In a process of its own: median seconds, peak memory above the start (MB), share of the matrix-product peak (%)."""
     run = make(*arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if make is search:
+        watch = Private(daemon=True)
+        watch.start()
     began = time.perf_counter()
     run()
     seconds = [time.perf_counter() - began]
@@ -218,6 +254,8 @@ def measure(make, arguments, times):
             run()
             seconds.append(time.perf_counter() - began)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if make is search:
+        watch.on, memory = False, watch.peak
     share = None
     if make in (step, method_step, toy_step, text):
         from torch.utils.flop_counter import FlopCounterMode

@@ -247,7 +247,9 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     assert "cannot be read as weights" in error("eval.py", "--checkpoint", tmp_path / "text.pt")
     torch.save(dict(a=torch.ones(1)), tmp_path / "other.pt")
-    assert "is not a checkpoint of this program" in error("eval.py", "--checkpoint", tmp_path / "other.pt")
+    assert "is no CLIP that can be read" in error("eval.py", "--checkpoint", tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="is not a checkpoint of this program"):
+        tbps.load_checkpoint(tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("bad, words", [
@@ -267,7 +269,9 @@ def test_other_peoples_files_stay(tmp_path):
     assert "exists and is not a run" in error("tbps.py", "--out", tmp_path) and "is not a run" in error("tbps.py", "--out", tmp_path / "code/thesis.py")
     assert (tmp_path / "code/thesis.py").read_text() == "mine"
     assert "take one of them" in error("tbps.py", "--out", tmp_path, "--resume", "--overwrite")
-    assert "the checkpoint is a file in it" in error("eval.py", "--checkpoint", tmp_path)
+    assert "the CLIP weights should be at" in error("eval.py", "--checkpoint", tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint is a file in it"):
+        tbps.load_checkpoint(tmp_path)
 
 
 def test_a_loss_that_is_not_finite(cuhk, tmp_path):

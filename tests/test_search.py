@@ -1,0 +1,453 @@
+"""Searching one's own pictures: the index, ranking, explanation, the search page and what it must not do, export, features from elsewhere."""
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+import urllib.parse
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import eval as evaluation
+import tbps
+from conftest import ROOT, error, run, start
+from test_model import openai_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, people):
+    """An ordinary checkpoint, untrained."""
+    torch.manual_seed(0)
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
+    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab))
+    args = argparse.Namespace(dataset="toy", data_root="data", method="baseline")
+    content = tbps.content(args, tbps.BASELINE, model, tokenizer, dict(size=(96, 48), norm="imagenet", resize="bicubic", clean=True), heads=False)
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    tbps.save(path, content | dict(epoch=1, step=0, best=0.0, scores={}))
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path, people):
+    """Sixteen pictures at several depths and in all formats, and what is none."""
+    root = tmp_path / "photos"
+    for n, r in enumerate(people[:16]):
+        folder = root / ["", "a", "a/deep er", "ünï"][n % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        data.load_image(r["image"]).save(folder / f"{n:02}.{['jpg', 'png', 'bmp', 'webp', 'JPEG'][n % 5]}")
+    (root / "notes.txt").write_text("no picture")
+    (root / "broken.jpg").write_bytes(b"no picture either")
+    (root / ".hidden").mkdir()
+    Image.new("RGB", (9, 9)).save(root / ".hidden/h.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "nowhere.png").symlink_to(tmp_path / "nothing.png")
+    return root
+
+
+def search(checkpoint, photos, *more, code=0):
+    return run("eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--device", "cpu", *more, code=code)
+
+
+def index_of(photos):
+    """(rows, lines of the list) of the one index beside a gallery."""
+    npy, = photos.parent.glob("photos-*.npy")
+    return np.load(npy), [json.loads(line) for line in npy.with_suffix(".jsonl").read_text().splitlines()]
+
+
+# ---- the index ------------------------------------------------------------------------------------------------------
+
+def test_a_search(checkpoint, photos, tmp_path):
+    said = search(checkpoint, photos, "--query", "A man in a red coat.", "a woman", "--top", "16", "--explain", "1", "--page", tmp_path / "p.html")
+    assert "16 pictures" in said and "1 files are no pictures that can be read, and are left out: broken.jpg" in said
+    rows, lines = index_of(photos)
+    assert rows.dtype == np.float16 and rows.shape == (16, 128) and np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=2e-3)
+    assert len(lines[0]["weights"]) == 16 and sorted(p for p, *_ in lines[1:]) == sorted(evaluation.photos_in(photos).keys() - {"broken.jpg"})
+    model, tokenizer, info = tbps.load_checkpoint(checkpoint)
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    paths = [photos / p for p, *_ in lines[1:]]
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(torch.stack([view(p) for p in paths])), dim=1)
+        text = F.normalize(model.encode_text(tokenizer([data.clean_caption("A man in a red coat.")])), dim=1)
+    assert torch.allclose(torch.from_numpy(rows).float(), image, atol=1e-3)                             # row n is of line n + 1
+    want = (text @ image.T)[0].sort(descending=True)
+    printed = [line.split(maxsplit=2) for line in said.split("A man in a red coat.\n")[1].splitlines()[:3]]
+    assert [r[2] for r in printed] == [str(paths[n].relative_to(photos)) for n in want.indices[:3]]
+    assert [float(r[1]) for r in printed] == pytest.approx(want.values[:3].tolist(), abs=2e-3)
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("class=hit>") == 32 and page.count("data:image/jpeg") > 33 and "ünï" in page and "<script" not in page
+
+
+def test_the_index_follows_the_folder(checkpoint, photos, tmp_path, monkeypatch):
+    search(checkpoint, photos)
+    rows, lines = index_of(photos)
+    seen, encode = [], tbps.DualEncoder.encode_image
+    monkeypatch.setattr(tbps.DualEncoder, "encode_image", lambda self, x, mix=None: seen.append(len(x)) or encode(self, x, mix))
+    search(checkpoint, photos)
+    assert sum(seen) == 1 and (index_of(photos)[0] == rows).all()       # the broken file is tried again, nothing else
+    (photos / "00.jpg").unlink()
+    Image.new("RGB", (30, 60), "red").save(photos / "a/01.png")
+    Image.new("RGB", (30, 60), "blue").save(photos / "new.png")
+    seen.clear()
+    search(checkpoint, photos)
+    new_rows, new_lines = index_of(photos)
+    assert sum(seen) == 3 and len(new_rows) == 16 and len(new_lines) == 17
+    old = {tuple(e): row for e, row in zip(lines[1:], rows)}
+    kept = [e[0] for e, row in zip(new_lines[1:], new_rows) if tuple(e) in old and (old[tuple(e)] == row).all()]
+    assert len(kept) == 14 and {e[0] for e in new_lines[1:]} - set(kept) == {"a/01.png", "new.png"}
+    torch.manual_seed(1)                                                # other weights: an index of their own
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["weights"]["image.proj"] += 0.1
+    torch.save(saved, tmp_path / "other.pt")
+    search(tmp_path / "other.pt", photos)
+    assert len(list(tmp_path.glob("photos-*.npy"))) == 2
+    said = search(tmp_path / "other.pt", photos, "--index", tmp_path / "i.npy")
+    assert "16 pictures" in said and np.load(tmp_path / "i.npy").shape == (16, 128)
+    before = np.load(tmp_path / "i.npy")
+    search(checkpoint, photos, "--index", tmp_path / "i.npy")           # the same file for other weights: made anew
+    assert not (np.load(tmp_path / "i.npy") == before).all()
+
+
+def test_an_interrupted_index_goes_on(tmp_path):
+    def rows(*numbers):
+        return np.float16([[n, n + 0.5] for n in numbers])
+
+    def state(index):
+        return index.features().tolist(), [e[0] for e in index.entries]
+    file = tmp_path / "i"
+    index = evaluation.Index(file, "w", 2)
+    index.append(rows(0, 1), [["a", 1, 1], ["b", 1, 1]])
+    index.append(rows(2), [["c", 1, 1]])
+    want = ([[0, 0.5], [1, 1.5], [2, 2.5]], ["a", "b", "c"])
+    assert state(evaluation.Index(file, "w", 2)) == want
+    npy, listed = (tmp_path / f"i.{e}" for e in ("npy", "jsonl"))
+    whole = npy.read_bytes(), listed.read_bytes()
+    with open(npy, "ab") as f:                                          # rows were written, then it ended: nothing says that they are there
+        f.write(rows(9).tobytes())
+    index = evaluation.Index(file, "w", 2)
+    assert state(index) == want
+    index.append(rows(3), [["d", 1, 1]])
+    assert state(evaluation.Index(file, "w", 2)) == (want[0] + [[3, 3.5]], [*want[1], "d"])
+    listed.write_bytes(whole[1])                                        # the rows and their number, but not yet the list
+    assert state(evaluation.Index(file, "w", 2)) == want and npy.read_bytes() == whole[0]
+    for cut in (1, 5):                                                  # half a line
+        listed.write_bytes(whole[1][:-cut])
+        assert state(evaluation.Index(file, "w", 2)) == (want[0][:2], want[1][:2])
+        npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
+    # `keep`: both new files are written, then the first, then the second takes its place
+    index = evaluation.Index(file, "w", 2)
+    index.keep([0, 2])
+    new = npy.read_bytes(), listed.read_bytes()
+    want = ([[0, 0.5], [2, 2.5]], ["a", "c"])
+    assert state(evaluation.Index(file, "w", 2)) == want
+    (tmp_path / "i.jsonl.part").write_bytes(new[1])
+    listed.write_bytes(whole[1])
+    assert state(evaluation.Index(file, "w", 2)) == want                # cut off between the two
+    npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
+    (tmp_path / "i.npy.part").write_bytes(new[0][:-2]), (tmp_path / "i.jsonl.part").write_bytes(b"")
+    assert len(evaluation.Index(file, "w", 2).entries) == 3             # cut off before
+    index = evaluation.Index(file, "w", 2)
+    evaluation.Index(file, "w", 2).append(rows(7), [["x", 1, 1]])
+    with pytest.raises(ValueError, match="another search"):
+        index.append(rows(8), [["y", 1, 1]])
+    listed.unlink()
+    with pytest.raises(ValueError, match="no index of pictures"):       # somebody's own .npy is not written over
+        evaluation.Index(file, "w", 2)
+
+
+def test_ctrl_c_keeps_what_was_embedded(checkpoint, photos):
+    for n in range(3000):
+        Image.new("RGB", (48, 96), (n % 256, 0, n // 256)).save(photos / f"m{n:04}.bmp")
+    process = start("eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "2")
+    while not any(p.read_text().count("\n") > 200 for p in photos.parent.glob("photos-*.jsonl")):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in said
+    there = len(index_of(photos)[1]) - 1
+    assert 200 <= there < 3016
+    assert "3,016 pictures" in search(checkpoint, photos) and len(index_of(photos)[0]) == 3016
+
+
+def test_two_processes_share_the_work(checkpoint, photos, tmp_path):
+    search(checkpoint, photos, "--index", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py", "--checkpoint", checkpoint, "--gallery", photos,
+               "--workers", "0", "--index", tmp_path / "two", "--query", "a man", "--page", tmp_path / "p.html"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("16 pictures") == 1
+    one, two = ({json.loads(line)[0]: row for line, row in zip((tmp_path / f"{n}.jsonl").read_text().splitlines()[1:], np.load(tmp_path / f"{n}.npy"))} for n in ("one", "two"))
+    assert one.keys() == two.keys() and all(np.allclose(one[p], two[p], atol=2e-3) for p in one)
+
+
+def test_best_equals_a_full_sort():
+    g = torch.Generator().manual_seed(0)
+    gallery = F.normalize(torch.randn(1000, 16, generator=g), dim=1).half()
+    query = F.normalize(torch.randn(7, 16, generator=g), dim=1)
+    want = (query @ gallery.float().T).sort(dim=1, descending=True)
+    for chunk in (7, 300, 5000):
+        score, row = evaluation.best(gallery.numpy(), query, 10, chunk)
+        assert torch.equal(row, want.indices[:, :10]) and torch.allclose(score, want.values[:, :10])
+    assert evaluation.best(gallery[:3].numpy(), query, 10)[1].shape == (7, 3)
+
+
+def test_pictures_are_upright(tmp_path):
+    """A phone writes the picture as the sensor sees it, and beside it how it was held."""
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # held upright: turn it to the right
+    picture.save(tmp_path / "p.jpg", exif=exif, quality=95)
+    upright = data.load_image(tmp_path / "p.jpg")
+    assert upright.size == (20, 40) and upright.getpixel((10, 5))[2] > 200 and upright.getpixel((10, 35))[0] > 200
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "big.jpg")
+    assert data.load_image(tmp_path / "big.jpg", 300).size == (500, 375)
+
+
+def test_pictures_to_try_it_on(cuhk, tmp_path):
+    said = run("data.py", "--dataset", "cuhk", "--data-root", cuhk, "--pictures", tmp_path / "p")
+    names = sorted(evaluation.photos_in(tmp_path / "p"))
+    assert f"{len(names)} pictures" in said and len(names) == len(data.read("cuhk", cuhk, "test")) and names[0] == "0005_00000.png"
+
+
+# ---- explanation ----------------------------------------------------------------------------------------------------
+
+def test_a_word_is_explained_by_the_part_it_is_about():
+    """A model whose one number is the red of the top left, whose other is the blue of the bottom right; and words that ask for them."""
+    class Model:
+        arch, image = dict(patch=8), types.SimpleNamespace(grid=(12, 6))
+
+        def encode_image(self, x):
+            return torch.stack([x[:, 0, :32, :16].mean(dim=(1, 2)), x[:, 2, 64:, 32:].mean(dim=(1, 2)), torch.ones(len(x))], dim=1)
+
+        def encode_text(self, texts):
+            return torch.tensor([[float("red" in t), float("blue" in t), 0.3] for t in texts])
+    view = data.EvalView((96, 48))
+    found = evaluation.word_maps(Model(), list, view(Image.new("RGB", (48, 96), "white")), "a red hat, blue shoes", data.tag_words, most=2)
+    (red, adds, heat), (blue, adds_too, heat_too) = found
+    assert (red, blue) == ("red", "blue") and adds > 0.1 and adds_too > 0.1 and heat.shape == (12, 6)
+    inside, inside_too = torch.zeros(12, 6, dtype=torch.bool), torch.zeros(12, 6, dtype=torch.bool)
+    inside[:4, :2], inside_too[8:, 4:] = True, True
+    assert heat[inside].min() > 2 * heat[~inside].max() / 3 and heat_too[inside_too].min() > 2 * heat_too[~inside_too].max() / 3
+    assert heat[6:].max() < 0.1 * heat.max() and heat_too[:6].max() < 0.1 * heat_too.max()
+    assert evaluation.word_maps(Model(), list, torch.zeros(3, 96, 48), "with of the", data.tag_words) == []
+
+
+# ---- the search page ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory, people):
+    root = tmp_path_factory.mktemp("served")
+    photos = root / "photos"
+    photos.mkdir()
+    for n, r in enumerate(people):
+        data.load_image(r["image"]).save(photos / f"{n:02}.png")
+    (photos / "<b>&'.png").write_bytes((photos / "00.png").read_bytes())
+    Image.new("RGB", (9, 9)).save(root / "secret.png")
+    process = start("eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--serve", "0")
+    said = ""
+    while "search page: " not in said:
+        said += (line := process.stdout.readline())
+        assert line, said
+    yield int(said.rsplit("localhost:")[1].split("/")[0]), photos, process
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in said, said
+
+
+def get(port, path, method="GET", **headers):
+    """-> status, headers, body of a request, in an encoding of our own making."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.putrequest(method, path, skip_host=True)
+    for name, value in (dict(Host=f"localhost:{port}") | headers).items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read().decode("utf-8", "replace")
+
+
+def test_the_page(server):
+    port, photos, _ = server
+    status, headers, body = get(port, "/")
+    assert status == 200 and "Find a person in 25 pictures" in body and "class=hit>" not in body
+    assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+    status, _, body = get(port, "/?" + urllib.parse.urlencode(dict(q="a man in a red coat", top=7)))
+    assert status == 200 and body.count("class=hit>") == 7 and "a man in a red coat</textarea>" in body and "more like this" in body
+    everything = get(port, "/?" + urllib.parse.urlencode(dict(q="a man", top=200)))[2]
+    assert everything.count("class=hit>") == 25 and "&lt;b&gt;&amp;" in everything and "<b>&'" not in everything
+    like = get(port, "/?like=3&q=a+man&top=5")[2]
+    assert like.count("class=hit>") == 5 and "<b>1</b> 1.000<br>03.png" in like
+    why = get(port, "/?why=3&q=a+man+in+a+red+coat")[2]
+    assert "What in 03.png answers to the words" in why and why.count("<figcaption>") >= 3
+    status, headers, _ = get(port, "/photo?row=3")
+    assert status == 200 and headers["Content-Type"] == "image/jpeg"
+    one, two, both = (get(port, "/?" + urllib.parse.urlencode(dict(q=q, top=200)))[2] for q in ("a man", "a red coat", "a man\na red coat"))
+    scores = [{part.split("<br>")[1].split("<")[0]: float(part.split("</b> ")[1].split("<")[0]) for part in page.split("<figcaption>")[1:]} for page in (one, two, both)]
+    mean = {name: scores[0][name] + scores[1][name] for name in scores[0]}
+    ratio = [scores[2][name] / mean[name] for name in mean]             # the mean of two directions, of unit length again
+    assert max(ratio) - min(ratio) < 0.02
+
+
+ODD = {"empty": "", "blank": "  \n\t ", "long": "a red coat " * 900, "10,000 characters": "x" * 10_000, "markup": "<script>alert(1)</script></textarea><img src=x onerror=alert(1)>",
+       "emoji": "🧍🏽‍♀️ in 🟢 🧥", "null": "a\0man\0", "controls": "".join(map(chr, range(32))), "right to left": "‮a man", "lone surrogate": "%ED%A0%80", "bytes": "%ff%fe",
+       "words of CLIP": "<|endoftext|> <|startoftext|>", "format": "{text} {0} %s", "dots": "....", "quote": "'\"`"}
+
+
+@pytest.mark.parametrize("query", ODD.values(), ids=ODD)
+def test_odd_queries_get_an_answer(server, query):
+    port, _, _ = server
+    status, _, body = get(port, "/?q=" + (query if query.startswith("%") else urllib.parse.quote(query)))
+    assert status in (200, 400) and "<main>" in body and "Internal" not in body
+    assert "<script>alert" not in body and "<img src=x" not in body
+    if not query.strip(". \n\t"):
+        assert "escribe the person in a sentence" in body
+    elif len(query) > 5000:
+        assert "tokens were not read" in body
+
+
+@pytest.mark.parametrize("path, status", [
+    ("/photo?row=999", 404), ("/photo?row=-1", 404), ("/photo?row=x", 404), ("/photo?row=" + "9" * 5000, 404), ("/photo?row=٣", 404), ("/photo?row=1%00", 404), ("/photo", 404),
+    ("/secret.png", 404), ("/../secret.png", 404), ("/photo/../../secret.png", 404), ("/%2e%2e/secret.png", 404), ("//etc/passwd", 404), ("/photo?row=../secret.png", 404),
+    ("/?like=25", 400), ("/?like=-1", 400), ("/?like=x", 400), ("/?top=0&q=a", 400), ("/?top=1e9&q=a", 400), ("/?top=" + "9" * 5000, 400), ("/?why=99&q=a", 400), ("/?" + "a=1&" * 100, 400),
+    ("/?q=" + "a" * 70_000, 414)], ids=lambda x: str(x)[:24])
+def test_nothing_but_rows_can_be_asked_for(server, path, status):
+    port, _, _ = server
+    if not path.isascii():
+        path = urllib.parse.quote(path, safe="/?=")
+    assert get(port, path)[0] == status
+
+
+def test_only_localhost_is_answered(server):
+    port, _, _ = server
+    for host in ("evil.example", f"evil.example:{port}", "localhost", f"localhost:{port + 1}", f"localhost:{port}.evil.example", ""):
+        assert get(port, "/", Host=host)[0] == 403
+    assert get(port, "/", Host=f"127.0.0.1:{port}")[0] == 200
+    assert get(port, "/", method="HEAD")[2] == "" and get(port, "/", method="POST")[0] == 501
+    others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)} - {"127.0.0.1"}
+    for address in others:                                              # bound to the loopback address alone
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=2)
+
+
+def test_a_picture_that_became_a_link_is_not_shown(server):
+    port, photos, _ = server
+    row = next(n for n in range(25) if "07.png" in get(port, f"/?like={n}&top=1")[2].split("<h2>")[1][:20])
+    whole = (photos / "07.png").read_bytes()
+    (photos / "07.png").unlink()
+    try:
+        assert get(port, f"/photo?row={row}")[0] == 400 and "cannot be read any more" in get(port, f"/?like={row}")[2]
+        (photos / "07.png").symlink_to(photos.parent / "secret.png")
+        assert get(port, f"/photo?row={row}")[0] == 400 and "cannot be read any more" in get(port, f"/?like={row}")[2]
+    finally:
+        (photos / "07.png").unlink()
+        (photos / "07.png").write_bytes(whole)
+    assert get(port, f"/photo?row={row}")[0] == 200
+
+
+def test_many_clients_and_some_that_hang(server):
+    port, _, _ = server
+    hanging = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+    for s in hanging[:4]:
+        s.sendall(b"GET / HTTP/1.1\r\nHost: local")
+    gone = socket.create_connection(("127.0.0.1", port))
+    gone.sendall(f"GET /?q=a HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode())
+    gone.close()
+    found = []
+
+    def client(n):
+        found.append((n, get(port, "/?" + urllib.parse.urlencode(dict(q=f"a man in a coat {n}", top=3)))))
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(32)]
+    [t.start() for t in threads]
+    [t.join(60) for t in threads]
+    assert len(found) == 32 and all(answer[0] == 200 and f"a man in a coat {n}</textarea>" in answer[2] and answer[2].count("class=hit>") == 3 for n, answer in found)
+    for s in hanging:
+        s.close()
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+def test_mistakes(checkpoint, photos, tmp_path, server):
+    assert "the gallery should be at" in error("eval.py", "--checkpoint", checkpoint, "--gallery", tmp_path / "x", "--query", "a")
+    assert "takes a folder" in error("eval.py", "--checkpoint", checkpoint, "--gallery", photos / "notes.txt", "--query", "a")
+    assert "name the folder" in error("eval.py", "--checkpoint", checkpoint, "--query", "a")
+    assert "name a checkpoint" in error("eval.py", "--gallery", photos)
+    assert "query is empty" in search(checkpoint, photos, "--query", "  ", code=2) and not list(tmp_path.glob("photos-*"))
+    assert "query is empty" in search(checkpoint, photos, "--query", "...", code=2)
+    (tmp_path / "q.txt").write_text("\n\n")
+    assert "has no query" in search(checkpoint, photos, "--queries", tmp_path / "q.txt", code=2)
+    (tmp_path / "empty").mkdir()
+    assert "holds no picture (.bmp, .jpeg" in search(checkpoint, tmp_path / "empty", "--query", "a", code=2)
+    assert "no folder" in search(checkpoint, photos, "--index", tmp_path / "x/i", "--query", "a", code=2)
+    (tmp_path / "mine.npy").write_bytes(b"mine")
+    assert "is no index" in search(checkpoint, photos, "--index", tmp_path / "mine.npy", "--query", "a", code=2)
+    assert (tmp_path / "mine.npy").read_bytes() == b"mine"
+    assert f"port {server[0]} cannot be had" in search(checkpoint, photos, "--serve", server[0], code=2)
+    assert "a port at most 65535" in search(checkpoint, photos, "--serve", 65536, code=2)
+    assert "--tokenizer and --size are for" in search(checkpoint, photos, "--size", "96x48", "--query", "a", code=2)
+
+
+# ---- zero-shot, tables, features from elsewhere, export --------------------------------------------------------------
+
+def test_weights_of_a_clip_search_without_training(tmp_path, photos, checkpoint, people):
+    """A folder as Hugging Face publishes CLIP: weights, configuration, vocabulary."""
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    weights = openai_tiny()                                             # the same names and shapes as OpenAI's, few channels
+    torch.save(weights | {"token_embedding.weight": weights["token_embedding.weight"].repeat(9, 1)[:tokenizer.vocab]}, folder / "weights.pt")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in tokenizer.merges), encoding="utf-8")
+    said = run("eval.py", "--checkpoint", folder, "--gallery", photos, "--workers", "0", "--query", "a man", "--page", tmp_path / "p.html", "--size", "48x24")
+    assert "positions from 3x3 to 6x3" in said and "16 pictures" in said and [line.split()[0] for line in said.split("\na man\n")[1].splitlines()[:10]] == [str(n) for n in range(1, 11)]
+    said = run("eval.py", "--checkpoint", folder / "weights.pt", checkpoint, "--dataset", "toy", "--split", "val", "--page", tmp_path / "t.html")
+    table = said.split("\ntext to image\n")[1]
+    assert "(zero-shot, epoch 0) on toy val" in said and table.count("R@1 ") == 2 and table.count(" on toy ") == 2
+    assert (tmp_path / "t.html").read_text().count("<h2>") == 5
+    assert "name one with --dataset" in error("eval.py", "--checkpoint", folder)
+
+
+def test_features_of_another_model(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    x = dict(query=torch.randn(20, 8, generator=g), gallery=torch.randn(10, 8, generator=g), q_pid=torch.arange(20) % 5, g_pid=torch.arange(10) % 5, own=torch.arange(20) % 10)
+    np.savez(tmp_path / "f.npz", **{k: v.numpy() for k, v in x.items()})
+    said = run("eval.py", "--features", tmp_path / "f.npz")
+    assert evaluation.show(evaluation.retrieval_metrics(*(x[k] for k in ("query", "gallery", "q_pid", "g_pid")))) in said
+    assert evaluation.show(evaluation.retrieval_metrics(*x.values())) in said
+    np.savez(tmp_path / "g.npz", query=x["query"].numpy())
+    assert "lacks g_pid, gallery, q_pid" in error("eval.py", "--features", tmp_path / "g.npz")
+    np.savez(tmp_path / "h.npz", **{k: v.numpy()[:9] for k, v in x.items()} | dict(query=x["query"].numpy()))
+    assert "the shapes do not fit: query (20, 8)" in error("eval.py", "--features", tmp_path / "h.npz")
+    (tmp_path / "i.npz").write_bytes(b"nothing")
+    assert "cannot be read" in error("eval.py", "--features", tmp_path / "i.npz")
+    assert "the features should be at" in error("eval.py", "--features", tmp_path / "j.npz")
+
+
+def test_export(checkpoint, tmp_path, monkeypatch):
+    said = run("eval.py", "--checkpoint", checkpoint, "--export", tmp_path / "e")
+    assert "differ from the checkpoint by" in said
+    info = json.loads((tmp_path / "e/info.json").read_text())
+    model, tokenizer, _ = tbps.load_checkpoint(checkpoint)
+    image, text = (torch.export.load(tmp_path / f"e/{n}.pt2").module() for n in ("image", "text"))
+    from tokenizers import Tokenizer                                    # without this program
+    ids = Tokenizer.from_file(str(tmp_path / "e/tokenizer.json")).encode("a man in a red coat").ids
+    row = torch.zeros(1, info["context"], dtype=torch.int64)
+    row[0, :len(ids) + 2] = torch.tensor([info["start"], *ids, info["end"]])
+    with torch.no_grad():
+        assert torch.equal(row, tokenizer(["a man in a red coat"]))
+        assert torch.allclose(text(row), F.normalize(model.encode_text(row), dim=1), atol=1e-5)
+        pixels = torch.randn(5, 3, *info["size"])
+        assert torch.allclose(image(pixels), F.normalize(model.encode_image(pixels), dim=1), atol=1e-5)
+    encode = tbps.DualEncoder.encode_text
+    monkeypatch.setattr(evaluation.TextEncoder, "forward", lambda self, t: F.normalize(encode(self.model, t) if not torch.compiler.is_compiling() else self.model.text_tokens(t, cut=False)[:, 0], dim=1))
+    with pytest.raises(ValueError, match="do not use"):
+        evaluation.export(model, tokenizer, dict(size=(96, 48), norm="imagenet", resize="bicubic", clean=True), tmp_path / "f")
