@@ -169,9 +169,10 @@ def richer_losses(image, text, batch, model, recipe, autocast):
     """End to end, the paper's way: encoders and fusion together, each sample fused with what the batch holds of its person (the sampler
     "views" sees to it that there is something). `aux` keeps the encoders able to tell people from one view. image, text (B, D) without
     fusion."""
-    pid, tokens = batch["pid"], batch["tokens"][0]
-    image_of, same = batch["image"].to(pid.device), pid[:, None] == pid[None, :]
-    copies = (tokens[:, None] == tokens[None, :]).all(dim=2).to(pid.device)
+    pid, image, text = map(losses.gather, (batch["pid"], image, text))
+    tokens, image_of = (losses.gather(x.to(pid.device)) for x in (batch["tokens"][0], batch["image"]))
+    same = pid[:, None] == pid[None, :]
+    copies = (tokens[:, None] == tokens[None, :]).all(dim=2)
     everyone, rich = torch.arange(len(pid), device=pid.device).expand(len(pid), -1), []
     for fuse, features, able in ((model.heads["fuse_image"], image, same & (image_of[:, None] != image_of[None, :])), (model.heads["fuse_text"], text, same & ~copies)):
         support, seen = draw(everyone, able, recipe["support"], recipe["support_drop"])
@@ -228,7 +229,7 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         state = {k: saved[k] for k in state}
-    bar = tqdm(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", disable=None)
+    bar = tqdm(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", disable=True if losses.ranks()[0] else None)
     while True:
         stopping = bool(stop)                                           # looked at once: what is said to be saved is saved
         if state["epoch"] == epochs or stopping or time.time() - saved_at > 60 * args.save_minutes:
@@ -415,6 +416,7 @@ def parse_args(argv=None):
 def main():
     args, recipe = parse_args()
     out = Path(args.out)
+    tbps.join(args)
     stages = [] if args.plain or recipe["end_to_end"] else ["plain"]
     stages = {None: stages + ["richer", "light"], "richer": stages + ["richer"], "light": ["light"]}["light" if args.teacher else args.stage]
     plain = Path(args.plain) if args.plain else out / "plain/best.pt"
@@ -470,9 +472,10 @@ def train_light(args, recipe, splits, folder, target=None, rows=()):
         for batch, _, autocast, parts in tbps.steps(args, recipe, model, tokenizer, pairs, splits.get("val"), folder, info, stop):
             with autocast():
                 image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])        # (B, D)
-            parts |= tbps.pair_losses(image, text, batch["pid"], model.scale(), model.heads, recipe, autocast)
+            image, text, pid = map(losses.gather, (image, text, batch["pid"]))                           # of all processes
+            parts |= tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, autocast)
             if target:
-                parts |= copy_losses(image, text, *target(batch["item"]), recipe)
+                parts |= copy_losses(image, text, *target(losses.gather(batch["item"].to(pid.device))), recipe)
     minutes = (time.time() - began) / 60
     rows = dict(rows) | {f"the {args.stage} model": cost(model, tokenizer(["a man"] * 32))}
     for name, row in rows.items():
@@ -510,6 +513,8 @@ def train_richer(args, recipe, splits, folder, plain):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [x for x in lines if "loss" in x]
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")})
+    if losses.ranks()[0]:
+        return                                                          # the first process writes
     evaluation.write_page(folder / "report.html", f"the richer model of {args.method} on {args.dataset}, seed {args.seed}", ("Test scores, %", evaluation.table(rows)),
                           ("Where the fusion looks", attention_pictures(model.heads, bank, splits["test"], recipe["support"])), ("Curves", curves))
     tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)

@@ -226,10 +226,27 @@ def nt_xent(a, b, tau=0.1):
 
 # ---- many processes -------------------------------------------------------------------------------------------------
 
-def gather(x):
-    """Rows of all ranks, in rank order, (B, ...) -> (W B, ...), with gradient: backward sums what every rank wants of these rows.
-    Without torch.distributed, or with one rank, x itself."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+def ranks():
+    """(number of this process, how many there are): (0, 1) without torch.distributed."""
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
+
+
+def gather(x, dim=0):
+    """The rows of all ranks along `dim`, in rank order, with gradient: backward sums what every rank wants of these rows. All ranks must have
+    as many. With one rank, x itself."""
+    if ranks()[1] == 1:
         return x
     from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x))
+    return torch.cat(all_gather(x.contiguous()), dim=dim)
+
+
+def share(number):
+    """What the mean over this rank's `number` rows weighs in the mean over all ranks' rows: W n / sum n; 1 with one rank."""
+    total = torch.as_tensor(float(number))
+    if (W := ranks()[1]) == 1:
+        return 1.0
+    if torch.distributed.get_backend() == "nccl":
+        total = total.cuda()
+    torch.distributed.all_reduce(total)
+    return W * number / max(1.0, total.item())

@@ -14,6 +14,7 @@ V views of an image, U variations of a caption. image, text are features; pixels
 1 / temperature. Everything is (B, T, C) throughout."""
 
 import argparse
+import atexit
 import collections
 import contextlib
 import functools
@@ -37,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint as made_again
 from tqdm import tqdm
 
 import data
@@ -133,12 +135,20 @@ def sincos_grid(grid, width):
     return torch.cat([torch.zeros(1, width), torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=1)])
 
 
+def kept(block, checkpoint_blocks, x, **how):
+    """block(x, ...), of which backward keeps all that it needs, or with checkpoint_blocks x alone, to make the rest again."""
+    if checkpoint_blocks and torch.is_grad_enabled():
+        return made_again(block, x, use_reentrant=False, **how)
+    return block(x, **how)
+
+
 class ImageTower(nn.Module):
     """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
     and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
 
     def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True):
         super().__init__()
+        self.checkpoint_blocks = False
         self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
         if min(self.grid) < 1:
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
@@ -160,8 +170,9 @@ class ImageTower(nn.Module):
             x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))], dim=1)      # (B, 1+K, C)
         x = self.ln_pre(x)
         for n, block in enumerate(self.blocks[:-1]):
-            x = mixed(block(x), *mix) if mix and n == 0 else block(x)
-        return self.blocks[-1](x, at=at)
+            x = kept(block, self.checkpoint_blocks, x)
+            x = mixed(x, *mix) if mix and n == 0 else x
+        return kept(self.blocks[-1], self.checkpoint_blocks, x, at=at)
 
 
 class TextTower(nn.Module):
@@ -169,6 +180,7 @@ class TextTower(nn.Module):
 
     def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
+        self.checkpoint_blocks = False
         self.tok = nn.Embedding(vocab, width)
         self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))      # about as large as the tokens
         self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
@@ -180,8 +192,9 @@ class TextTower(nn.Module):
     def forward(self, tokens, at=None, mix=None):
         x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                               # (B, T, C)
         for n, block in enumerate(self.blocks[:-1]):
-            x = mixed(block(x, causal=True), *mix) if mix and n == 0 else block(x, causal=True)
-        return self.blocks[-1](x, causal=True, at=at)
+            x = kept(block, self.checkpoint_blocks, x, causal=True)
+            x = mixed(x, *mix) if mix and n == 0 else x
+        return kept(self.blocks[-1], self.checkpoint_blocks, x, causal=True, at=at)
 
 
 class DualEncoder(nn.Module):
@@ -200,32 +213,49 @@ class DualEncoder(nn.Module):
         self.heads = nn.ModuleDict()
         # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
         self.image.patch.weight.requires_grad_(not lock_patch)
+        self.micro_batch = 0
+
+    def in_parts(self, encode, x, *more):
+        """encode(x, ...) of a batch; with `micro_batch` M in parts of M rows, of which nothing is kept but the result. Backward makes each part
+        again, random numbers included, when the gradient of its result is known (arXiv 2101.06983, "GradCache"): the exact gradient of a
+        contrastive loss over the whole batch, in the memory of a part."""
+        if not 0 < self.micro_batch < len(x):
+            return encode(x, *more)
+        run = functools.partial(made_again, encode, use_reentrant=False) if torch.is_grad_enabled() else encode
+        return torch.cat([run(*part) for part in zip(*(y.split(self.micro_batch) for y in (x, *more)))])
 
     def image_tokens(self, pixels, keep=None):
         """(B, 3, H, W) -> (B, T, D): class token first, then the patches row by row, or those of `keep` (B, K)."""
-        return self.image.ln_post(self.image(pixels, keep=keep)) @ self.image.proj
+        def encode(pixels, *keep):
+            return self.image.ln_post(self.image(pixels, keep=keep[0] if keep else None)) @ self.image.proj
+        return self.in_parts(encode, pixels, *([] if keep is None else [keep]))
 
     def text_tokens(self, tokens, cut=True):
         """(B, 77) ids -> (B, T, D), T the longest caption of the batch, or with cut=False all 77."""
         tokens = self.cut(tokens)[0] if cut else tokens.to(self.logit_scale.device, non_blocking=True)
-        return self.text.ln_post(self.text(tokens)) @ self.text.proj
+        return self.in_parts(lambda part: self.text.ln_post(self.text(part)) @ self.text.proj, tokens)
 
     def encode_image(self, pixels, mix=None):
         """(B, 3, H, W) -> (B, D), not normalised: the class token. mix: CTLG's mixup of features, as `mixed` takes it."""
-        cls = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)          # not len(): export keeps the batch free
-        return self.image.ln_post(self.image(pixels, at=cls, mix=mix)[:, 0]) @ self.image.proj
+        def encode(pixels):
+            cls = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)      # not len(): export keeps the batch free
+            return self.image.ln_post(self.image(pixels, at=cls, mix=mix)[:, 0]) @ self.image.proj
+        return encode(pixels) if mix else self.in_parts(encode, pixels)
 
     def encode_text(self, tokens, mix=None):
         """(B, 77) ids -> (B, D), not normalised: the token at EOT, which has the largest id. Tokens may still be on the CPU. A mixed
         caption ends twice, and both ends are looked at, in the same shares."""
-        tokens, eot = self.cut(tokens)
         if mix:
+            tokens, eot = self.cut(tokens)
             x = self.text(tokens, mix=mix)                                                              # (B, T, C)
             share, partner = mix
             end = share * pick(x, eot)[:, 0] + (1 - share) * pick(x, eot[partner])[:, 0]
-        else:
-            end = self.text(tokens, at=eot)[:, 0]
-        return self.text.ln_post(end) @ self.text.proj
+            return self.text.ln_post(end) @ self.text.proj
+
+        def encode(tokens):
+            tokens, eot = self.cut(tokens)
+            return self.text.ln_post(self.text(tokens, at=eot)[:, 0]) @ self.text.proj
+        return self.in_parts(encode, tokens)
 
     def cut(self, tokens):
         """Tokens without the padding after the longest caption, and where each EOT is. The tower is causal, so nothing changes
@@ -497,8 +527,9 @@ def content(args, recipe, model, tokenizer, info, heads):
 
 
 def write_log(out, **facts):
-    with open(out / "log.jsonl", "a") as f:
-        f.write(json.dumps(facts) + "\n")
+    if losses.ranks()[0] == 0:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(facts) + "\n")
 
 
 def is_ours(path):
@@ -511,14 +542,16 @@ def is_ours(path):
 
 
 def save(path, content):
-    """Writes a checkpoint so that a crash or a full disk leaves the old one."""
+    """Writes a checkpoint so that a crash or a full disk leaves the old one. Of several processes the first does, and the others wait."""
     part = Path(f"{path}.part")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:                                # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the one before it, if any, is untouched. Is the disk full?") from None
+    if losses.ranks()[0] == 0:
+        try:
+            torch.save(content, part)
+            os.replace(part, path)
+        except (OSError, RuntimeError) as e:                            # torch reports a full disk as RuntimeError
+            part.unlink(missing_ok=True)
+            raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the one before it, if any, is untouched. Is the disk full?") from None
+    wait()
 
 
 def load_checkpoint(path, device="cpu", make_heads=None):
@@ -619,8 +652,9 @@ def tbps_clip_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of TBPS-CLIP (arXiv 2308.10045) by name; their sum is the objective.
 
     batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, 77) likewise.
-    epoch: passes done, with fraction. All views go through the encoder in one forward."""
-    r, pid, B = recipe, batch["pid"], len(batch["pid"])
+    epoch: passes done, with fraction. All views go through the encoder in one forward. The features of all ranks are gathered, and each
+    computes the loss of the whole batch."""
+    r, B = recipe, len(batch["pid"])
     alpha = r["soft"] * (min(1, epoch / r["soft_ramp"]) if r["soft_ramp"] else 1)                       # the model's own belief in the targets
     with autocast():
         image = model.encode_image(batch["pixels"].flatten(0, 1)).view(-1, B, model.arch["embed"])      # (V, B, D)
@@ -631,6 +665,7 @@ def tbps_clip_losses(model, batch, recipe, epoch, autocast):
         if alpha > 0 and r["teacher_pass"] and r["text_dropout"] > 0:
             with torch.no_grad():
                 teacher_text = model.encode_text(batch["tokens"][:1 + r["mvs_text"]].flatten(0, 1)).view(-1, B, model.arch["embed"])
+        pid, image, text, teacher_text = (losses.gather(x, dim) for x, dim in ((batch["pid"], 0), (image, 1), (text, 1), (teacher_text, 1)))
         a, b = (model.heads["ss"](image[-2:]) if r["ss"] else (None, None))
         c, d = (model.heads["ss_text"](text[-2:]) if r["ss_text"] else (None, None))
     scale, out = model.scale(), {}
@@ -823,9 +858,9 @@ def irra_losses(model, batch, recipe, epoch, autocast):
             guessed = model.heads["mlm"](words, image_tokens, asked >= 0, seen)                         # (M, vocab)
         if restorer:
             restored, dropped = restore(model, pixels, text_tokens, seen, r)
-    out = pair_losses(image, text, pid, model.scale(), model.heads, r, autocast)
+    out = pair_losses(*map(losses.gather, (image, text, pid)), model.scale(), model.heads, r, autocast)
     if guesser:
-        out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0])
+        out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0]) * losses.share(len(guessed))
     if restorer:
         out["restoration"] = restorer * losses.restoration(restored, patchify(pixels, model.arch["patch"]), dropped)
     return out
@@ -850,7 +885,10 @@ def ctlg_losses(model, batch, recipe, epoch, autocast):
         mix = float(torch.distributions.Beta(alpha, alpha).sample()), torch.randperm(B).to(batch["pid"].device)
     with autocast():
         image, text = model.encode_image(batch["pixels"][0], mix), model.encode_text(batch["tokens"][0], mix)      # (B, D)
-    right = {"pair": torch.arange(B), "image": batch["image"], "person": batch["pid"]}[recipe["same"]].to(image.device)
+    image, text = losses.gather(image), losses.gather(text)
+    right = torch.arange(len(image), device=image.device)               # which text is right for which image
+    if recipe["same"] != "pair":
+        right = losses.gather(batch["image" if recipe["same"] == "image" else "pid"].to(image.device))
     return {"itc": recipe["itc"] * losses.nitc(image, text, right, model.scale())}                      # N-ITC of numbers that differ is ITC
 
 
@@ -925,15 +963,19 @@ def build(args, recipe, vocab, persons, make_heads):
 
 
 def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, progress=True):
-    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then text-to-image only)."""
+    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then text-to-image only). Each
+    process embeds its share, and all have the scores."""
+    rank, ranks = losses.ranks()
     images = data.Images([r["image"] for r in records], data.EvalView(info["size"], info["norm"], info["resize"]))
     captions = [c for r in records for c in r["captions"]]
     g_pid = torch.tensor([r["pid"] for r in records])
     own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
     if not all(p.isfinite().all() for p in model.parameters()):
         raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
-    text = evaluation.embed_texts(model, tokenizer([data.clean_caption(c) if info["clean"] else c for c in captions]))
-    image = evaluation.embed_images(model, images, device, workers, progress=progress)
+    mine = range(rank, len(images), ranks)
+    text = evaluation.embed_texts(model, tokenizer([data.clean_caption(c) if info["clean"] else c for c in captions[rank::ranks]]))
+    image = evaluation.embed_images(model, torch.utils.data.Subset(images, mine) if ranks > 1 else images, device, workers, progress=progress)
+    text, image = together(text), together(image)
     rows = {"text to image": evaluation.retrieval_metrics(text, image, g_pid[own], g_pid)}
     if not sheet:
         return rows, None
@@ -941,6 +983,59 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     if any(n > 1 for n in collections.Counter(g_pid.tolist()).values()):
         rows["text to other images"] = evaluation.retrieval_metrics(text, image, g_pid[own], g_pid, own)
     return rows, evaluation.retrieval_sheet(captions, text, image, g_pid[own], g_pid, own, lambda j: data.load_image(records[j]["image"]))
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+#
+# torchrun starts W processes of the same command. Each takes its part of every batch through the encoders, gathers the features of all
+# (losses.gather) and computes the loss of the whole batch; the mean of their gradients is then the gradient of one process with the
+# whole batch. Nothing else is different, so all of them make the same step.
+
+def join(args):
+    """Under torchrun: joins its processes, a GPU each. The first alone prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if losses.ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+
+
+def wait():
+    """Until all processes are here."""
+    if losses.ranks()[1] > 1:
+        torch.distributed.barrier()
+
+
+def together(x):
+    """Rows rank, rank + W, ... from each process -> all of them, in order, on the CPU."""
+    rank, ranks = losses.ranks()
+    if ranks == 1:
+        return x
+    torch.distributed.all_gather_object(parts := [None] * ranks, x)
+    out = x.new_empty(sum(map(len, parts)), *x.shape[1:])
+    for r, part in enumerate(parts):
+        out[r::ranks] = part
+    return out
+
+
+def mean_of_ranks(tensors):
+    """Makes each of these tensors the mean over all processes, in one message."""
+    if (W := losses.ranks()[1]) > 1 and tensors:
+        flat = torch.cat([x.flatten() for x in tensors])
+        torch.distributed.all_reduce(flat)
+        for x, part in zip(tensors, flat.div_(W).split([x.numel() for x in tensors])):
+            x.copy_(part.view_as(x))
+
+
+def any_rank(wanted, device):
+    """Whether any process wants it."""
+    said = torch.tensor(float(bool(wanted)), device=device)
+    mean_of_ranks([said])
+    return said.item() > 0
 
 
 def quiet_worker(_):
@@ -970,10 +1065,13 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     Each step is made when the loop asks for the next batch. epoch: how many are done, with a fraction; autocast: for the encoders. Writes
     last.pt, best.pt and log.jsonl; all that matters is in the files. Saves and raises KeyboardInterrupt, with what to do next, when
     something is in `stop`."""
-    device = torch.device(args.device)
+    device, (rank, ranks) = torch.device(args.device), losses.ranks()
+    if recipe["batch"] % ranks:
+        raise ValueError(f"a batch of {recipe['batch']} cannot be shared by {ranks} processes; choose --batch so that it can")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")      # of the encoders; losses are fp32
     model.to(device)
+    model.micro_batch, model.image.checkpoint_blocks, model.text.checkpoint_blocks = args.micro_batch, args.checkpoint_blocks, args.checkpoint_blocks
     if args.compile:
         model.image.compile()
         model.text.compile()
@@ -997,7 +1095,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     if n == 0:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
     bar = tqdm(total=recipe["epochs"] * n * recipe["batch"], initial=(state["epoch"] * n + state["step"]) * recipe["batch"], unit=" pairs",
-               smoothing=0.05, disable=None)
+               smoothing=0.05, disable=True if rank else None)
     saved_at = time.time()
     while state["epoch"] < recipe["epochs"]:
         epoch, done = state["epoch"], state["step"]
@@ -1005,7 +1103,8 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
         if recipe.get("triplet") and (alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order)):
             print(f"{alone} of {len(order)} batches show one person only: nothing to be told from, the triplet loss is 0 there")
         pairs.epoch = epoch
-        loader = torch.utils.data.DataLoader(pairs, batch_sampler=order[done:], num_workers=args.workers, worker_init_fn=quiet_worker,
+        shares = [items[rank * (len(items) // ranks):(rank + 1) * (len(items) // ranks)] for items in order[done:]]
+        loader = torch.utils.data.DataLoader(pairs, batch_sampler=shares, num_workers=args.workers, worker_init_fn=quiet_worker,
                                              pin_memory=device.type == "cuda", collate_fn=functools.partial(data.collate, tokenizer, mask=masks(recipe)))
         model.train()
         values, logged, began = [], 0, time.time()                      # of the losses, a row per step; how many rows log.jsonl has
@@ -1014,21 +1113,25 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
             lr = lr_at(it, n, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            torch.manual_seed(data.mix(args.seed, epoch, i, 0))         # dropout is a function of where we are: resume is exact
+            torch.manual_seed(data.mix(args.seed, epoch, i, rank))         # dropout is a function of where we are: resume is exact
             batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}         # tokens are cut first
             parts = {}
             yield batch, it / n, autocast, parts
             loss = sum(parts.values())
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            mean_of_ranks([p.grad for p in model.parameters() if p.grad is not None])
             scaler.step(optimizer)                                      # left out by itself if fp16 overflowed
             scaler.update()
             state["step"] = i + 1
             bar.update(recipe["batch"])
             values.append(torch.stack([loss, *parts.values()]).detach())
-            now, due = i % args.log_every == 0 or i + 1 == len(order), stop or time.time() - saved_at > 60 * args.save_minutes
+            now, due = i % args.log_every == 0 or i + 1 == len(order), bool(stop) or time.time() - saved_at > 60 * args.save_minutes
+            if ranks > 1:                                               # one wants to save or stop: all do, at the next step that is logged
+                due = now and any_rank(due, device)
             if now or due:                                              # reading a number waits for the GPU, so not at every step
                 recent = torch.stack(values[logged:])
+                mean_of_ranks([recent])
                 if not recent.isfinite().all():
                     bad = done + logged + int((~recent.isfinite().all(dim=1)).nonzero()[0])
                     files = [str(pairs.items[j][0]["image"]) for j in order[bad][:4] if isinstance(pairs.items[j][0]["image"], Path)]
@@ -1042,7 +1145,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
             if due and i + 1 < len(order):
                 checkpoint("last.pt")
                 saved_at = time.time()
-                if stop:
+                if any_rank(stop, device):
                     bar.close()
                     raise KeyboardInterrupt(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. "
                                   "Go on with the same command and --resume")
@@ -1062,7 +1165,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
             checkpoint("best.pt")
         checkpoint("last.pt")
         saved_at = time.time()
-        if stop:
+        if any_rank(stop, device):
             bar.close()
             raise KeyboardInterrupt(f"stopped after epoch {epoch + 1}; {out}/last.pt is saved. Go on with the same command and --resume")
     bar.close()
@@ -1114,6 +1217,9 @@ def arguments(recipes, description, epilog):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the encoders (default: bf16 or fp16 on CUDA, off elsewhere)")
     g.add_argument("--compile", action="store_true", help="torch.compile the towers: slow start, faster steps on a GPU")
+    g.add_argument("--micro-batch", type=int, default=0, metavar="M", help="encode M pictures or captions at a time, twice: the same loss and gradient of the whole "
+                   "batch in less memory (default: all at once)")
+    g.add_argument("--checkpoint-blocks", action="store_true", help="compute each transformer block twice: less memory still")
     g.add_argument("--workers", type=int, help="processes that decode and augment (default: 0 on toy people, else the number of cores, at most 8)")
     g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
@@ -1154,6 +1260,8 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError("mask_content and mask_other are both 0: masking is left out by mlm=0 mask_all=0")
     if args.min_score and not args.extra:
         raise ValueError("--min-score chooses among generated pairs; name their folder with --extra")
+    if args.micro_batch < 0 or args.micro_batch and recipe.get("feature_mixup"):
+        raise ValueError("--micro-batch must be at least 1, and cannot be had with feature_mixup, which mixes the whole batch within the encoder")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
     check_device(args.device)
@@ -1201,7 +1309,7 @@ def typed(key, value, like):
 
 def settings(args):
     """What of the arguments decides the result; where it is computed, and how often it is saved, does not."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out", "device", "workers", "save_minutes", "log_every", "set", "epochs", "batch", "lr")}
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out", "device", "workers", "save_minutes", "log_every", "micro_batch", "checkpoint_blocks", "set", "epochs", "batch", "lr")}
 
 
 WRITTEN = ["last.pt", "best.pt", "log.jsonl", "report.html", "code"]      # what a run's folder holds
@@ -1228,18 +1336,22 @@ def check_run(args, recipe, out):
 
 def open_run(args, out):
     """The run's folder, when all is ready to start: emptied of an old run, or its log cut back to the checkpoint."""
+    wait()                                                              # all have checked it
+    if losses.ranks()[0]:
+        return wait()
     if args.resume:
         saved = read_file(out / "last.pt")
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         with open(out / "log.jsonl", "w") as f:                         # steps after the checkpoint will be done, and logged, again
             f.writelines(json.dumps(line) + "\n" for line in lines if line["at"] <= [saved["epoch"], saved["step"]])
-        return
+        return wait()
     for name in WRITTEN:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
     (out / "code").mkdir()
     (out / "log.jsonl").touch()
     for file in Path(__file__).parent.glob("*.py"):
         shutil.copy(file, out / "code")
+    wait()
 
 
 def load_data(args):
@@ -1294,7 +1406,8 @@ def conclude(args, recipe, records, out, minutes, *chapters):
         scores, sheet = evaluate(model, tokenizer, info, records, args.device, args.workers)
         rows |= {f"{name}, {way}": s for way, s in scores.items()}
     write_log(out, at=[recipe["epochs"], 1], test=rows)
-    report(out, args, recipe, rows, sheet, minutes, *chapters)
+    if losses.ranks()[0] == 0:
+        report(out, args, recipe, rows, sheet, minutes, *chapters)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
     if other := rows.get("best.pt, text to other images"):
         print(f"test, without the image that a caption was written for, {evaluation.show(other)}")
@@ -1305,6 +1418,7 @@ def main():
     args, recipe = parse_args()
     make_heads, step_losses = METHODS[args.method][1:]
     out = Path(args.out)
+    join(args)
     check_run(args, recipe, out)
     splits = load_data(args)
     model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads)

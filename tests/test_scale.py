@@ -1,0 +1,236 @@
+"""The same objective on less memory and on more processes: in parts, with blocks made again, and on two ranks, the losses and gradients of a step are those
+of one process with the whole batch, for every method."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import distill
+import losses
+import tbps
+from conftest import ROOT, error
+
+NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
+STEPS = {  # name: (recipe, heads, losses of a step)
+    **{name: (recipe | dict(soft_ramp=0), heads, step) for name, (recipe, heads, step) in tbps.METHODS.items()},
+    "tbps-clip, all views": (tbps.TBPS_CLIP | dict(mvs_text=True, ss_text=0.5, itc=1.0, soft_ramp=0), *tbps.METHODS["tbps-clip"][1:]),
+    "irra, masked everywhere": (tbps.IRRA | dict(mask_all=True, cmpm=1.0), *tbps.METHODS["irra"][1:]),
+    "ctlg, person": (tbps.CTLG | dict(same="person"), *tbps.METHODS["ctlg"][1:]),
+    "ctlg, image": (tbps.CTLG | dict(same="image"), *tbps.METHODS["ctlg"][1:]),
+    "lcr2s": (distill.LCR2S, tbps.id_heads, lambda model, batch, recipe, epoch, autocast: light_step(model, batch, recipe)),
+}
+B = 8
+
+
+def light_step(model, batch, recipe):
+    """What distill.train_light does in a step, with made-up teachers by item."""
+    image, text, pid, item = map(losses.gather, (model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0]), batch["pid"], batch["item"]))
+    g = torch.Generator().manual_seed(5)
+    rich = torch.randn(2, 1000, image.shape[1], generator=g, dtype=torch.float64)
+    recipe = recipe | dict(features=0.5, relations=0.2)
+    return tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, NO_AMP) | distill.copy_losses(image, text, rich[0, item], rich[1, item], item >= 0, item > 2, recipe)
+
+
+def sample(name, people):
+    """-> a model in float64 without dropout, a batch of B pairs, the step. Everything follows from the name."""
+    recipe, heads, step = STEPS[name]
+    more = dict(views=1 + recipe["mvs"], self_views=2 * (recipe["ss"] > 0), texts=1 + recipe["mvs_text"], self_texts=2 * (recipe["ss_text"] > 0)) if "mvs" in recipe else {}
+    pairs = data.Pairs(people, (32, 16), **more, text=dict(deletion=0.3))
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
+    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 3 * B, 3)], mask=(0.5, 0.3) if "mlm" in recipe else None)
+    batch["pixels"] = batch["pixels"].double()
+    torch.manual_seed(0)
+    model = tbps.DualEncoder(64, (32, 16), 8, 64, 2, 64, 2, tokenizer.vocab, head_width=32).double()
+    for head, module in heads(recipe | dict(depth=1), model, pairs.persons).items():
+        model.heads[head] = module.double()
+    if recipe["tau"]:
+        model.logit_scale.data.fill_(-torch.tensor(recipe["tau"]).log())
+    return model, batch, lambda b: step(model, b, recipe | dict(text_dropout=0.0), 1.0, NO_AMP)
+
+
+def share_of(batch, rank, ranks):
+    """The rows of a rank, as tbps.steps loads them."""
+    rows = slice(rank * (B // ranks), (rank + 1) * (B // ranks))
+    return {k: x[:, rows] if k in ("pixels", "tokens") else x[rows] for k, x in batch.items()}
+
+
+def gradients(model, parts):
+    model.zero_grad(set_to_none=True)
+    sum(parts.values()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same_draws(patch, rank=0, ranks=1):
+    """Each row's draw of dropped patches is its own, whoever holds the row, and however often."""
+    ordinary = torch.rand
+
+    def rand(*size, **how):
+        if len(size) != 2:
+            return ordinary(*size, **how)
+        return torch.linspace(0, 7e3, B * size[1], dtype=torch.float64).view(B, size[1]).sin()[rank * (B // ranks):][:size[0]]
+    patch.setattr(torch, "rand", rand)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_in_parts_a_step_is_the_same(name, people, monkeypatch):
+    same_draws(monkeypatch)
+    model, batch, step = sample(name, people)
+    parts = step(batch)
+    want, kept = gradients(model, parts), {}
+    assert len(want) > 40 and all(g.abs().sum() > 0 for n, g in want.items() if "attn" not in n)
+    for micro, blocks in ((3, False), (0, True), (3, True), (1, False)):
+        model.micro_batch, model.image.checkpoint_blocks, model.text.checkpoint_blocks = micro, blocks, blocks
+        again = step(batch)
+        assert again.keys() == parts.keys() and all(torch.allclose(again[k], parts[k], rtol=1e-9) for k in parts)
+        found = gradients(model, again)
+        assert found.keys() == want.keys()
+        for n in want:
+            assert torch.allclose(found[n], want[n], rtol=1e-9, atol=1e-11), (micro, blocks, n)
+
+
+def test_in_parts_dropout_is_replayed():
+    """Backward sees the masks of the forward: the gradient agrees with the difference quotient of the loss under the same seed."""
+    torch.manual_seed(0)
+    model = tbps.DualEncoder(16, (16, 16), 8, 32, 1, 32, 2, 100, head_width=16, text_dropout=0.5).double().train()
+    model.micro_batch = 2
+    tokens = torch.randint(1, 98, (6, 77))
+    tokens[:, 9] = 99
+    w = model.text.blocks[0].fc1.weight
+
+    def loss():
+        torch.manual_seed(7)
+        return (model.encode_text(tokens) ** 2).sum()
+    g, = torch.autograd.grad(loss(), w)
+    with torch.no_grad():
+        step = 1e-6 * g / g.norm()
+        w += step
+        up = loss()
+        w -= 2 * step
+        down = loss()
+    assert ((up - down) / 2e-6).item() == pytest.approx(g.norm().item(), rel=1e-5)
+
+
+def test_in_parts_less_is_kept(people):
+    """What backward keeps, in bytes: with parts little more than the input, with blocks made again less than with none."""
+    def kept(micro, blocks):
+        model, batch, step = sample("baseline", people)
+        model.micro_batch, model.image.checkpoint_blocks, model.text.checkpoint_blocks = micro, blocks, blocks
+        storages, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x):
+            if x.untyped_storage().data_ptr() not in own:
+                storages[x.untyped_storage().data_ptr()] = x                # held, so that no address comes twice
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            parts = step(batch)
+        assert parts
+        return sum(x.untyped_storage().nbytes() for x in storages.values())
+    plain, blocks, micro = kept(0, False), kept(0, True), kept(2, False)
+    assert blocks < plain / 2 and micro < plain / 5
+
+
+def test_in_parts_under_fp16_scaling(people):
+    """With autocast and a scaled loss the scaled gradients are those of the whole batch, to what half precision can tell."""
+    model, batch, _ = sample("tbps-clip-simplified", people)
+    recipe, _, step = STEPS["tbps-clip-simplified"]
+    model.float()
+    batch["pixels"], found = batch["pixels"].float(), []
+    for micro in (0, 3):
+        model.micro_batch = micro
+        scaler, autocast = torch.amp.GradScaler("cpu", init_scale=256.0), functools.partial(torch.autocast, "cpu", dtype=torch.float16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.zero_grad()
+        scaler.scale(sum(step(model, batch, recipe | dict(text_dropout=0.0), 1.0, autocast).values())).backward()
+        scaler.unscale_(optimizer)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert found[0].isfinite().all() and (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
+# ---- two processes --------------------------------------------------------------------------------------------------
+
+def rank_of_two(rank, file, out, micro):
+    """One of two processes: a step of every method with its half of the batch; rank 0 writes losses and gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    people, found = data.toy("train", persons=6), {}
+    with pytest.MonkeyPatch.context() as patch:
+        same_draws(patch, rank, 2)
+        for name in STEPS:
+            model, batch, step = sample(name, people)
+            model.micro_batch = micro
+            parts = step(share_of(batch, rank, 2))
+            sum(parts.values()).backward()
+            tbps.mean_of_ranks([p.grad for p in model.parameters() if p.grad is not None])
+            shown = {k: v.detach().clone() for k, v in parts.items()}
+            tbps.mean_of_ranks(list(shown.values()))
+            found[name] = shown, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    rows = torch.arange(7.0)[rank::2]
+    assert tbps.together(rows[:, None]).flatten().tolist() == list(range(7)) and tbps.any_rank(rank == 1, "cpu") and not tbps.any_rank(False, "cpu")
+    if rank == 0:
+        torch.save(found, out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro", [0, 3])
+def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path / "meet"), str(tmp_path / "found.pt"), micro), nprocs=2)
+    found = torch.load(tmp_path / "found.pt")
+    same_draws(monkeypatch)
+    for name in STEPS:
+        model, batch, step = sample(name, people)
+        parts = step(batch)
+        want, (seen, grads) = gradients(model, parts), found[name]
+        assert seen.keys() == parts.keys() and all(torch.allclose(seen[k], parts[k], rtol=1e-9) for k in parts), name
+        assert grads.keys() == want.keys()
+        for n in want:
+            assert torch.allclose(grads[n], want[n], rtol=1e-9, atol=1e-11), (name, n)
+
+
+RUN = ["--dataset", "toy-few", "--method", "irra", "--size", "toy", "--clip", "none", "--workers", "0", "--set", "text_dropout=0", "batch=64", "epochs=2", "height=48", "width=24",
+       "restoration=0", "mlm=1"]
+
+
+def torchrun(ranks, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_run_of_two_processes_is_that_of_one(tmp_path):
+    one = subprocess.run([sys.executable, "tbps.py", *RUN, "--out", tmp_path / "one"], cwd=ROOT, text=True, capture_output=True)
+    code, said, errors = torchrun(2, "tbps.py", *RUN, "--out", tmp_path / "two")
+    assert one.returncode == code == 0, errors
+    assert said.count("epoch   2/2") == 1 and said.count("test R@1") == 1
+    scores = [dict(zip(s.splitlines()[-1].split()[1::2], map(float, s.splitlines()[-1].split()[2::2]))) for s in (one.stdout, said)]
+    assert all(abs(scores[0][k] - scores[1][k]) < 0.15 for k in scores[0])
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two"))
+    assert all(torch.allclose(a["weights"][n], b["weights"][n], atol=2e-3) for n in a["weights"]) and a["epoch"] == b["epoch"] == 2
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert [x["at"] for x in logs[0]] == [x["at"] for x in logs[1]] and logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5)
+    code, _, errors = torchrun(2, "tbps.py", *RUN, "batch=65", "--out", tmp_path / "odd")
+    assert code and "cannot be shared by 2 processes" in errors
+    assert "cannot be had with feature_mixup" in error("tbps.py", "--method", "ctlg", "--set", "feature_mixup=1", "--micro-batch", "8")
+
+
+def test_resume_on_another_number_of_processes(tmp_path):
+    """Data and draws are functions of the seed, so a run that two began, one ends; stopped between two logged steps."""
+    options = ["tbps.py", *RUN, "epochs=3", "--save-minutes", "0", "--log-every", "3"]
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, options), "--out", str(tmp_path / "r")], cwd=ROOT,
+                               env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (tmp_path / "r/last.pt").exists():
+        pass
+    process.terminate()
+    process.communicate()
+    saved = torch.load(tmp_path / "r/last.pt", weights_only=True)
+    assert (saved["epoch"], saved["step"]) < (3, 0)
+    done = subprocess.run([sys.executable, *options, "--out", tmp_path / "r", "--resume"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    whole = subprocess.run([sys.executable, *options, "--out", tmp_path / "w"], cwd=ROOT, text=True, capture_output=True)
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["weights"] for n in "rw")
+    assert whole.returncode == 0 and all(torch.allclose(a[n], b[n], atol=2e-3) for n in a)
