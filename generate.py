@@ -1,13 +1,14 @@
 """Proximity data generation (PDG) of CTLG (arXiv 2311.09084): a diffusion model turns a training pair into new pairs nearby, in which one
 piece of clothing has another colour, in the picture and in the caption.
 
-    python generate.py                                                     toy people: trains a small diffusion model, then 500 pairs
+    python generate.py --words C --judge C                                 toy people: trains a small diffusion model, then 500 pairs
     python generate.py --dataset cuhk --data-root DIR --diffusion MODEL    with a Stable Diffusion 1.x: a folder, or a hub id
     torchrun --nproc_per_node 8 generate.py ...                            on all GPUs of a machine
     python tbps.py --dataset cuhk --data-root DIR --extra runs/pdg-cuhk-0  trains on them too
 
-Stopped at any moment and started again with the same command, it ends with the same files. Pictures of the folder: imgs/; what each was made
-from, its captions and scores: pairs.jsonl; some of them side by side: report.html.
+C is a checkpoint of tbps.py: the diffusion model starts from its text tower, its encoders score the pairs. Stopped at any moment and started
+again with the same command, it ends with the same files. Pictures of the folder: imgs/; what each was made from, its captions and
+scores: pairs.jsonl; some of them side by side: report.html.
 
 M mentions, B sources in a batch, R rows of the model's batch, T steps, L latents: 4 channels and an eighth of the pixels' side (Stable
 Diffusion), or the pixels themselves (no VAE). z[t] is the latent at step t of T, 0 the clean one."""
@@ -428,17 +429,25 @@ class Control:
 
 # ---- training: the toy's model from scratch, or a UNet on one's own pictures ----------------------------------------
 
-def toy_model(captions, steps, device):
-    """A small model of the toy people, in pixels: a UNet of 1.7 M parameters and a text encoder that learns along."""
-    tokenizer = data.train_tokenizer(captions)
+def toy_model(captions, steps, device, checkpoint=None):
+    """A small model of the toy people, in pixels: a UNet of 1.7 M parameters and a text encoder that learns along, from scratch or from
+    the text tower of a checkpoint. The schedule is noisier than Stable Diffusion's: garments are flat, so that one sees their colours
+    through its noise at any time, and nothing is left that only the caption could tell. For the same reason the model predicts v."""
+    if checkpoint:
+        model, tokenizer, _ = tbps.load_checkpoint(checkpoint)
+        words = Words(**{k: model.arch[k] for k in ("vocab", "head_width", "quick_gelu", "context")}, width=model.arch["text_width"], layers=model.arch["text_layers"])
+        words.tower.load_state_dict({n: w for n, w in model.text.state_dict().items() if n != "proj"})
+    else:
+        tokenizer = data.train_tokenizer(captions)
+        words = Words(tokenizer.vocab, 128, 2, 32)
     unet = UNet2DConditionModel(
-        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=words.tower.pos.shape[1], attention_head_dim=4,
         norm_num_groups=8, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
-    return Diffusion(unet, None, scheduler, Words(tokenizer.vocab, 128, 2, 32), tokenizer, steps, device)
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
+    return Diffusion(unet, None, scheduler, words, tokenizer, steps, device)
 
 
-TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption"]
+TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption", "words"]
 
 
 def check_training(saved, recipe, folder):
@@ -452,7 +461,7 @@ def train_diffusion(model, records, recipe, seed, folder, words):
     on from it; ends with the folder in the layout of diffusers."""
     scale, parts = data.Scale((recipe["height"], recipe["width"]), "bicubic"), nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.words) if words else {}))
     learned = list(parts.requires_grad_(True).train().parameters())
-    optimizer, n = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01), -(-len(records) // recipe["train_batch"])
+    optimizer, n = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01, fused=True), -(-len(records) // recipe["train_batch"])
     total, epoch, mean = recipe["train_epochs"] * n, 0, [p.detach().clone() for p in learned]
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
@@ -500,7 +509,7 @@ SD = dict(  # for Stable Diffusion 1.x, in the shape of persons
     height=512, width=192, steps=50, guidance=7.5, inversion="direct", rounds=10, weight=6.0, cross=0.8, own=0.4, blend_from=0.2, threshold=0.3, blend_at=4,
     paste=True, garments=False, train_epochs=5, train_batch=8, train_lr=1e-5, drop_caption=0.1)
 PAPER = SD | dict(width=512, inversion="null", paste=False)
-TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, blend_at=2, train_epochs=15, train_batch=32, train_lr=1e-3)
+TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, blend_at=2, train_epochs=14, train_batch=16, train_lr=1e-3)
 KEYS = dict(  # what --help says of each key
     height="of what the model sees, pixels", width="likewise", steps="of DDIM, each way", guidance="how much the new caption is insisted on",
     inversion="direct, negative or null: how the source picture is kept", rounds="of null-text optimisation per step, at most",
@@ -536,17 +545,24 @@ def plan(records, tokenizer, seed, count, per_source, garments):
 
 
 class Judge:
-    """How much better a picture goes with the new caption than with the old one, by a dual encoder."""
+    """What a dual encoder says of an edit, {name: score} per pair: words, how much better the new picture goes with the new caption than with the
+    old, a difference of cosines; direction, the cosine between what changed in the picture's features and what changed in the caption's
+    (arXiv 2108.00946), low also where more has changed than was said."""
 
     def __init__(self, path, device):
         self.model, self.tokenizer, info = tbps.load_checkpoint(path, device)
         self.view, self.clean = data.EvalView(info["size"], info["norm"], info["resize"]), data.clean_caption if info["clean"] else str
 
     @torch.no_grad()
-    def __call__(self, pictures, edits):
-        image = F.normalize(self.model.encode_image(torch.stack([self.view(p) for p in pictures]).to(self.model.logit_scale.device)), dim=1)
-        new, old = (F.normalize(self.model.encode_text(self.tokenizer([self.clean(e[k]) for e in edits])), dim=1) for k in ("caption", "source"))
-        return ((image * new).sum(dim=1) - (image * old).sum(dim=1)).tolist()
+    def __call__(self, sources, pictures, edits):
+        def images(pictures):
+            return F.normalize(self.model.encode_image(torch.stack([self.view(p) for p in pictures]).to(self.model.logit_scale.device)), dim=1)
+
+        def texts(key):
+            return F.normalize(self.model.encode_text(self.tokenizer([self.clean(e[key]) for e in edits])), dim=1)
+        image, text = images(pictures), texts("caption") - texts("source")                              # (B, D)
+        direction = F.cosine_similarity(image - images(sources), text)
+        return [dict(words=w, direction=d) for w, d in zip((image * text).sum(dim=1).tolist(), direction.tolist())]
 
 
 def to_picture(pixels):
@@ -586,8 +602,8 @@ def make(model, records, batch, recipe, judge, seed):
             made.append((n, k, to_picture(x), dict(captions=[e["caption"]], edit=said, scores=scores), strip))
     made.sort(key=lambda m: m[:2])
     if judge:
-        for (*_, entry, _), margin in zip(made, judge([m[2] for m in made], [batch[m[0]][1][m[1]] for m in made])):
-            entry["scores"]["words"] = margin
+        for (*_, entry, _), scores in zip(made, judge([pictures[m[0]] for m in made], [m[2] for m in made], [batch[m[0]][1][m[1]] for m in made])):
+            entry["scores"] |= scores
     return [m[2:] for m in made]
 
 
@@ -599,11 +615,12 @@ def parse_args(argv=None):
     p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="whose training split the sources are from (default: toy)")
     p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
     p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x (toy people: trained first, and kept)")
+    p.add_argument("--words", metavar="FILE", help="toy people: a checkpoint whose text tower the diffusion model starts from (default: from scratch, which learns less)")
     p.add_argument("--finetune", metavar="DIR", help="first train its UNet on the training split, and keep that in this folder")
     p.add_argument("--count", type=int, default=500, help="pairs to make (default: 500)")
     p.add_argument("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
     p.add_argument("--batch", type=int, default=16, help="sources at a time (default: 16)")
-    p.add_argument("--judge", metavar="FILE", help="a checkpoint whose encoders score how well a picture goes with its new caption")
+    p.add_argument("--judge", metavar="FILE", help="a checkpoint whose encoders score how well a picture goes with its new caption: words, direction")
     p.add_argument("--preset", choices=["persons", "paper"], default="persons", help="paper: squashed to a square, null-text inversion, as published")
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
     p.add_argument("--seed", type=int, default=0, help="of the choice of sources and edits, and of the toy's model (default: 0)")
@@ -677,17 +694,17 @@ def prepared_model(args, recipe, records, ranks):
             torch.manual_seed(data.mix(args.seed))
             train()
         elif (folder / "last.pt").exists():
-            check_training(tbps.read_file(folder / "last.pt"), recipe, folder)
+            check_training(tbps.read_file(folder / "last.pt"), training, folder)
         return folder
 
     def toy():
-        model = toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device)
-        train_diffusion(model, records, recipe, args.seed, toys, words=True)
+        model = toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device, args.words)
+        train_diffusion(model, records, training, args.seed, toys, words=True)
 
     def tune():
-        train_diffusion(load_diffusion(source, recipe["steps"], args.device), records, recipe, args.seed, Path(args.finetune), words=False)
+        train_diffusion(load_diffusion(source, recipe["steps"], args.device), records, training, args.seed, Path(args.finetune), words=False)
 
-    toys = Path(f"runs/{args.dataset}-diffusion-{args.seed}")
+    toys, training = Path(f"runs/{args.dataset}-diffusion-{args.seed}"), recipe | dict(words=args.words)
     source = args.diffusion or once(toys, toy)
     return load_diffusion(once(Path(args.finetune), tune) if args.finetune else source, recipe["steps"], args.device)
 
@@ -699,6 +716,10 @@ def main():
     check_folder(out, settings)
     if args.device == "cuda" and ranks > 1:
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    if args.words:
+        if args.diffusion or not args.dataset.startswith("toy"):
+            raise ValueError("--words is for the diffusion model of toy people that is trained here; with --diffusion the text encoder comes along")
+        data.need(Path(args.words), "the checkpoint for --words", "train one with python tbps.py, which writes runs/NAME/best.pt")
     if args.judge:
         data.need(Path(args.judge), "the judge", "it is a checkpoint of tbps.py, like runs/NAME/best.pt")
     judge = Judge(args.judge, args.device) if args.judge else None

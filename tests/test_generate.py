@@ -471,6 +471,21 @@ def test_the_whole_chain_on_toy_people(people, tmp_path, monkeypatch):
     tuned = load_file("tuned/unet/diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(before[n], tuned[n]) for n in before)
     assert (Path("kept/text_encoder/model.safetensors").read_bytes() == Path("tuned/text_encoder/model.safetensors").read_bytes())
+    # from the text tower of a checkpoint: at the end of the text stands what it would be compared by
+    encoder, tokenizer, _ = tbps.load_checkpoint("c/best.pt")
+    model = generate.toy_model([], 2, "cpu", "c/best.pt")
+    tokens = tokenizer(["a man in a red coat"])
+    assert torch.allclose(model.read(["a man in a red coat"])[0, tokens.argmax()] @ encoder.text.proj, encoder.encode_text(tokens)[0], atol=1e-5)
+    run("generate.py", "--count", "1", "--seed", "1", "--out", "w", "--words", "c/best.pt", "--set", *tiny)
+    assert "words c/best.pt then, None now" in error("generate.py", "--count", "1", "--seed", "1", "--out", "v", "--set", *tiny)
+    # what the judge says: nothing has changed; all has changed as was said
+    judge, edit = generate.Judge("c/best.pt", "cpu"), dict(caption="a man in a red coat", source="a man in a blue coat")
+    one, two = (data.load_image(r["image"]) for r in people[:2])
+    new, old = (F.normalize(encoder.encode_text(tokenizer([edit[k]])), dim=1) for k in ("caption", "source"))
+    a, b = (F.normalize(encoder.encode_image(judge.view(p)[None]), dim=1) for p in (one, two))
+    still, moved = judge([one, one], [one, two], [edit, edit])
+    assert still["direction"] == pytest.approx(0, abs=1e-4) and still["words"] == pytest.approx((a @ (new - old).T).item(), abs=1e-5)
+    assert moved["direction"] == pytest.approx(F.cosine_similarity(b - a, new - old).item(), abs=1e-4)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -486,7 +501,8 @@ def test_mistakes(folder, tmp_path, model):
         model.edit(model.invert(torch.randn(1, 4, 16, 8), text), text, text, control(model, [e], blend_at=16))
     for options, words in ((["--dataset", "cuhk"], "name the diffusion model with --diffusion"), (["--preset", "paper"], "a preset of their own"),
                            (["--set", "inversion=magic"], "one of direct, negative, null"), (["--set", "guide=1"], "there is no key 'guide'"),
-                           (["--set", "own=2"], "a share from 0 to 1"), (["--set", "guidance=nan"], "guidance=nan must be"), (["--device", "foo"], "--device is cpu"), (["--count", "0"], "--count must be at least 1"), (["--judge", "x.pt"], "the judge")):
+                           (["--set", "own=2"], "a share from 0 to 1"), (["--set", "guidance=nan"], "guidance=nan must be"), (["--device", "foo"], "--device is cpu"), (["--count", "0"], "--count must be at least 1"), (["--judge", "x.pt"], "the judge"), (["--words", "x.pt"], "the checkpoint for --words"),
+                           (["--words", "x.pt", "--diffusion", folder], "--words is for"), (["--set", "blend_at=3"], "must be 1, 2, 4 or 8")):
         assert words in error("generate.py", *options)
     assert "name their folder with --extra" in error("tbps.py", "--min-score", "words=0")
     with pytest.raises(ValueError, match="predicts 'sample'"):

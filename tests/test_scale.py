@@ -4,8 +4,10 @@ of one process with the whole batch, for every method."""
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -192,45 +194,50 @@ def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
             assert torch.allclose(grads[n], want[n], rtol=1e-9, atol=1e-11), (name, n)
 
 
-RUN = ["--dataset", "toy-few", "--method", "irra", "--size", "toy", "--clip", "none", "--workers", "0", "--set", "text_dropout=0", "batch=64", "epochs=2", "height=48", "width=24",
-       "restoration=0", "mlm=1"]
+RUN = ["--dataset", "cuhk", "--method", "irra", "--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "batch=8", "epochs=2", "height=48", "width=24", "lr=1e-3"]
 
 
-def torchrun(ranks, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    return done.returncode, done.stdout, done.stderr
+def command(ranks, *options):
+    """A run on some processes."""
+    start = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] * (ranks > 1), "tbps.py", *map(str, options)]
+    return subprocess.Popen(start, cwd=ROOT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_a_run_of_two_processes_is_that_of_one(tmp_path):
-    one = subprocess.run([sys.executable, "tbps.py", *RUN, "--out", tmp_path / "one"], cwd=ROOT, text=True, capture_output=True)
-    code, said, errors = torchrun(2, "tbps.py", *RUN, "--out", tmp_path / "two")
-    assert one.returncode == code == 0, errors
-    assert said.count("epoch   2/2") == 1 and said.count("test R@1") == 1
-    scores = [dict(zip(s.splitlines()[-1].split()[1::2], map(float, s.splitlines()[-1].split()[2::2]))) for s in (one.stdout, said)]
-    assert all(abs(scores[0][k] - scores[1][k]) < 0.15 for k in scores[0])
+def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
+    options = [*RUN, "--data-root", cuhk]
+    one, two = command(1, *options, "--out", tmp_path / "one"), command(2, *options, "--out", tmp_path / "two")
+    (alone, _), (said, errors) = one.communicate(), two.communicate()
+    assert one.returncode == two.returncode == 0, errors
+    assert said.count("epoch   2/2") == 1 and said.splitlines()[-1] == alone.splitlines()[-1] and said.splitlines()[-1].startswith("test R@1")
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two"))
-    assert all(torch.allclose(a["weights"][n], b["weights"][n], atol=2e-3) for n in a["weights"]) and a["epoch"] == b["epoch"] == 2
+    assert all(torch.allclose(a["weights"][n], b["weights"][n], atol=1e-3) for n in a["weights"]) and a["epoch"] == b["epoch"] == 2
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
-    assert [x["at"] for x in logs[0]] == [x["at"] for x in logs[1]] and logs[0][0]["loss"] == pytest.approx(logs[1][0]["loss"], rel=1e-5)
-    code, _, errors = torchrun(2, "tbps.py", *RUN, "batch=65", "--out", tmp_path / "odd")
-    assert code and "cannot be shared by 2 processes" in errors
+    assert [x["at"] for x in logs[0]] == [x["at"] for x in logs[1]] and len(logs[0]) > 8
+    assert all(x["loss"] == pytest.approx(y["loss"], rel=1e-3) for x, y in zip(*logs) if "loss" in x)
+    # what two processes made, one goes on with: the third epoch of a run is that of the run that one made
+    for saved in (a, b):
+        saved["recipe"]["epochs"] = 3
+    for n, saved in (("one", a), ("two", b)):
+        torch.save(saved, tmp_path / n / "last.pt")
+    on = [command(1, *RUN, "epochs=3", "--data-root", cuhk, "--resume", "--out", tmp_path / n) for n in ("one", "two")]
+    told = [p.communicate() for p in on]
+    assert all(p.returncode == 0 for p in on), told
+    ends = [said.splitlines()[-1] for said, _ in told]
+    assert ends[0] == ends[1]
+    odd = command(2, *RUN, "batch=7", "--data-root", cuhk, "--out", tmp_path / "odd")
+    assert "cannot be shared by 2 processes" in odd.communicate()[1] and odd.returncode
     assert "cannot be had with feature_mixup" in error("tbps.py", "--method", "ctlg", "--set", "feature_mixup=1", "--micro-batch", "8")
 
 
-def test_resume_on_another_number_of_processes(tmp_path):
-    """Data and draws are functions of the seed, so a run that two began, one ends; stopped between two logged steps."""
-    options = ["tbps.py", *RUN, "epochs=3", "--save-minutes", "0", "--log-every", "3"]
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, options), "--out", str(tmp_path / "r")], cwd=ROOT,
-                               env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not (tmp_path / "r/last.pt").exists():
-        pass
-    process.terminate()
-    process.communicate()
+def test_one_that_wants_to_stop_stops_all(cuhk, tmp_path):
+    """Ctrl-C reaches the processes at different steps; they agree on one, save, and end."""
+    process = command(2, *RUN, "epochs=500", "--data-root", cuhk, "--out", tmp_path / "r")
+    while not ((tmp_path / "r/log.jsonl").exists() and len((tmp_path / "r/log.jsonl").read_text().splitlines()) > 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert "is saved. Go on with the same command and --resume" in errors
     saved = torch.load(tmp_path / "r/last.pt", weights_only=True)
-    assert (saved["epoch"], saved["step"]) < (3, 0)
-    done = subprocess.run([sys.executable, *options, "--out", tmp_path / "r", "--resume"], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    whole = subprocess.run([sys.executable, *options, "--out", tmp_path / "w"], cwd=ROOT, text=True, capture_output=True)
-    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["weights"] for n in "rw")
-    assert whole.returncode == 0 and all(torch.allclose(a[n], b[n], atol=2e-3) for n in a)
+    lines = [json.loads(line)["at"] for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
+    assert [saved["epoch"], saved["step"]] in (lines[-1], lines[-2])
