@@ -21,6 +21,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import tbps
+import why
 from conftest import ROOT, error, run, start
 from test_model import openai_tiny
 
@@ -242,6 +243,19 @@ def test_a_word_is_explained_by_the_part_it_is_about():
     assert heat[inside].min() > 2 * heat[~inside].max() / 3 and heat_too[inside_too].min() > 2 * heat_too[~inside_too].max() / 3
     assert heat[6:].max() < 0.1 * heat.max() and heat_too[:6].max() < 0.1 * heat_too.max()
     assert evaluation.word_maps(Model(), list, torch.zeros(3, 96, 48), "with of the", data.tag_words) == []
+
+
+def test_the_judge_of_maps_knows_the_garments(checkpoint, people, monkeypatch, capsys):
+    record = next(r for r in people if data.toy_mask(r, "bottom").sum() > 30 and data.toy_mask(r, "top").sum() > 30)
+    found = {(word, kind): mask for word, kind, mask in why.cases(record, "a man in a red jacket, blue shorts and glasses")}
+    assert found.keys() == {("red", "colour"), ("jacket", "noun"), ("blue", "colour"), ("shorts", "noun")}
+    assert (found["red", "colour"] == data.toy_mask(record, "top")).all() and (found["shorts", "noun"] == data.toy_mask(record, "bottom")).all()
+    assert {word for word, *_ in why.cases(record, "a red jacket and red shorts")} == {"jacket", "shorts"}       # which red?
+    monkeypatch.setattr(data, "read", lambda *_: people)
+    monkeypatch.setattr(sys, "argv", ["why.py", str(checkpoint)])
+    why.main()
+    said = capsys.readouterr().out
+    assert said.count("point at their garment; by chance") == 2
 
 
 # ---- the search page ------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def cases(record, caption):
     tagged = data.tag_words(caption)
     words, found = [caption[a:b] for a, b, _ in tagged], []
     for noun, colours in generate.mentions(words, [kind for *_, kind in tagged])[0]:
-        mask = data.toy_mask(record, pdg.REGION[generate.GARMENT_OF[words[noun]]])
-        if mask.sum() >= 30:
+        region = pdg.REGION.get(generate.GARMENT_OF[words[noun]])       # glasses have no colour, nor the room for one
+        if region and (mask := data.toy_mask(record, region)).sum() >= 30:
             found += [(words[n], kind, mask) for kind, ns in (("noun", [noun]), ("colour", colours)) for n in ns if words.count(words[n]) == 1]
     return found
 
