@@ -1215,7 +1215,8 @@ def command(main):
         print(e if e.args else "stopped", file=sys.stderr)
         code = 130
     except torch.OutOfMemoryError as e:
-        print(f"error: {str(e).split('. ')[0]}\n  In training, --micro-batch M computes the same in parts and --checkpoint-blocks keeps less; or lower --batch", file=sys.stderr)
+        print(f"error: {str(e).split('. ')[0]}\n  In training, --micro-batch M computes the same in parts, and --checkpoint-blocks keeps less; "
+              "or lower --batch", file=sys.stderr)
         code = 2
     except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
         said = str(e).rsplit(f"\n{type(e).__name__}: ", 1)[-1].rstrip()          # one from a loader's process brings its traceback along

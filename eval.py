@@ -675,7 +675,7 @@ def compare(args):
         for dataset in args.dataset or [info["args"]["dataset"]]:
             records = data.read(dataset, args.data_root or info["args"].get("data_root", "data"), args.split)
             rows, sheet = tbps.evaluate(model, tokenizer, info, records, args.device, 0 if dataset.startswith("toy") else args.workers)
-            print(f"{source} ({info['method']}, epoch {info['epoch']}) on {dataset} {args.split}: {{:,}} persons, {{:,}} images, {{:,}} captions".format(*data.counts(records)))
+            print(f"{source} ({info['method']}, epoch {info['epoch']}) on {dataset} {args.split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
             for name, scores in rows.items():
                 print(f"{name:28}{show(scores)}", flush=True)
             table_rows[f"{source} on {dataset}"] = rows["text to image"]

@@ -441,8 +441,8 @@ def toy_model(captions, steps, device, checkpoint=None):
         tokenizer = data.train_tokenizer(captions)
         words = Words(tokenizer.vocab, 128, 2, 32)
     unet = UNet2DConditionModel(
-        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=words.tower.pos.shape[1], attention_head_dim=4,
-        norm_num_groups=8, down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
+        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+        cross_attention_dim=words.tower.pos.shape[1], down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
     scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
     return Diffusion(unet, None, scheduler, words, tokenizer, steps, device)
 
