@@ -1290,6 +1290,8 @@ def main():
     args = p.parse_args()
     if args.pictures:
         folder, records = Path(args.pictures), read(args.dataset, args.data_root, "test")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; --pictures names a folder")
         folder.mkdir(parents=True, exist_ok=True)
         for n, r in enumerate(records):
             load_image(r["image"]).save(folder / f"{r['pid']:04}_{n:05}.png")

@@ -23,6 +23,8 @@ import os
 import re
 import sys
 import threading
+import zipfile
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -199,13 +201,13 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def photos_in(folder):
-    """{path below the folder: (bytes, time of change in ns)} of its pictures, at any depth. Hidden ones, and links that lead out of the
-    folder or nowhere, are left out."""
+    """{path below the folder: (bytes, time of change in ns)} of its pictures, at any depth. Hidden ones, links that lead out of the folder or
+    nowhere, and what is no file (a pipe would be waited for) are left out."""
     root, found = Path(folder).resolve(), {}
     for where, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
         for path in (Path(where, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES):
-            if not path.is_symlink() or path.exists() and path.resolve().is_relative_to(root):
+            if path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(root)):
                 state = path.stat()
                 found[str(path.relative_to(folder))] = state.st_size, state.st_mtime_ns
     return dict(sorted(found.items()))
@@ -248,9 +250,11 @@ class Index:
                 with open(self.npy, "rb") as f:
                     np.lib.format.read_magic(f)
                     rows = np.lib.format.read_array_header_1_0(f)[0][0]
+                    if self.npy.stat().st_size < f.tell() + 2 * width * rows:
+                        raise ValueError("cut off")
                 self.entries = [json.loads(line) for line in lines[1:1 + rows]]
         except ValueError:
-            raise ValueError(f"{self.npy} and {self.list.name} are no index of pictures; remove them, or name another file with --index") from None
+            raise ValueError(f"{self.npy} and {self.list.name} are no index of pictures, or damaged; remove them, or name another file with --index") from None
         self.bytes = len(text)
         if not len(lines) - 1 == len(self.entries) == rows or not text.endswith(b"\n"):
             self.keep(range(len(self.entries)))
@@ -353,6 +357,12 @@ def best(features, query, top, chunk=8192):
 
 # ---- searching ------------------------------------------------------------------------------------------------------
 
+def readable(path):
+    """A path or an argument as text, also where its bytes are none, or would command a terminal."""
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 class Search:
     """A model, the pictures of a folder, and their embeddings: what the command line and the page in the browser ask."""
 
@@ -370,15 +380,15 @@ class Search:
         return path
 
     def name(self, row):
-        """The path below the folder as text, also where its bytes are none."""
-        return os.fsencode(self.entries[row][0]).decode("utf-8", "replace")
+        """The path below the folder, as text."""
+        return readable(self.entries[row][0])
 
     @torch.no_grad()
     def encode(self, texts):
         """Sentences, cleaned as in training -> (Q, D) of unit length."""
         texts = [self.clean(t) for t in texts]
         if not all(t.strip() for t in texts):
-            raise ValueError("the query is empty: describe the person in a sentence")
+            raise ValueError("the query has no word: describe the person in a sentence")
         with self.lock:
             return F.normalize(self.model.encode_text(self.tokenizer(texts)).float(), dim=1).cpu()
 
@@ -507,6 +517,8 @@ def answer(search, query):
             more.append((f"/?{urlencode(dict(why=row, q=text, top=top))}", "why?"))
         return "<br>" + " ".join(f"<a href='{html.escape(url)}'>{said}</a>" for url, said in more)
 
+    if len(text) > 20_000:
+        raise ValueError(f"a query of {len(text):,} characters is too long; some sentences are enough")
     said = [line for line in text.splitlines() if line.strip()]
     if like is not None:
         main = f"<h2>Like {html.escape(search.name(like))}</h2>" + results(search, search.top(search.like(like), top), links)
@@ -699,15 +711,23 @@ def search_gallery(args):
     folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of pictures")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; --gallery takes a folder of pictures")
-    queries = list(args.query)
+    queries = [readable(q) for q in args.query]
     if args.queries:
-        queries += [line for line in data.need(args.queries, "the file of queries", "it has one query per line").read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = data.need(args.queries, "the file of queries", "it has one query per line").read_text(encoding="utf-8-sig").splitlines()
+        except (UnicodeDecodeError, IsADirectoryError):
+            raise ValueError(f"{args.queries} is no text in UTF-8 with a query per line") from None
+        queries += [line for line in lines if line.strip()]
     if any(not q.strip() for q in queries):
         raise ValueError("a query is empty: describe the person in a sentence")
+    if args.explain and not queries:
+        raise ValueError("--explain shows maps for the pictures that a query finds: give one with --query")
     if args.queries and not queries:
         raise ValueError(f"{args.queries} has no query: it has one per line")
     model, tokenizer, info = open_model(args.checkpoint[0], args.device, args.tokenizer, args.size)
     weights, rank = weights_id(model, info), int(os.environ.get("RANK", 0))
+    if args.index and Path(args.index).is_dir():
+        raise ValueError(f"{args.index} is a folder; --index names a file in it")
     file = re.sub(r"\.npy$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.init_process_group("gloo")
@@ -719,10 +739,10 @@ def search_gallery(args):
     if rank:
         return
     if bad:
-        print(f"{len(bad)} files are no pictures that can be read, and are left out: {', '.join(bad[:5])}{' ...' * (len(bad) > 5)}", file=sys.stderr)
+        print(f"{len(bad)} files are no pictures that can be read, and are left out: {', '.join(map(readable, bad[:5]))}{' ...' * (len(bad) > 5)}", file=sys.stderr)
     if not index.entries:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
-    print(f"{len(index.entries):,} pictures; index: {index.npy}", flush=True)
+    print(f"{len(index.entries):,} pictures; index: {readable(index.npy)}", flush=True)
     search, chapters = Search(model, tokenizer, info, folder, index, args.device), []
     for query in queries:
         found = search.top(search.describe([query]), args.top)
@@ -730,7 +750,7 @@ def search_gallery(args):
         why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
         chapters.append((query, results(search, found) + (why and f"<p>{WHY}</p>{why}")))
     if queries:
-        write_page(args.page or "search.html", f"{folder}, {info['method']}", *chapters)
+        write_page(args.page or "search.html", f"{readable(folder)}, {info['method']}", *chapters)
         print(f"\npage: {args.page or 'search.html'}", flush=True)
     if args.serve is not None:
         serve(search, args.serve)
@@ -765,6 +785,10 @@ def main():
     tbps.check_device(args.device)
     if args.page:
         data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
+        if Path(args.page).is_dir():
+            raise ValueError(f"{args.page} is a folder; --page names a file in it")
+    if sum(map(bool, (args.features, args.export, args.gallery))) > 1 or args.features and args.checkpoint or args.export and (args.dataset or args.page):
+        raise ValueError("one thing at a time: --features FILE, --checkpoint C --export DIR, --checkpoint C --gallery PHOTOS, or --checkpoint C for scores")
     if args.top < 1 or args.explain < 0 or args.workers < 0 or args.serve is not None and not 0 <= args.serve <= 65535:
         raise ValueError("--top must be at least 1, --explain and --workers at least 0, and a port at most 65535")
     if args.features:
@@ -785,27 +809,36 @@ def main():
 
 def image_size(text):
     """HxW -> (H, W), for argparse."""
-    height, width = text.split("x")
-    return int(height), int(width)
+    if not re.fullmatch("[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; height x width, like 384x128")
+    return tuple(map(int, text.split("x")))
 
 
 def score_features(file):
     """Prints the scores of features in an .npz."""
     import data
+    kinds = dict(query=(2, "f", np.float32), gallery=(2, "f", np.float32), q_pid=(1, "iu", np.int64), g_pid=(1, "iu", np.int64), own=(1, "iu", np.int64))
     try:
-        found = dict(np.load(data.need(file, "the features", "an .npz with query, gallery, q_pid, g_pid")))
-    except (ValueError, OSError, TypeError) as e:
-        if isinstance(e, FileNotFoundError):
-            raise
-        raise ValueError(f"{file} cannot be read as .npz ({e})") from None
-    if missing := {"query", "gallery", "q_pid", "g_pid"} - found.keys():
-        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(found))}")
-    x = {name: torch.from_numpy(found[name]) for name in ("query", "gallery", "q_pid", "g_pid", "own") if name in found}
-    Q, G = len(x["query"]), len(x["gallery"])
-    if not (x["query"].ndim == x["gallery"].ndim == 2 and x["query"].shape[1] == x["gallery"].shape[1] and len(x["q_pid"]) == len(x.get("own", x["q_pid"])) == Q
-            and len(x["g_pid"]) == G):
+        with np.load(data.need(file, "the features", "an .npz with query, gallery, q_pid, g_pid")) as archive:
+            found = {name: archive[name] for name in kinds if name in archive}
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+        raise ValueError(f"{file} is no .npz of arrays that can be read: numpy.savez writes one") from None
+    if missing := kinds.keys() - {"own"} - found.keys():
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; of what is wanted it has {', '.join(sorted(found)) or 'nothing'}")
+    if wrong := [n for n, v in found.items() if v.ndim != kinds[n][0] or v.dtype.kind not in kinds[n][1]]:
+        raise ValueError(f"{file}: {wrong[0]} is {found[wrong[0]].dtype} {found[wrong[0]].shape}; features are floating-point (N, D), ids whole numbers (N,)")
+    x = {n: torch.from_numpy(np.ascontiguousarray(v, kinds[n][2])) for n, v in found.items()}
+    Q, G, D = len(x["query"]), *x["gallery"].shape
+    if x["query"].shape != (Q, D) or not D or len(x["q_pid"]) != Q or len(x["g_pid"]) != G or "own" in x and len(x["own"]) != Q:
         raise ValueError(f"{file}: the shapes do not fit: " + ", ".join(f"{name} {tuple(v.shape)}" for name, v in x.items()))
-    print(f"{Q:,} queries, {G:,} gallery images, {x['query'].shape[1]} numbers each")
+    for name in ("query", "gallery"):
+        if len(zero := (x[name] == 0).all(dim=1).nonzero()):
+            raise ValueError(f"{file}: row {int(zero[0])} of {name} is all zeros, which is no direction")
+    if "own" in x and not ((x["own"] >= 0) & (x["own"] < G)).all():
+        raise ValueError(f"{file}: own must be rows of the gallery, 0 to {G - 1}")
+    print(f"{Q:,} queries, {G:,} gallery images, {D} numbers each")
     print(f"text to image               {show(retrieval_metrics(x['query'], x['gallery'], x['q_pid'], x['g_pid']))}")
     if "own" in x:
         print(f"text to other images        {show(retrieval_metrics(*(x[n] for n in ('query', 'gallery', 'q_pid', 'g_pid', 'own'))))}")

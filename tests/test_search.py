@@ -54,6 +54,7 @@ def photos(tmp_path, people):
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "nowhere.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(root / "pipe.png")
     return root
 
 
@@ -155,6 +156,9 @@ def test_an_interrupted_index_goes_on(tmp_path):
     (tmp_path / "i.jsonl.part").write_bytes(new[1])
     listed.write_bytes(whole[1])
     assert state(evaluation.Index(file, "w", 2)) == want                # cut off between the two
+    npy.write_bytes(whole[0][:-3]), listed.write_bytes(whole[1])
+    with pytest.raises(ValueError, match="or damaged; remove them"):
+        evaluation.Index(file, "w", 2)
     npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
     (tmp_path / "i.npy.part").write_bytes(new[0][:-2]), (tmp_path / "i.jsonl.part").write_bytes(b"")
     assert len(evaluation.Index(file, "w", 2).entries) == 3             # cut off before
@@ -220,6 +224,17 @@ def test_pictures_to_try_it_on(cuhk, tmp_path):
     said = run("data.py", "--dataset", "cuhk", "--data-root", cuhk, "--pictures", tmp_path / "p")
     names = sorted(evaluation.photos_in(tmp_path / "p"))
     assert f"{len(names)} pictures" in said and len(names) == len(data.read("cuhk", cuhk, "test")) and names[0] == "0005_00000.png"
+
+
+def test_odd_names_and_queries(checkpoint, photos, tmp_path):
+    whole = (photos / "00.jpg").read_bytes()
+    for name in (b"tab\t\x1b[31m.jpg", b"new\nline.jpg", b"bytes\xff\xfe.jpg"):
+        with open(os.path.join(os.fsencode(photos), name), "wb") as f:
+            f.write(whole)
+    (tmp_path / "q.txt").write_bytes("\ufeffa red hat\n".encode())      # as Windows' editor saves it
+    said = search(checkpoint, photos, "--queries", tmp_path / "q.txt", "--query", "a red hat", "\udcff\udcfe hat", "--top", "19", "--page", tmp_path / "p.html")
+    first, _, last = (part.splitlines()[1:20] for part in said.split("\n\n")[1:4])
+    assert len(first) == 19 and first == last and "\x1b" not in said and "new\ufffdline.jpg" in said and "bytes\ufffd\ufffd.jpg" in said
 
 
 # ---- explanation ----------------------------------------------------------------------------------------------------
@@ -397,7 +412,14 @@ def test_mistakes(checkpoint, photos, tmp_path, server):
     assert "name the folder" in error("eval.py", "--checkpoint", checkpoint, "--query", "a")
     assert "name a checkpoint" in error("eval.py", "--gallery", photos)
     assert "query is empty" in search(checkpoint, photos, "--query", "  ", code=2) and not list(tmp_path.glob("photos-*"))
-    assert "query is empty" in search(checkpoint, photos, "--query", "...", code=2)
+    assert "has no word" in search(checkpoint, photos, "--query", "...", code=2)
+    assert "one at a time" in search(checkpoint, photos, "--export", tmp_path / "e", code=2).replace("one thing", "one") and "give one with --query" in search(checkpoint, photos, "--explain", "3", code=2)
+    assert "is a folder; --page" in search(checkpoint, photos, "--query", "a", "--page", tmp_path, code=2) and "is a folder; --index" in search(checkpoint, photos, "--index", tmp_path, code=2)
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfea\x00")
+    assert "no text in UTF-8" in search(checkpoint, photos, "--queries", tmp_path / "latin.txt", code=2)
+    assert "no text in UTF-8" in search(checkpoint, photos, "--queries", tmp_path, code=2)
+    assert "height x width, like 384x128" in search(checkpoint, photos, "--size", "3x", code=2)
+    assert "is a file; --pictures" in error("data.py", "--pictures", photos / "notes.txt")
     (tmp_path / "q.txt").write_text("\n\n")
     assert "has no query" in search(checkpoint, photos, "--queries", tmp_path / "q.txt", code=2)
     (tmp_path / "empty").mkdir()
@@ -441,8 +463,17 @@ def test_features_of_another_model(tmp_path):
     assert "lacks g_pid, gallery, q_pid" in error("eval.py", "--features", tmp_path / "g.npz")
     np.savez(tmp_path / "h.npz", **{k: v.numpy()[:9] for k, v in x.items()} | dict(query=x["query"].numpy()))
     assert "the shapes do not fit: query (20, 8)" in error("eval.py", "--features", tmp_path / "h.npz")
-    (tmp_path / "i.npz").write_bytes(b"nothing")
-    assert "cannot be read" in error("eval.py", "--features", tmp_path / "i.npz")
+    whole, arrays = (tmp_path / "f.npz").read_bytes(), {k: v.numpy() for k, v in x.items()}
+    for bad in (b"nothing", b"", whole[:300], whole[:-40], whole[:700] + b"x" + whole[701:]):
+        (tmp_path / "i.npz").write_bytes(bad)
+        assert "is no .npz of arrays that can be read" in error("eval.py", "--features", tmp_path / "i.npz")
+    for change, words in ((dict(q_pid=arrays["q_pid"].astype(str)), "ids whole numbers"), (dict(q_pid=arrays["q_pid"] + 0.5), "ids whole numbers"), (dict(query=np.float32(3)), "floating-point (N, D)"),
+                          (dict(query=arrays["query"] * 1j), "floating-point"), (dict(gallery=arrays["gallery"] * 0), "row 0 of gallery is all zeros"), (dict(own=arrays["own"] - 5), "own must be rows"),
+                          (dict(query=arrays["query"][:, :0], gallery=arrays["gallery"][:, :0]), "shapes do not fit")):
+        np.savez(tmp_path / "k.npz", **arrays | change)
+        assert words in error("eval.py", "--features", tmp_path / "k.npz")
+    np.savez(tmp_path / "l.npz", **arrays | dict(query=arrays["query"].astype(">f4"), q_pid=arrays["q_pid"].astype(np.uint64)))
+    assert run("eval.py", "--features", tmp_path / "l.npz") == said    # byte order and kind of number do not matter
     assert "the features should be at" in error("eval.py", "--features", tmp_path / "j.npz")
 
 
