@@ -430,7 +430,7 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
     whole, *without = F.normalize(model.encode_text(tokenizer(texts)).float(), dim=1).cpu()
     directions = whole - torch.stack(without)                                                           # (W, D)
     (h, w), (H, W) = model.image.grid, pixels.shape[1:]
-    step = max(1, round((h * w / 100) ** 0.5))                          # about a hundred windows of two steps
+    step = int(np.ceil((h * w / 100) ** 0.5))                           # at most a hundred windows of two steps
     windows = [(y, x, min(h, y + 2 * step), min(w, x + 2 * step)) for y in range(0, max(1, h - step), step) for x in range(0, max(1, w - step), step)]
     hidden = pixels.repeat(len(windows) + 1, 1, 1, 1)
     for picture, (top, left, bottom, right) in zip(hidden[1:], windows):
@@ -606,10 +606,11 @@ class ImageEncoder(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.tower = model.image
 
     def forward(self, pixels):
-        return F.normalize(self.model.encode_image(pixels), dim=1)
+        first = torch.zeros(pixels.shape[0], dtype=torch.int64)         # the class token
+        return F.normalize(self.tower.ln_post(self.tower(pixels, at=first)[:, 0]) @ self.tower.proj, dim=1)
 
 
 class TextEncoder(torch.nn.Module):
@@ -617,11 +618,11 @@ class TextEncoder(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.tower = model.text
 
     def forward(self, tokens):
-        x = self.model.text_tokens(tokens, cut=False)                                                   # (B, 77, D)
-        return F.normalize(x[torch.arange(x.shape[0]), tokens.argmax(dim=1)], dim=1)
+        end = self.tower(tokens, at=tokens.argmax(dim=1))[:, 0]
+        return F.normalize(self.tower.ln_post(end) @ self.tower.proj, dim=1)
 
 
 @torch.no_grad()
@@ -632,12 +633,13 @@ def export(model, tokenizer, info, folder):
     folder.mkdir(parents=True, exist_ok=True)
     tokens = tokenizer(["a man in a red jacket", "a woman", "a person with a black backpack and a white hat"])
     worst = 0.0
-    for name, encoder, x in (("image", ImageEncoder(model), torch.randn(3, 3, *info["size"])), ("text", TextEncoder(model), tokens)):
+    for name, encoder, encode, x in (("image", ImageEncoder(model), model.encode_image, torch.randn(3, 3, *info["size"])),
+                                     ("text", TextEncoder(model), model.encode_text, tokens)):
         path = folder / f"{name}.pt2"
         torch.export.save(torch.export.export(encoder.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
         program = torch.export.load(path).module()
         for some in (x, x[:1], torch.cat([x, x])):
-            worst = max(worst, (program(some) - encoder(some)).abs().max().item())
+            worst = max(worst, (program(some) - F.normalize(encode(some), dim=1)).abs().max().item())
     if not worst < 1e-4:
         raise ValueError(f"the exported programs differ from the checkpoint by {worst:.2g}: do not use {folder}")
     tokenizer.bpe.save(str(folder / "tokenizer.json"))
