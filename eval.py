@@ -368,7 +368,7 @@ class Search:
 
     def __init__(self, model, tokenizer, info, folder, index, device):
         import data
-        self.model, self.tokenizer, self.info, self.folder, self.device, self.entries = model, tokenizer, info, Path(folder), device, index.entries
+        self.model, self.tokenizer, self.folder, self.device, self.entries = model, tokenizer, Path(folder), device, index.entries
         self.features, self.view, self.load = index.features(), data.EvalView(info["size"], info["norm"], info["resize"]), data.load_image
         self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.plain_text, data.tag_words, threading.Lock()
 
@@ -708,6 +708,7 @@ def compare(args):
 def search_gallery(args):
     """Brings the index up to date, then answers the queries, or serves the page."""
     import data
+    import tbps
     if len(args.checkpoint) > 1:
         raise ValueError("a gallery is searched with one checkpoint")
     folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of pictures")
@@ -726,18 +727,15 @@ def search_gallery(args):
         raise ValueError("--explain shows maps for the pictures that a query finds: give one with --query")
     if args.queries and not queries:
         raise ValueError(f"{args.queries} has no query: it has one per line")
+    tbps.join(args)
     model, tokenizer, info = open_model(args.checkpoint[0], args.device, args.tokenizer, args.size)
     weights, rank = weights_id(model, info), int(os.environ.get("RANK", 0))
     if args.index and Path(args.index).is_dir():
         raise ValueError(f"{args.index} is a folder; --index names a file in it")
     file = re.sub(r"\.npy$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo")
     index = Index(file, weights, model.arch["embed"]) if rank == 0 else None
     view = data.EvalView(info["size"], info["norm"], info["resize"])
     bad = update_index(index, model, view, info["size"], folder, args.device, args.workers)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if rank:
         return
     if bad:
