@@ -14,11 +14,14 @@ torchvision, numpy and what these bring along (Pillow, tqdm): `retrieval_metrics
 queries x 3,074 images) takes it 0.25 s on 2 cores."""
 
 import argparse
+import array
 import base64
 import hashlib
 import html
 import io
+import itertools
 import json
+import mmap
 import os
 import re
 import sys
@@ -201,16 +204,15 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def photos_in(folder):
-    """{path below the folder: (bytes, time of change in ns)} of its pictures, at any depth. Hidden ones, links that lead out of the folder or
-    nowhere, and what is no file (a pipe would be waited for) are left out."""
-    root, found = Path(folder).resolve(), {}
+    """Yields [path below the folder, bytes, time of change in ns] of its pictures, at any depth, in order. Hidden ones, links that lead out of the
+    folder or nowhere, and what is no file (a pipe would be waited for) are left out."""
+    root = Path(folder).resolve()
     for where, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for path in (Path(where, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for path in (Path(where, f) for f in sorted(files) if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES):
             if path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(root)):
                 state = path.stat()
-                found[str(path.relative_to(folder))] = state.st_size, state.st_mtime_ns
-    return dict(sorted(found.items()))
+                yield [str(path.relative_to(folder)), state.st_size, state.st_mtime_ns]
 
 
 class Photos(torch.utils.data.Dataset):
@@ -233,35 +235,49 @@ class Index:
     """Embeddings of the pictures of a folder, in two files that anything can read: FILE.npy, float16 (N, D), rows of unit length, and
     FILE.jsonl, a line that tells whose embeddings they are, then for each row [path, bytes, time of change in ns].
 
-    Rows are appended, so what an interrupted run made is kept. Other weights begin anew."""
+    Rows are appended, so what an interrupted run made is kept. Other weights begin anew. Of the list only the places of its lines are kept
+    in memory: a million pictures take 8 MB."""
 
     def __init__(self, file, weights, width):
-        self.npy, self.list, self.head, self.width, self.entries = Path(f"{file}.npy"), Path(f"{file}.jsonl"), dict(weights=weights), width, []
+        self.npy, self.list, self.head, self.width = Path(f"{file}.npy"), Path(f"{file}.jsonl"), dict(weights=weights), width
         if not self.npy.absolute().parent.is_dir():
             raise FileNotFoundError(f"there is no folder {self.npy.parent} for the index; make it, or name another file with --index")
         if self.part(self.list).exists() and not self.part(self.npy).exists():                          # cut off at the end of `keep`
             self.part(self.list).replace(self.list)
-        if self.npy.exists() and not self.list.exists():
-            raise ValueError(f"{self.npy} exists and is no index of pictures: there is no {self.list.name} beside it; name another file with --index")
-        text, rows = self.list.read_bytes() if self.npy.exists() else b"", 0
-        lines = text.split(b"\n")[:-1]                                  # the last one may have been cut off
+        if len(there := [p for p in (self.npy, self.list) if p.exists()]) == 1:
+            raise ValueError(f"{there[0]} exists and is no index of pictures, which has two files, {self.npy.name} and {self.list.name}; remove it, or name "
+                             "another file with --index")
+        rows = 0
         try:
-            if lines and json.loads(lines[0]) == self.head:
+            if self.npy.exists() and json.loads(next(self.lines(head=True), b"0")) == self.head:
                 with open(self.npy, "rb") as f:
                     np.lib.format.read_magic(f)
                     rows = np.lib.format.read_array_header_1_0(f)[0][0]
                     if self.npy.stat().st_size < f.tell() + 2 * width * rows:
                         raise ValueError("cut off")
-                self.entries = [json.loads(line) for line in lines[1:1 + rows]]
         except ValueError:
             raise ValueError(f"{self.npy} and {self.list.name} are no index of pictures, or damaged; remove them, or name another file with --index") from None
-        self.bytes = len(text)
-        if not len(lines) - 1 == len(self.entries) == rows or not text.endswith(b"\n"):
-            self.keep(range(len(self.entries)))
+        self.count(map(len, self.lines(head=True)) if rows else [0])
+        if not len(self.starts) == rows or not rows or self.list.stat().st_size != self.bytes:
+            self.keep(np.ones(min(rows, len(self.starts)), bool))
+
+    def lines(self, head=False):
+        """What the rows are of, in bytes; `head`: the first line, too. The last one may have been cut off."""
+        with open(self.list, "rb") as f:
+            yield from itertools.islice((line for line in f if line.endswith(b"\n")), 0 if head else 1, None)
+
+    def count(self, lengths):
+        """Notes where the lines of the list begin, from their lengths."""
+        self.starts = array.array("q", itertools.accumulate(lengths))
+        self.bytes = self.starts.pop()
 
     @staticmethod
     def part(path):
         return path.with_name(path.name + ".part")
+
+    @staticmethod
+    def line(entry):
+        return (json.dumps(entry) + "\n").encode()
 
     def header(self, rows):
         """Of the .npy: numpy leaves room in it, so its length stays when rows are added."""
@@ -273,36 +289,37 @@ class Index:
         """(N, D) float16, in a mapped file: only what is looked at is read."""
         return np.load(self.npy, mmap_mode="c")
 
-    def keep(self, rows):
-        """Leaves out all rows but these: both files are written anew, and take the places of the old ones last."""
+    def keep(self, wanted):
+        """Leaves out the rows that are not wanted (N,): both files are written anew, and take the places of the old ones last."""
+        rows = np.flatnonzero(wanted)
         old = self.features() if len(rows) else None
         with open(self.part(self.npy), "wb") as f:
             f.write(self.header(len(rows)))
             for start in range(0, len(rows), 4096):
                 f.write(old[rows[start:start + 4096]].tobytes())
-        self.entries = [self.entries[n] for n in rows]
-        text = "".join(json.dumps(x) + "\n" for x in [self.head, *self.entries]).encode()
-        self.part(self.list).write_bytes(text)
+        with open(self.part(self.list), "wb") as f:
+            kept = itertools.compress(self.lines(), wanted) if len(rows) else ()
+            self.count(f.write(line) for line in itertools.chain([self.line(self.head)], kept))
         del old                                                         # some systems do not replace what is mapped
         self.part(self.npy).replace(self.npy)
         self.part(self.list).replace(self.list)
-        self.bytes = len(text)
 
     def append(self, rows, entries):
         """New rows, float16 (n, D), and what they are of. First the rows, then what says that they are there."""
         if self.list.stat().st_size != self.bytes:
             raise ValueError(f"{self.list} has changed meanwhile: is another search filling the same index?")
-        header, text = self.header(len(self.entries) + len(rows)), "".join(json.dumps(e) + "\n" for e in entries).encode()
+        header, lines = self.header(len(self.starts) + len(rows)), [self.line(e) for e in entries]
         with open(self.npy, "r+b") as f:
-            f.seek(len(header) + 2 * self.width * len(self.entries))
+            f.seek(len(header) + 2 * self.width * len(self.starts))
             f.write(rows.tobytes())
             f.truncate()
             f.seek(0)
             f.write(header)
         with open(self.list, "ab") as f:
-            f.write(text)
-        self.entries += entries
-        self.bytes += len(text)
+            f.writelines(lines)
+        for line in lines:
+            self.starts.append(self.bytes)
+            self.bytes += len(line)
 
 
 @torch.no_grad()
@@ -310,18 +327,19 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
     """Makes an index that of the folder as it is now: embeds what is new or changed, drops what is gone. -> paths of files that cannot be
     read. Under torchrun each process embeds its share; the first one alone has the index, the others None."""
     ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if torch.distributed.is_initialized() else (1, 0)
-    bad, new = [], None
+    bad, new = [], []
     if rank == 0:
-        there = photos_in(folder)
-        kept = [n for n, (path, *state) in enumerate(index.entries) if there.get(path) == tuple(state)]
-        if len(kept) < len(index.entries):
-            index.keep(kept)
-        new = sorted(there.keys() - {path for path, *_ in index.entries})
+        gone = set(map(hash, index.lines()))                            # 64 bits each: two of a million are never the same
+        for entry in photos_in(folder):
+            known = hash(index.line(entry)) in gone
+            gone.remove(hash(index.line(entry))) if known else new.append(entry)
+        if gone:
+            index.keep([hash(line) not in gone for line in index.lines()])
     if ranks > 1:
         torch.distributed.broadcast_object_list(box := [new])
         new = box[0]
     steps = [range(k, min(k + batch * ranks, len(new)))[rank::ranks] for k in range(0, len(new), batch * ranks)]
-    loader = iter(torch.utils.data.DataLoader(Photos(folder, new, view, size), batch_sampler=[rows for rows in steps if rows], num_workers=workers))
+    loader = iter(torch.utils.data.DataLoader(Photos(folder, [path for path, *_ in new], view, size), batch_sampler=[rows for rows in steps if rows], num_workers=workers))
     bar = tqdm(total=len(new), unit=" pictures", desc="embedding", disable=None if rank == 0 else True)
     for rows in steps:
         mine, parts = [], None
@@ -334,9 +352,9 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
             torch.distributed.gather_object(mine, parts)
         if rank == 0:
             found = [pair for part in parts or [mine] for pair in part]
-            bad += [path for path, f in found if f is None]
-            if good := [(path, f) for path, f in found if f is not None]:
-                index.append(np.stack([f for _, f in good]), [[path, *there[path]] for path, _ in good])
+            bad += [entry[0] for entry, f in found if f is None]
+            if good := [(entry, f) for entry, f in found if f is not None]:
+                index.append(np.stack([f for _, f in good]), [entry for entry, _ in good])
             bar.update(len(found))
     bar.close()
     return bad
@@ -368,20 +386,26 @@ class Search:
 
     def __init__(self, model, tokenizer, info, folder, index, device):
         import data
-        self.model, self.tokenizer, self.folder, self.device, self.entries = model, tokenizer, Path(folder), device, index.entries
+        self.model, self.tokenizer, self.folder, self.device, self.starts = model, tokenizer, Path(folder), device, index.starts
+        with open(index.list, "rb") as f:
+            self.list = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self.features, self.view, self.load = index.features(), data.EvalView(info["size"], info["norm"], info["resize"]), data.load_image
         self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.plain_text, data.tag_words, threading.Lock()
 
+    def entry(self, row):
+        """The path below the folder."""
+        return json.loads(self.list[self.starts[row]:self.list.find(b"\n", self.starts[row])])[0]
+
     def path(self, row):
         """The file of a row, as long as it is a picture below the folder: it may have been replaced by a link."""
-        path = self.folder / self.entries[row][0]
+        path = self.folder / self.entry(row)
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"{self.name(row)} is not in the folder any more")
         return path
 
     def name(self, row):
         """The path below the folder, as text."""
-        return readable(self.entries[row][0])
+        return readable(self.entry(row))
 
     @torch.no_grad()
     def encode(self, texts):
@@ -508,7 +532,7 @@ def answer(search, query):
             raise ValueError(f"{name} must be a number from {low} to {high}, not {value[:20]!r}")
         return None if value is None else int(value)
 
-    text, rows = "\n".join(asked.get("q", [])), len(search.entries) - 1
+    text, rows = "\n".join(asked.get("q", [])), len(search.starts) - 1
     top, like, why = number("top", 1, 200, "20"), number("like", 0, rows, None), number("why", 0, rows, None)
 
     def links(row):
@@ -553,7 +577,7 @@ def serve(search, port):
                 if url.path == "/":
                     nonce = base64.b64encode(os.urandom(12)).decode()
                     self.page(200, nonce, *answer(search, url.query))
-                elif url.path == "/photo" and re.fullmatch("[0-9]{1,9}", row := parse_qs(url.query).get("row", [""])[0]) and int(row) < len(search.entries):
+                elif url.path == "/photo" and re.fullmatch("[0-9]{1,9}", row := parse_qs(url.query).get("row", [""])[0]) and int(row) < len(search.starts):
                     buffer = io.BytesIO()
                     search.load(search.path(int(row))).save(buffer, "JPEG", quality=92)
                     self.send(200, "image/jpeg", buffer.getvalue())
@@ -567,7 +591,7 @@ def serve(search, port):
         do_HEAD = do_GET
 
         def page(self, code, nonce, text, top, main):
-            shown = PAGE.format(style=STYLE + PAGE_STYLE, number=len(search.entries), text=html.escape(text), top=top, main=main, nonce=nonce)
+            shown = PAGE.format(style=STYLE + PAGE_STYLE, number=len(search.starts), text=html.escape(text), top=top, main=main, nonce=nonce)
             self.send(code, "text/html; charset=utf-8", shown.encode("utf-8", "replace"), f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; "
                       f"script-src 'nonce-{nonce}'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
@@ -681,6 +705,7 @@ def compare(args):
     """Scores of all checkpoints on all data sets: printed, and written as a page."""
     import data
     import tbps
+    tbps.join(args)
     table_rows, chapters = {}, []
     for source in args.checkpoint:
         model, tokenizer, info = open_model(source, args.device, args.tokenizer, args.size)
@@ -701,8 +726,9 @@ def compare(args):
             print(f"{name:{max(map(len, table_rows))}}  {show(scores)}")
     file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
     page = Path(args.page or (Path(args.checkpoint[0]).parent if Path(args.checkpoint[0]).is_file() else Path()) / file)
-    write_page(page, " and ".join(args.checkpoint), *([("Text to image", table(table_rows))] if several else []), *chapters)
-    print(f"page: {page}")
+    if os.environ.get("RANK", "0") == "0":
+        write_page(page, " and ".join(args.checkpoint), *([("Text to image", table(table_rows))] if several else []), *chapters)
+    print(f"page: {page}", flush=True)
 
 
 def search_gallery(args):
@@ -740,9 +766,9 @@ def search_gallery(args):
         return
     if bad:
         print(f"{len(bad)} files are no pictures that can be read, and are left out: {', '.join(map(readable, bad[:5]))}{' ...' * (len(bad) > 5)}", file=sys.stderr)
-    if not index.entries:
+    if not index.starts:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
-    print(f"{len(index.entries):,} pictures; index: {readable(index.npy)}", flush=True)
+    print(f"{len(index.starts):,} pictures; index: {readable(index.npy)}", flush=True)
     search, chapters = Search(model, tokenizer, info, folder, index, args.device), []
     for query in queries:
         found = search.top(search.describe([query]), args.top)

@@ -75,7 +75,7 @@ def test_a_search(checkpoint, photos, tmp_path):
     assert "16 pictures" in said and "1 files are no pictures that can be read, and are left out: broken.jpg" in said
     rows, lines = index_of(photos)
     assert rows.dtype == np.float16 and rows.shape == (16, 128) and np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=2e-3)
-    assert len(lines[0]["weights"]) == 16 and sorted(p for p, *_ in lines[1:]) == sorted(evaluation.photos_in(photos).keys() - {"broken.jpg"})
+    assert len(lines[0]["weights"]) == 16 and sorted(p for p, *_ in lines[1:]) == sorted({p for p, *_ in evaluation.photos_in(photos)} - {"broken.jpg"})
     model, tokenizer, info = tbps.load_checkpoint(checkpoint)
     view = data.EvalView(info["size"], info["norm"], info["resize"])
     paths = [photos / p for p, *_ in lines[1:]]
@@ -126,7 +126,7 @@ def test_an_interrupted_index_goes_on(tmp_path):
         return np.float16([[n, n + 0.5] for n in numbers])
 
     def state(index):
-        return index.features().tolist(), [e[0] for e in index.entries]
+        return index.features().tolist(), [json.loads(line)[0] for line in index.lines()]
     file = tmp_path / "i"
     index = evaluation.Index(file, "w", 2)
     index.append(rows(0, 1), [["a", 1, 1], ["b", 1, 1]])
@@ -149,7 +149,7 @@ def test_an_interrupted_index_goes_on(tmp_path):
         npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
     # `keep`: both new files are written, then the first, then the second takes its place
     index = evaluation.Index(file, "w", 2)
-    index.keep([0, 2])
+    index.keep([True, False, True])
     new = npy.read_bytes(), listed.read_bytes()
     want = ([[0, 0.5], [2, 2.5]], ["a", "c"])
     assert state(evaluation.Index(file, "w", 2)) == want
@@ -161,14 +161,16 @@ def test_an_interrupted_index_goes_on(tmp_path):
         evaluation.Index(file, "w", 2)
     npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
     (tmp_path / "i.npy.part").write_bytes(new[0][:-2]), (tmp_path / "i.jsonl.part").write_bytes(b"")
-    assert len(evaluation.Index(file, "w", 2).entries) == 3             # cut off before
+    assert len(evaluation.Index(file, "w", 2).starts) == 3             # cut off before
     index = evaluation.Index(file, "w", 2)
     evaluation.Index(file, "w", 2).append(rows(7), [["x", 1, 1]])
     with pytest.raises(ValueError, match="another search"):
         index.append(rows(8), [["y", 1, 1]])
-    listed.unlink()
-    with pytest.raises(ValueError, match="no index of pictures"):       # somebody's own .npy is not written over
-        evaluation.Index(file, "w", 2)
+    for own in (npy, listed):                                           # somebody's own file is not written over
+        (listed if own is npy else npy).unlink()
+        with pytest.raises(ValueError, match=f"{own.name} exists and is no index of pictures"):
+            evaluation.Index(file, "w", 2)
+        npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
 
 
 def test_ctrl_c_keeps_what_was_embedded(checkpoint, photos):
@@ -222,7 +224,7 @@ def test_pictures_are_upright(tmp_path):
 
 def test_pictures_to_try_it_on(cuhk, tmp_path):
     said = run("data.py", "--dataset", "cuhk", "--data-root", cuhk, "--pictures", tmp_path / "p")
-    names = sorted(evaluation.photos_in(tmp_path / "p"))
+    names = sorted(p for p, *_ in evaluation.photos_in(tmp_path / "p"))
     assert f"{len(names)} pictures" in said and len(names) == len(data.read("cuhk", cuhk, "test")) and names[0] == "0005_00000.png"
 
 
