@@ -17,9 +17,11 @@ import functools
 import html
 import io
 import json
+import math
 import os
 import random
 import re
+import shutil
 import sys
 import traceback
 import unicodedata
@@ -187,10 +189,10 @@ def counts(records):
 
 
 def load_image(image, least=None):
-    """A path or a uint8 array (H, W, 3) -> PIL image, RGB, upright where the camera said how it was held. With `least` a JPEG may come smaller,
+    """A path, or a uint8 array (H, W, 3), or what becomes one -> PIL image, RGB, upright where the camera said how it was held. With `least` a JPEG may come smaller,
     but no less than so many pixels high and wide, which is fast. Raises ValueError naming a file that is no image or is cut off."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+    if not isinstance(image, (str, Path)):
+        return Image.fromarray(np.asarray(image))
     try:
         with Image.open(image) as opened:
             if opened.mode.startswith("I"):                             # 16 bits: convert() would cut them off at 255, all white
@@ -215,6 +217,53 @@ def broken(records):
     with ThreadPoolExecutor() as pool:
         found = tqdm(pool.map(why, records), total=len(records), desc="decoding", leave=False)
         return [(record, reason) for record, reason in zip(records, found) if reason]
+
+
+@functools.lru_cache(4)
+def opened(file):
+    return np.load(file, mmap_mode="r")
+
+
+class Cached:
+    """A picture in a file of `cache`, read when it is looked at."""
+
+    def __init__(self, file, row):
+        self.file, self.row = file, row
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(opened(self.file)[self.row])
+
+
+def cache(records, scale, file):
+    """The same records with images that need not be decoded any more: FILE.npy holds them as `scale` (a Scale) makes them, uint8
+    (N, H, W, 3), mapped into memory, and FILE.json what they were made from. Made if it is not there, and anew if an image has another
+    place, length or time of change than it had. So a SelfView takes its crops from the scaled image."""
+    npy, told = Path(f"{file}.npy"), Path(f"{file}.json")
+    need(npy.absolute().parent, "the folder for the cache", "make it, or name another file with --cache")
+    paths = [Path(r["image"]) for r in records]
+    states = [need(p, "an image", "run python data.py to check the whole set").stat() for p in paths]
+    made_of = dict(size=list(scale.size), resize=scale.how.name, images=[[str(p.absolute()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, states)])
+    if not (npy.exists() and told.exists() and json.loads(told.read_text()) == made_of):
+        if npy.exists() and not told.exists():
+            raise ValueError(f"{npy} exists and is no cache of images, or one that was cut off: there is no {told.name} beside it; remove it, or name another "
+                             "file with --cache")
+        part, room = Path(f"{file}.part"), shutil.disk_usage(npy.absolute().parent).free
+        if (size := len(paths) * 3 * math.prod(scale.size)) > room:
+            raise ValueError(f"the cache would take {size / 1e9:.1f} GB, and {npy.absolute().parent} has {room / 1e9:.1f} GB left; name another place with --cache")
+        rows = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), *scale.size, 3))
+
+        def put(n):
+            rows[n] = scale.fit(load_image(paths[n]))
+        with ThreadPoolExecutor() as pool:
+            for _ in tqdm(pool.map(put, range(len(paths))), total=len(paths), unit=" images", desc="cache", disable=None):
+                pass
+        rows.flush()
+        del rows                                                        # some systems do not rename what is mapped
+        told.unlink(missing_ok=True)                                    # never the list of one beside the pictures of another
+        part.replace(npy)
+        opened.cache_clear()
+        told.write_text(json.dumps(made_of))
+    return [r | dict(image=Cached(npy, n)) for n, r in enumerate(records)]
 
 
 # ---- captions: which words carry the content ------------------------------------------------------------------------
@@ -615,10 +664,11 @@ class Scale:
     def __init__(self, size, resize):
         self.size, self.how = tuple(size), {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resize]
 
+    def fit(self, image):
+        return image if image.size == self.size[::-1] else image.resize(self.size[::-1], self.how)
+
     def __call__(self, image):
-        if image.size != self.size[::-1]:
-            image = image.resize(self.size[::-1], self.how)
-        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(np.asarray(self.fit(image)).copy()).permute(2, 0, 1).float() / 255
 
 
 class EvalView:
@@ -1206,13 +1256,13 @@ def toy_oracle(records, names=None):
 
 # ---- commands -------------------------------------------------------------------------------------------------------
 
-def command(main):
-    """Runs the main function of a script: a user's mistake ends in a sentence and exit code 2, Ctrl-C in 130."""
+def command(main, stopped="stopped"):
+    """Runs the main function of a script: a user's mistake ends in a sentence and exit code 2, Ctrl-C in 130 and what the script says of it."""
     code = 0
     try:
         main()
     except KeyboardInterrupt as e:
-        print(e if e.args else "stopped", file=sys.stderr)
+        print(e if e.args else stopped, file=sys.stderr)
         code = 130
     except torch.OutOfMemoryError as e:
         print(f"error: {str(e).split('. ')[0]}\n  In training, --micro-batch M computes the same in parts, and --checkpoint-blocks keeps less; "

@@ -962,20 +962,23 @@ def build(args, recipe, vocab, persons, make_heads):
     return model
 
 
-def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, progress=True):
-    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then text-to-image only). Each
-    process embeds its share, and all have the scores."""
+def embed(model, tokenizer, info, records, device, workers=0, progress=True):
+    """-> features of unit length of the images (N, D) and captions (M, D) of a split. Each process embeds its share, and all have them."""
     rank, ranks = losses.ranks()
-    images = data.Images([r["image"] for r in records], data.EvalView(info["size"], info["norm"], info["resize"]))
+    images = data.Images([r["image"] for r in records[rank::ranks]], data.EvalView(info["size"], info["norm"], info["resize"]))
+    captions = [data.clean_caption(c) if info["clean"] else c for r in records for c in r["captions"]]
+    image = evaluation.embed_images(model, images, device, workers, progress=progress and rank == 0)
+    return together(image), together(evaluation.embed_texts(model, tokenizer(captions[rank::ranks])))
+
+
+def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, progress=True):
+    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then text-to-image only)."""
     captions = [c for r in records for c in r["captions"]]
     g_pid = torch.tensor([r["pid"] for r in records])
     own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
     if not all(p.isfinite().all() for p in model.parameters()):
         raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
-    mine = range(rank, len(images), ranks)
-    text = evaluation.embed_texts(model, tokenizer([data.clean_caption(c) if info["clean"] else c for c in captions[rank::ranks]]))
-    image = evaluation.embed_images(model, torch.utils.data.Subset(images, mine) if ranks > 1 else images, device, workers, progress=progress)
-    text, image = together(text), together(image)
+    image, text = embed(model, tokenizer, info, records, device, workers, progress)
     rows = {"text to image": evaluation.retrieval_metrics(text, image, g_pid[own], g_pid)}
     if not sheet:
         return rows, None
@@ -1221,6 +1224,7 @@ def arguments(recipes, description, epilog):
                    "batch in less memory (default: all at once)")
     g.add_argument("--checkpoint-blocks", action="store_true", help="compute each transformer block twice: less memory still")
     g.add_argument("--workers", type=int, help="processes that decode and augment (default: 0 on toy people, else the number of cores, at most 8)")
+    g.add_argument("--cache", metavar="FILE", help="keep the training images scaled and decoded in FILE.npy: 150 kB each at 224x224, made once (default: decode each time)")
     g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
     return p
@@ -1264,6 +1268,8 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError("--micro-batch must be at least 1, and cannot be had with feature_mixup, which mixes the whole batch within the encoder")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
+    if args.cache and toy:
+        raise ValueError("--cache is for images in files; toy people are drawn into memory")
     check_device(args.device)
     if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
         raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
@@ -1378,6 +1384,11 @@ def prepare(args, recipe, records, make_heads):
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
+    if args.cache:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            data.cache(records, data.Scale(size, r["resize"]), args.cache)
+        wait()
+        records = data.cache(records, data.Scale(size, r["resize"]), args.cache)
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
     pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
                        back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"], mixup=r.get("mixup", 0.0))

@@ -1,6 +1,8 @@
 """Data: readers and what they say when something is wrong, captions, tokens, images, batches."""
 
+import argparse
 import json
+import pickle
 import random
 import shutil
 from collections import Counter
@@ -313,6 +315,35 @@ def test_an_image_is_decoded_once_and_only_the_views_asked_for_are_made(people, 
     monkeypatch.setattr(data, "load_image", lambda image: loads.append(1) or load(image))
     assert data.Pairs(people, (96, 48))[0]["pixels"].shape[0] == 1
     assert data.Pairs(people, (96, 48), views=2, self_views=2)[0]["pixels"].shape[0] == 4 and len(loads) == 2
+
+
+def test_a_cache_gives_the_same_pixels_and_follows_its_images(people, tmp_path, monkeypatch):
+    (tmp_path / "p").mkdir()
+    for n, r in enumerate(people[:4]):
+        data.load_image(r["image"]).resize((70, 91 + n)).save(tmp_path / f"p/{n}.png")
+    records = [r | dict(image=tmp_path / f"p/{n}.png") for n, r in enumerate(people[:4])]
+    size, scale, file = (96, 48), data.Scale((96, 48), "bicubic"), tmp_path / "c"
+
+    def pixels(records):
+        pairs = data.Pairs(records, size, resize="bicubic")
+        return torch.stack([pairs[i]["pixels"] for i in range(len(pairs))])
+    plain, cached = pixels(records), data.cache(records, scale, file)
+    made = (tmp_path / "c.npy").stat().st_mtime_ns
+    with monkeypatch.context() as patch:                                # nothing is decoded, nothing made again
+        patch.setattr(data.Image, "open", None)
+        assert torch.equal(pixels(cached), plain) and torch.equal(pixels(pickle.loads(pickle.dumps(data.cache(records, scale, file)))), plain)
+    assert (tmp_path / "c.npy").stat().st_mtime_ns == made and np.load(tmp_path / "c.npy").shape == (4, 96, 48, 3)
+    data.load_image(people[9]["image"]).save(tmp_path / "p/2.png")
+    assert not torch.equal(pixels(data.cache(records, scale, file)), plain) and torch.equal(pixels(data.cache(records, scale, file)), pixels(records))
+    assert torch.equal(pixels(data.cache(records[:3], scale, file)), pixels(records[:3]))
+    data.cache(records, data.Scale((20, 10), "bilinear"), file)
+    assert np.load(tmp_path / "c.npy").shape == (4, 20, 10, 3)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: argparse.Namespace(free=10))
+    with pytest.raises(ValueError, match="the cache would take 0.0 GB"):
+        data.cache(records, scale, file)
+    (tmp_path / "c.json").unlink()
+    with pytest.raises(ValueError, match="is no cache of images"):
+        data.cache(records, scale, file)
 
 
 def test_back_translation(people):

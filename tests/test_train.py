@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,10 +201,10 @@ def wait_for_line(path, number, process):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_resume_is_exact(cuhk, tmp_path, workers):
     """Stopped by Ctrl-C in the middle of an epoch, then killed outright in another, a run ends with the weights, bit for bit, of one
-    that nobody disturbed; the log has every step once."""
+    that nobody disturbed and that kept no cache; the log has every step once."""
     def command(out):
         return ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, *SMALL, "epochs=9", "text_dropout=0.2", "--workers", workers,
-                "--log-every", "1", "--out", tmp_path / out]
+                "--log-every", "1", "--out", tmp_path / out, *["--cache", tmp_path / "c"] * (out == "b")]
     quiet = run(*command("a"))
     first = start(*command("b"), "--save-minutes", "0")
     wait_for_line(tmp_path / "b/log.jsonl", 7, first)
@@ -219,7 +220,7 @@ def test_resume_is_exact(cuhk, tmp_path, workers):
     a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in "ab")
     assert all(torch.equal(a["weights"][n], b["weights"][n]) for n in a["weights"]) and a["best"] == b["best"]
     assert all(torch.equal(a["optimizer"]["state"][i][k], b["optimizer"]["state"][i][k]) for i in a["optimizer"]["state"] for k in ("exp_avg", "exp_avg_sq"))
-    assert quiet.splitlines()[-1] == resumed.splitlines()[-1]
+    assert quiet.splitlines()[-1] == resumed.splitlines()[-1] and len(np.load(tmp_path / "c.npy")) == 12
     assert (tmp_path / "a/log.jsonl").read_text() == (tmp_path / "b/log.jsonl").read_text()
 
 
@@ -237,7 +238,7 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
     base = ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--out", tmp_path / "r", *SMALL]
     assert "has no key 'nonsense'" in error(*base, "nonsense=1")
     assert "do not fill one batch of 64" in error(*base, "batch=64") and "batch=1 is too small" in error(*base, "batch=1")
-    assert "4x48 pixels hold no patch" in error(*base, "height=4") and "torch sees no CUDA device" in error(*base, "--device", "cuda")
+    assert "4x48 pixels hold no patch" in error(*base, "height=4") and "--cache is for images in files" in error("tbps.py", "--cache", tmp_path / "c") and "torch sees no CUDA device" in error(*base, "--device", "cuda")
     assert "no CLIP weights from no/such" in error(*base, "--clip", "no/such")
     assert "the CLIP weights should be at" in error(*base, "--clip", tmp_path / "x.pt")
     assert "the checkpoint should be at" in error("eval.py", "--checkpoint", tmp_path / "x.pt")
