@@ -107,10 +107,7 @@ class Bank:
     @classmethod
     def of(cls, model, tokenizer, info, records, recipe, args):
         """With the encoders of a model, in eval mode."""
-        images = data.Images([r["image"] for r in records], data.EvalView(info["size"], info["norm"], info["resize"]))
-        captions = [data.clean_caption(c) if info["clean"] else c for r in records for c in r["captions"]]
-        text = evaluation.embed_texts(model, tokenizer(captions))
-        return cls(evaluation.embed_images(model, images, args.device, args.workers), text, records, recipe["siblings"], args.device)
+        return cls(*tbps.embed(model, tokenizer, info, records, args.device, args.workers), records, recipe["siblings"], args.device)
 
     def enrich(self, heads, item, size, drop=0.0):
         """Captions by number (B,) and their images, each fused with supports drawn from its others -> image (B, D), text (B, D)."""
@@ -231,8 +228,8 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
         state = {k: saved[k] for k in state}
     bar = tqdm(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", disable=True if losses.ranks()[0] else None)
     while True:
-        stopping = bool(stop)                                           # looked at once: what is said to be saved is saved
-        if state["epoch"] == epochs or stopping or time.time() - saved_at > 60 * args.save_minutes:
+        stopping = tbps.any_rank(stop, args.device)                     # looked at once: what is said to be saved is saved
+        if state["epoch"] == epochs or stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
             tbps.save(out / "last.pt", tbps.content(args, recipe, model, tokenizer, info, heads=True) | state | dict(optimizer=optimizer.state_dict()))
             saved_at = time.time()
         if stopping:

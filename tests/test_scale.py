@@ -4,6 +4,7 @@ of one process with the whole batch, for every method."""
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import distill
 import losses
 import tbps
 from conftest import ROOT, error
+from test_distill import TINY
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
 STEPS = {  # name: (recipe, heads, losses of a step)
@@ -197,9 +199,9 @@ def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
 RUN = ["--dataset", "cuhk", "--method", "irra", "--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "batch=8", "epochs=2", "height=48", "width=24", "lr=1e-3"]
 
 
-def command(ranks, *options):
+def command(ranks, *options, script="tbps.py"):
     """A run on some processes."""
-    start = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] * (ranks > 1), "tbps.py", *map(str, options)]
+    start = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] * (ranks > 1), script, *map(str, options)]
     return subprocess.Popen(start, cwd=ROOT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -214,6 +216,8 @@ def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
     assert [x["at"] for x in logs[0]] == [x["at"] for x in logs[1]] and len(logs[0]) > 8
     assert all(x["loss"] == pytest.approx(y["loss"], rel=1e-3) for x, y in zip(*logs) if "loss" in x)
+    scores = [command(n, "--checkpoint", tmp_path / "one/best.pt", "--page", tmp_path / f"{n}.html", script="eval.py").communicate()[0].splitlines() for n in (1, 2)]
+    assert "mINP" in scores[0][1] and scores[0][:-1] == scores[1][:-1] and (tmp_path / "2.html").exists()
     # what two processes made, one goes on with: the third epoch of a run is that of the run that one made
     for saved in (a, b):
         saved["recipe"]["epochs"] = 3
@@ -227,6 +231,15 @@ def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
     odd = command(2, *RUN, "batch=7", "--data-root", cuhk, "--out", tmp_path / "odd")
     assert "cannot be shared by 2 processes" in odd.communicate()[1] and odd.returncode
     assert "cannot be had with feature_mixup" in error("tbps.py", "--method", "ctlg", "--set", "feature_mixup=1", "--micro-batch", "8")
+
+
+def test_distillation_on_two_processes_is_that_on_one(cuhk, tmp_path):
+    options = ["--dataset", "cuhk", "--data-root", cuhk, "--student", "half", *TINY]
+    runs = [command(n, *options, "--out", tmp_path / str(n), script="distill.py") for n in (1, 2)]
+    one, two = ([re.sub(r"\d+ pairs/s", "", line) for line in run.communicate()[0].splitlines() if "R@1" in line] for run in runs)
+    assert [run.returncode for run in runs] == [0, 0] and one == two and len(one) > 8
+    a, b = (torch.load(tmp_path / f"{n}/light/last.pt", weights_only=True)["weights"] for n in "12")
+    assert all(torch.allclose(a[n], b[n], atol=1e-3) for n in a)
 
 
 def test_one_that_wants_to_stop_stops_all(cuhk, tmp_path):
