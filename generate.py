@@ -509,7 +509,7 @@ SD = dict(  # for Stable Diffusion 1.x, in the shape of persons
     height=512, width=192, steps=50, guidance=7.5, inversion="direct", rounds=10, weight=6.0, cross=0.8, own=0.4, blend_from=0.2, threshold=0.3, blend_at=4,
     paste=True, garments=False, train_epochs=5, train_batch=8, train_lr=1e-5, drop_caption=0.1)
 PAPER = SD | dict(width=512, inversion="null", paste=False)
-TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, blend_at=2, train_epochs=14, train_batch=16, train_lr=1e-3)
+TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_epochs=14, train_batch=16, train_lr=1e-3)
 KEYS = dict(  # what --help says of each key
     height="of what the model sees, pixels", width="likewise", steps="of DDIM, each way", guidance="how much the new caption is insisted on",
     inversion="direct, negative or null: how the source picture is kept", rounds="of null-text optimisation per step, at most",
@@ -597,7 +597,7 @@ def make(model, records, batch, recipe, judge, seed):
                 x = F.interpolate(x[None], (H, W), mode="bicubic", antialias=True)[0]
             scores = dict(psnr=-10 * math.log10(max(1e-10, (o - pixels[n]).square().mean().item())), changed=(c * m).sum().item() / max(1.0, m.sum().item()),
                           kept=1 - (c * (1 - m)).sum().item() / max(1.0, (1 - m).sum().item()))
-            strip = [pictures[n], *(to_picture(p).resize((W, H), Image.Resampling.NEAREST) for p in (o, m.expand(3, -1, -1)))]
+            strip = [pictures[n], *(to_picture(p).resize((W, H), Image.Resampling.NEAREST) for p in (o, o * (0.2 + 0.8 * m)))]
             said = {key: e[key] for key in ("what", "noun", "old", "new", "source", "tokens", "blend")}
             made.append((n, k, to_picture(x), dict(captions=[e["caption"]], edit=said, scores=scores), strip))
     made.sort(key=lambda m: m[:2])
@@ -791,4 +791,4 @@ def finish(out, batches):
 
 
 if __name__ == "__main__":
-    data.command(main)
+    data.command(main, "stopped; what is done is kept, and the same command goes on from there")

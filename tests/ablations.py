@@ -51,13 +51,12 @@ LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from pl
 
 
 def ctlg(dataset, epochs, longer, count, gate):
-    """The parts of CTLG. `longer`: epochs without generated pairs of as many steps as with them, or a few more."""
+    """The parts of CTLG; the baseline has a temperature of 0.02. `longer`: epochs without generated pairs of as many steps as with them, or a few more."""
     sharp, diffusion = "--method ctlg --set approximate=0 mixup=0", f"runs/{dataset}-diffusion-0"
     return f"tbps.py --dataset {dataset} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}", {
-        "tau 0.02": f"{sharp} tau=0.02",
-        "pairs": f"generate.py --dataset {dataset} --diffusion {diffusion} --count {count} --judge {{tau 0.02}}/best.pt",
-        "tau 0.005 < tau 0.02": sharp,
-        "tau 0.05 < tau 0.02": f"{sharp} tau=0.05",
+        "baseline": f"{sharp} tau=0.02",
+        "pairs": f"generate.py --dataset {dataset} --diffusion {diffusion} --count {count} --judge {{baseline}}/best.pt",
+        "tau 0.005 < baseline": sharp,
         "as many steps < tau 0.005": f"{sharp} epochs={longer}",
         "+ generated pairs < tau 0.005 < as many steps": f"{sharp} --extra {{pairs}}",
         "+ generated pairs, gate < tau 0.005 < as many steps < + generated pairs": f"{sharp} --extra {{pairs}} --min-score {gate}",
@@ -65,18 +64,22 @@ def ctlg(dataset, epochs, longer, count, gate):
         "+ mixup < tau 0.005": f"{sharp} mixup=0.5",
         "+ mixup of features < tau 0.005": f"{sharp} feature_mixup=1",
         "CTLG, all of it < tau 0.005 < as many steps": f"--method ctlg --extra {{pairs}} --min-score {gate}",
-        "+ all texts of the image right < tau 0.005": f"{sharp} same=image",
-        "+ all texts of the person right < tau 0.005": f"{sharp} same=person",
-        "rate 1e-4 < tau 0.005": f"{sharp} lr=1e-4",
-        "rate 1e-5 < tau 0.005": f"{sharp} lr=1e-5",
     }
 
 
+CTLG_CHOICES = {
+    "tau 0.005": "--method ctlg --set approximate=0 mixup=0",
+    "tau 0.05 < tau 0.005": "--method ctlg --set approximate=0 mixup=0 tau=0.05",
+    "all texts of the image right < tau 0.005": "--method ctlg --set approximate=0 mixup=0 same=image",
+    "all texts of the person right < tau 0.005": "--method ctlg --set approximate=0 mixup=0 same=person",
+    "rate 1e-4 < tau 0.005": "--method ctlg --set approximate=0 mixup=0 lr=1e-4",
+    "rate 1e-5 < tau 0.005": "--method ctlg --set approximate=0 mixup=0 lr=1e-5",
+}
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
     "uit": (FINE_TUNE, UIT_PARTS),
     "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
     "uit-long": (f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
-                 {name: UIT_PARTS[name] for name in ("UIT, all of it < SDM + ID", "SDM + ID + restoration < SDM + ID", "SDM + ID < SDM", "ITC")}),
+                 {name: UIT_PARTS[name] for name in ("UIT, all of it < SDM + ID", "SDM + ID + restoration < SDM + ID", "ITC")} | {"SDM + ID": SDM_ID}),
     "uit-temperature": (FINE_TUNE, {
         "ITC": f"{SDM_ID} sdm=0 id=0 itc=1",
         "SDM < ITC": f"{SDM_ID} id=0",
@@ -115,6 +118,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "narrow, SELF < narrow": "--teacher {teacher}/richer/last.pt --student narrow --set target=self",
     }),
     "ctlg": ctlg("toy", 3, 4, 1500, "direction=0.65"),
+    "ctlg-choices": (FINE_TUNE, CTLG_CHOICES),
     "ctlg-few": ctlg("toy-few", 20, 30, 600, "direction=0.65"),
     "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }

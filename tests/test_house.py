@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import ablations
 import distill
 import generate
 import tbps
@@ -72,3 +73,15 @@ def test_readme_commands_parse(command):
     else:
         text = (ROOT / script).read_text()
         assert all(f'"{o}"' in text for o in options if o.startswith("--"))
+
+
+@pytest.mark.parametrize("group", ablations.GROUPS)
+def test_ablations_are_commands(group):
+    """Each can be parsed, names runs that come before it, and is compared with rows that exist."""
+    common, rows = ablations.GROUPS[group]
+    paths = {}
+    for name, options in rows.items():
+        script, *options = f"{'' if '.py ' in options else common} {options.format_map(paths)}".split()
+        {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}[script].parse_args(options)
+        assert set(name.split(" < ")[1:]) <= {ablations.row(n) for n in rows}
+        paths[ablations.row(name)] = f"runs/{len(paths)}"
