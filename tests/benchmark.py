@@ -1,12 +1,13 @@
 """Speed and memory, as ratios within one run: ours against the plain way to do the same.
 
-    python tests/benchmark.py                  every row, about 8 minutes on 2 cores
+    python tests/benchmark.py                  every row, about 12 minutes on 2 cores
+    python tests/benchmark.py --quick          some of them, in a minute
     python tests/benchmark.py --only metric    rows whose name holds this word
 
 Each side of a row runs in a process of its own: a warm-up, then medians; memory is what its peak adds to what stood before the first
-call (of a search all that is its own, without what is mapped). Share of peak: floating-point operations of the step (counted by torch) per second, over those of a 1024^3 fp32 matrix product
-measured in the same process. Rows with two methods compare the first one's step with the second's. Quote ratios; absolute times
-belong to the machine, which the last line names."""
+call (of a search all that is its own, without what is mapped). Share of peak: floating-point operations of the step (counted by torch)
+per second, over those of a 1024^3 fp32 matrix product measured in the same process. Rows with two methods compare the first one's step
+with the second's. Quote ratios; absolute times belong to the machine, which the last line names."""
 
 import argparse
 import functools
@@ -29,7 +30,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
 import eval as evaluation                                               # noqa: E402
-import generate                                                         # noqa: E402
 import losses                                                           # noqa: E402
 import tbps                                                             # noqa: E402
 
@@ -69,7 +69,8 @@ def search(which, gallery, queries):
     folder, rng = tempfile.mkdtemp(), np.random.default_rng(0)
     index = evaluation.Index(Path(folder) / "i", "w", 512)
     for start in range(0, gallery, 10_000):
-        index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, [["", 0, 0]] * 10_000)
+        entries = [[f"camera {n % 50:02}/{n:07}.jpg", 34_567, 1_700_000_000_000_000_000 + n] for n in range(start, start + 10_000)]
+        index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, entries)
     query = F.normalize(torch.randn(queries, 512), dim=1)
     if which == "ours":
         return lambda: evaluation.best(index.features(), query, 10)
@@ -117,12 +118,25 @@ def text(which):
     return run
 
 
-def step(which, batch=4):
+def embedding(which, batch=16):
+    """Pictures of 384 x 128 pixels through the image tower. Plain: every token through every block, of which one is read."""
+    torch.manual_seed(0)
+    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128), text_layers=1)).eval()
+    pixels = torch.randn(batch, 3, 384, 128)
+
+    @torch.no_grad()
+    def run():
+        model.encode_image(pixels) if which == "ours" else model.image_tokens(pixels)[:, 0]
+    return run
+
+
+def step(which, batch=4, micro_batch=0):
     """One step of full TBPS-CLIP. The plain form: a forward per view, the teacher's images and texts in passes of their own, all
     77 text positions, every token through the last block, losses by the same functions."""
     torch.manual_seed(0)
     recipe = tbps.TBPS_CLIP
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"], lock_patch=True, text_dropout=0.05)
+    model.micro_batch = micro_batch
     for name, head in tbps.tbps_clip_heads(recipe, model, 11003).items():
         model.heads[name] = head
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
@@ -155,13 +169,13 @@ def method_step(method, batch=8):
     """One step of a method as it is, at ViT-B/16, 384 x 128 pixels and the persons of CUHK-PEDES."""
     torch.manual_seed(0)
     recipe, heads, step_losses = tbps.METHODS[method]
-    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128)))
+    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128), stride=recipe["stride"] or None))
     for name, head in heads(recipe, model, 11003).items():
         model.heads[name] = head
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
     tokens = captions(batch)
     asked = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
-    sample = dict(pixels=torch.randn(1, batch, 3, 384, 128), tokens=tokens[None], pid=torch.arange(batch), asked=asked, masked=torch.where(asked >= 0, 49405, tokens))
+    sample = dict(pixels=torch.randn(1, batch, 3, 384, 128), tokens=tokens[None], pid=torch.arange(batch), image=torch.arange(batch), asked=asked, masked=torch.where(asked >= 0, 49405, tokens))
 
     def run():
         optimizer.zero_grad(set_to_none=True)
@@ -191,6 +205,7 @@ def toy_step():
 def generation(which, sources=4):
     """Two pairs of each of some toy people, with the toy's diffusion model, untrained. Plain: one at a time, each by null-text inversion,
     as published; ours: all in one batch, directly, two pairs from one inversion."""
+    import generate
     torch.manual_seed(0)
     people = data.toy("train", persons=30)
     recipe = generate.TOY | dict(inversion="null" if which == "plain" else "direct")
@@ -202,18 +217,24 @@ def generation(which, sources=4):
 
 # ---- the data pipeline ----------------------------------------------------------------------------------------------
 
-def pipeline(which, number=200):
-    """Training items from JPEG files of 128 x 384 pixels, in this process. Plain: the four views of full TBPS-CLIP, each from a
-    file decoded anew. Ours: decoded once. Simplified: its one view."""
+FOUR = [dict(), dict(), dict(views=0, self_views=1), dict(views=0, self_views=1)]                        # full TBPS-CLIP, view by view
+ONCE = [dict(views=2, self_views=2)]
+ONE = [dict(image_aug="reid", resize="bicubic")]                        # IRRA, UIT
+
+
+def pipeline(passes, size, cached=False, photo=(128, 384), number=200):
+    """Training items from JPEG files in one process, as a worker makes them. `passes`: what is made of a file each time it is opened."""
+    torch.set_num_threads(1)
     folder = tempfile.mkdtemp()
     rng = np.random.default_rng(0)
-    small = [Image.fromarray(rng.integers(0, 255, (24, 8, 3), np.uint8)).resize((128, 384), Image.Resampling.BICUBIC) for _ in range(number)]
     records = []
-    for n, image in enumerate(small):
-        image.save(f"{folder}/{n}.jpg", quality=92)
+    for n in range(number):
+        small = Image.fromarray(rng.integers(0, 255, (24, 8, 3), np.uint8))
+        small.resize(photo, Image.Resampling.BICUBIC).save(f"{folder}/{n}.jpg", quality=92)
         records.append(dict(image=Path(f"{folder}/{n}.jpg"), captions=["a man in a red jacket with a black backpack and white shoes"], pid=n))
-    views = {"simplified": [dict()], "ours": [dict(views=2, self_views=2)], "plain": [dict(), dict(), dict(views=0, self_views=1), dict(views=0, self_views=1)]}[which]
-    made = [data.Pairs(records, (224, 224), text=dict(deletion=0.05), **v) for v in views]
+    if cached:
+        records = data.cache(records, data.Scale(size, passes[0].get("resize", "bilinear")), f"{folder}/cache")
+    made = [data.Pairs(records, size, text=dict(deletion=0.05), **p) for p in passes]
     return lambda: [pairs[i] for pairs in made for i in range(number)]
 
 
@@ -227,14 +248,23 @@ ROWS = [  # name, the plain side (or None), ours; each (function, arguments), re
     ("search, 1 query in 1,000,000", (search, "plain", 1_000_000, 1), (search, "ours", 1_000_000, 1), 5, 1_000_000),
     ("search, 1,000 queries in 1,000,000", None, (search, "ours", 1_000_000, 1000), 1, 1000),
     ("text, 64 captions, cut to the longest", (text, "plain"), (text, "ours"), 3, 64),
+    ("embedding, ViT-B/16, 384 x 128", (embedding, "plain"), (embedding, "ours"), 3, 16),
     ("step, TBPS-CLIP, ViT-B/16, batch 4", (step, "plain"), (step, "ours"), 3, 4),
+    ("step, TBPS-CLIP, batch 16: in parts of 4", (step, "ours", 16), (step, "ours", 16, 4), 1, 16),
+    ("step, ViT-B/16: baseline, ctlg", (method_step, "baseline"), (method_step, "ctlg"), 3, 8),
     ("step, ViT-B/16: baseline, irra", (method_step, "baseline"), (method_step, "irra"), 3, 8),
     ("step, ViT-B/16: irra, uit", (method_step, "irra"), (method_step, "uit"), 3, 8),
     ("step, toy, batch 128", None, (toy_step,), 10, 128),
     ("pairs, toy: null-text, direct", (generation, "plain"), (generation, "ours"), 1, 8),
-    ("data, 4 views at 224 x 224", (pipeline, "plain"), (pipeline, "ours"), 3, 200),
-    ("data, 1 view at 224 x 224", None, (pipeline, "simplified"), 3, 200),
+    ("data, 4 views: decoded for each, once", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224)), 3, 200),
+    ("data, 4 views: decoded for each, cached", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224), True), 3, 200),
+    ("data, IRRA: decoded, cached", (pipeline, ONE, (384, 128)), (pipeline, ONE, (384, 128), True), 3, 200),
+    ("data, IRRA, photos of 2,000 x 3,000", (pipeline, ONE, (384, 128), False, (2000, 3000), 20), (pipeline, ONE, (384, 128), True, (2000, 3000), 20), 3, 20),
 ]
+
+
+QUICK = ["metric, CUHK size 6,156 x 3,074", "search, 1 query in 100,000", "text, 64 captions, cut to the longest", "step, toy, batch 128",
+         "data, 4 views: decoded for each, once"]
 
 
 def measure(make, arguments, times):
@@ -257,7 +287,7 @@ def measure(make, arguments, times):
     if make is search:
         watch.on, memory = False, watch.peak
     share = None
-    if make in (step, method_step, toy_step, text):
+    if make in (step, method_step, toy_step, text, embedding):
         from torch.utils.flop_counter import FlopCounterMode
         with FlopCounterMode(display=False) as counter:
             run()
@@ -274,6 +304,7 @@ def measure(make, arguments, times):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="rows whose name holds this word (default: all)")
+    p.add_argument("--quick", action="store_true", help=f"only: {'; '.join(QUICK)}")
     p.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)                                   # row and side, for the processes
     args = p.parse_args()
     if args.one:
@@ -285,7 +316,7 @@ def main():
         sys.exit(f"no row holds {args.only!r}; there are: " + "; ".join(row[0] for row in ROWS))
     print(f"{'':40}{'plain s':>9}{'ours s':>9}{'faster':>8}{'plain MB':>10}{'ours MB':>9}{'items/s':>9}{'of peak':>9}")
     for n, (name, plain, ours, times, items) in enumerate(ROWS):
-        if args.only not in name:
+        if args.only not in name or args.quick and name not in QUICK:
             continue
         results = [json.loads(subprocess.run([sys.executable, __file__, "--one", str(n), str(side)], check=True, stdout=subprocess.PIPE, text=True).stdout)
                    if which else None for side, which in enumerate((plain, ours))]
