@@ -209,10 +209,12 @@ def photos_in(folder):
     root = Path(folder).resolve()
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for path in (Path(where, f) for f in sorted(files) if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES):
-            if path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(root)):
-                state = path.stat()
-                yield [str(path.relative_to(folder)), state.st_size, state.st_mtime_ns]
+        below = Path(where).relative_to(folder)
+        for name in sorted(f for f in files if not f.startswith(".") and os.path.splitext(f)[1].lower() in SUFFIXES):
+            path = os.path.join(where, name)                            # strings: a million Path objects take half a minute
+            if os.path.isfile(path) and (not os.path.islink(path) or Path(path).resolve().is_relative_to(root)):
+                state = os.stat(path)
+                yield [os.path.join(below, name) if below.name else name, state.st_size, state.st_mtime_ns]
 
 
 class Photos(torch.utils.data.Dataset):
@@ -361,9 +363,10 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
 
 
 @torch.no_grad()
-def best(features, query, top, chunk=8192):
+def best(features, query, top):
     """The gallery's rows (N, D), float16, that fit each query (Q, D) best -> cosines (Q, top), row numbers (Q, top). The gallery goes by
     in pieces and may be a mapped file; cost and reading grow linearly with N, memory does not grow."""
+    chunk = min(8192, 2 ** 22 // len(query) + 1)                        # rows, such that scores take 16 MB at most
     score, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
     for start in range(0, len(features), chunk):
         some = query.float() @ torch.from_numpy(features[start:start + chunk]).float().T
@@ -407,14 +410,13 @@ class Search:
         """The path below the folder, as text."""
         return readable(self.entry(row))
 
-    @torch.no_grad()
     def encode(self, texts):
         """Sentences, cleaned as in training -> (Q, D) of unit length."""
         texts = [self.clean(t) for t in texts]
         if not all(t.strip() for t in texts):
             raise ValueError("the query has no word: describe the person in a sentence")
         with self.lock:
-            return F.normalize(self.model.encode_text(self.tokenizer(texts)).float(), dim=1).cpu()
+            return embed_texts(self.model, self.tokenizer(texts))
 
     def left_out(self, text):
         """How many tokens of a text are beyond the 75 that the encoder reads."""
@@ -429,9 +431,9 @@ class Search:
         return torch.from_numpy(self.features[row:row + 1]).float()
 
     def top(self, query, number):
-        """[(row, cosine), ...] of one query (1, D)."""
+        """[(row, cosine), ...] of each query (Q, D)."""
         score, row = best(self.features, query, number)
-        return list(zip(row[0].tolist(), score[0].tolist()))
+        return [list(zip(*found)) for found in zip(row.tolist(), score.tolist())]
 
     def explain(self, row, text):
         """What in a picture the words of a text answer to; see `word_maps`."""
@@ -545,13 +547,13 @@ def answer(search, query):
         raise ValueError(f"a query of {len(text):,} characters is too long; some sentences are enough")
     said = [line for line in text.splitlines() if line.strip()]
     if like is not None:
-        main = f"<h2>Like {html.escape(search.name(like))}</h2>" + results(search, search.top(search.like(like), top), links)
+        main = f"<h2>Like {html.escape(search.name(like))}</h2>" + results(search, search.top(search.like(like), top)[0], links)
     elif "q" not in asked:
         main = ""
     elif not said:
         main = "<p class=note>Describe the person in a sentence.</p>"
     else:
-        main = results(search, search.top(search.describe(said), top), links)
+        main = results(search, search.top(search.describe(said), top)[0], links)
         if longest := max(map(search.left_out, said)):
             main = f"<p class=note>A description has room for 75 tokens, about 55 words: the last {longest:,} tokens were not read.</p>" + main
         if why is not None:
@@ -770,8 +772,7 @@ def search_gallery(args):
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
     print(f"{len(index.starts):,} pictures; index: {readable(index.npy)}", flush=True)
     search, chapters = Search(model, tokenizer, info, folder, index, args.device), []
-    for query in queries:
-        found = search.top(search.describe([query]), args.top)
+    for query, found in zip(queries, search.top(search.encode(queries), args.top) if queries else ()):
         print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
         why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
         chapters.append((query, results(search, found) + (why and f"<p>{WHY}</p>{why}")))

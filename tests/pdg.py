@@ -51,12 +51,15 @@ def judge(entry, picture, records):
 def score(folder, wanted=()):
     """{what: number} of a folder of pairs made from toy people."""
     every = data.read("pairs", folder, "train", hold_out=False)
-    entries = data.gate(every, wanted)
+    passed = data.gate(every, wanted)
     dataset = every[0]["source"].rsplit(" ", 1)[0]
     records = data.read(dataset, "", "train")
-    found = np.array([judge(e, np.asarray(data.load_image(e["image"]), np.float32), records) for e in entries if e["edit"]["what"] == "colour"], np.float64).reshape(-1, 3)
-    return {"pairs": len(every), "pass the gate, %": 100 * len(entries) / len(every), "reach the colour, %": 100 * found[:, 0].mean(), "the rest keeps its colours, %": 100 * found[:, 1].mean(),
-            "both, %": 100 * (found[:, 0] * found[:, 1]).mean(), "change outside, % of the range": 100 * found[:, 2].mean()}
+    entries = [e for e in passed if e["edit"]["what"] == "colour"]
+    found = np.array([judge(e, np.asarray(data.load_image(e["image"]), np.float32), records) for e in entries], np.float64).reshape(-1, 3)
+    region = np.array([REGION[generate.GARMENT_OF[e["edit"]["noun"]]] for e in entries])
+    return {"pairs": len(every), "pass the gate, %": 100 * len(passed) / len(every), "reach the colour, %": 100 * found[:, 0].mean(),
+            "the rest keeps its colours, %": 100 * found[:, 1].mean(), "both, %": 100 * (found[:, 0] * found[:, 1]).mean(),
+            "change outside, % of the range": 100 * found[:, 2].mean()} | {f"reach the colour, {r}, %": 100 * found[region == r, 0].mean() for r in sorted(set(region))}
 
 
 def main():

@@ -199,14 +199,15 @@ def test_two_processes_share_the_work(checkpoint, photos, tmp_path):
 
 
 def test_best_equals_a_full_sort():
+    """In one piece and in several."""
     g = torch.Generator().manual_seed(0)
-    gallery = F.normalize(torch.randn(1000, 16, generator=g), dim=1).half()
-    query = F.normalize(torch.randn(7, 16, generator=g), dim=1)
-    want = (query @ gallery.float().T).sort(dim=1, descending=True)
-    for chunk in (7, 300, 5000):
-        score, row = evaluation.best(gallery.numpy(), query, 10, chunk)
+    gallery = F.normalize(torch.randn(20_000, 16, generator=g), dim=1).half()
+    for queries, number in ((7, 1000), (7, 20_000), (700, 20_000)):
+        query = F.normalize(torch.randn(queries, 16, generator=g), dim=1)
+        want = (query @ gallery[:number].float().T).sort(dim=1, descending=True)
+        score, row = evaluation.best(gallery[:number].numpy(), query, 10)
         assert torch.equal(row, want.indices[:, :10]) and torch.allclose(score, want.values[:, :10])
-    assert evaluation.best(gallery[:3].numpy(), query, 10)[1].shape == (7, 3)
+    assert evaluation.best(gallery[:3].numpy(), query, 10)[1].shape == (700, 3)
 
 
 def test_pictures_are_upright(tmp_path):
