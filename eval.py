@@ -189,8 +189,21 @@ def retrieval_sheet(captions, text, image, q_pid, g_pid, own, load, number=12, t
     return "".join(rows[:number])
 
 
+def check_page(path):
+    """Raises ValueError if a page written here would take the place of anything but a page."""
+    path = Path(path)
+    if path.exists():
+        start = b""
+        if path.is_file():
+            with open(path, "rb") as f:
+                start = f.read(15)
+        if start != b"<!doctype html>":
+            raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
+
+
 def write_page(path, title, *chapters):
     """One self-contained HTML file: chapters are (heading, HTML) pairs."""
+    check_page(path)
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
     part = Path(f"{path}.part")
     part.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
@@ -251,7 +264,10 @@ class Index:
                              "another file with --index")
         rows = 0
         try:
-            if self.npy.exists() and json.loads(next(self.lines(head=True), b"0")) == self.head:
+            head = json.loads(next(self.lines(head=True), b"0")) if self.npy.exists() else self.head
+            if not isinstance(head, dict) or head.keys() != self.head.keys():
+                raise ValueError("of another kind")
+            if self.npy.exists() and head == self.head:
                 with open(self.npy, "rb") as f:
                     np.lib.format.read_magic(f)
                     rows = np.lib.format.read_array_header_1_0(f)[0][0]
@@ -332,9 +348,12 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
     bad, new = [], []
     if rank == 0:
         gone = set(map(hash, index.lines()))                            # 64 bits each: two of a million are never the same
+        number = len(gone)
         for entry in photos_in(folder):
             known = hash(index.line(entry)) in gone
             gone.remove(hash(index.line(entry))) if known else new.append(entry)
+        if number and len(gone) == number and not new:                  # a disk that is not there
+            raise ValueError(f"{folder} holds no picture any more; its index is left as it is: {index.npy}")
         if gone:
             index.keep([hash(line) not in gone for line in index.lines()])
     if ranks > 1:
@@ -812,8 +831,8 @@ def main():
     tbps.check_device(args.device)
     if args.page:
         data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
-        if Path(args.page).is_dir():
-            raise ValueError(f"{args.page} is a folder; --page names a file in it")
+    if args.page or args.query or args.queries:
+        check_page(args.page or "search.html")
     if sum(map(bool, (args.features, args.export, args.gallery))) > 1 or args.features and args.checkpoint or args.export and (args.dataset or args.page):
         raise ValueError("one thing at a time: --features FILE, --checkpoint C --export DIR, --checkpoint C --gallery PHOTOS, or --checkpoint C for scores")
     if args.top < 1 or args.explain < 0 or args.workers < 0 or args.serve is not None and not 0 <= args.serve <= 65535:

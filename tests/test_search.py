@@ -119,6 +119,9 @@ def test_the_index_follows_the_folder(checkpoint, photos, tmp_path, monkeypatch)
     before = np.load(tmp_path / "i.npy")
     search(checkpoint, photos, "--index", tmp_path / "i.npy")           # the same file for other weights: made anew
     assert not (np.load(tmp_path / "i.npy") == before).all()
+    (tmp_path / "gone").mkdir()                                         # a disk that is not there: nothing is thrown away
+    said = search(checkpoint, tmp_path / "gone", "--index", tmp_path / "i.npy", code=2)
+    assert "its index is left as it is" in said and np.load(tmp_path / "i.npy").shape == (16, 128)
 
 
 def test_an_interrupted_index_goes_on(tmp_path):
@@ -166,7 +169,10 @@ def test_an_interrupted_index_goes_on(tmp_path):
     evaluation.Index(file, "w", 2).append(rows(7), [["x", 1, 1]])
     with pytest.raises(ValueError, match="another search"):
         index.append(rows(8), [["y", 1, 1]])
-    for own in (npy, listed):                                           # somebody's own file is not written over
+    listed.write_bytes(b'{"id": 1}\n')                                  # somebody's own files are not written over
+    with pytest.raises(ValueError, match="are no index of pictures"):
+        evaluation.Index(file, "w", 2)
+    for own in (npy, listed):
         (listed if own is npy else npy).unlink()
         with pytest.raises(ValueError, match=f"{own.name} exists and is no index of pictures"):
             evaluation.Index(file, "w", 2)
@@ -417,7 +423,8 @@ def test_mistakes(checkpoint, photos, tmp_path, server):
     assert "query is empty" in search(checkpoint, photos, "--query", "  ", code=2) and not list(tmp_path.glob("photos-*"))
     assert "has no word" in search(checkpoint, photos, "--query", "...", code=2)
     assert "one thing at a time" in search(checkpoint, photos, "--export", tmp_path / "e", code=2) and "give one with --query" in search(checkpoint, photos, "--explain", "3", code=2)
-    assert "is a folder; --page" in search(checkpoint, photos, "--query", "a", "--page", tmp_path, code=2) and "is a folder; --index" in search(checkpoint, photos, "--index", tmp_path, code=2)
+    assert "is no page, so it is not replaced" in search(checkpoint, photos, "--query", "a", "--page", tmp_path, code=2) and "is a folder; --index" in search(checkpoint, photos, "--index", tmp_path, code=2)
+    assert "is no page" in search(checkpoint, photos, "--query", "a", "--page", photos / "00.jpg", code=2) and "is no page" in search(checkpoint, photos, "--query", "a", "--page", os.devnull, code=2)
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfea\x00")
     assert "no text in UTF-8" in search(checkpoint, photos, "--queries", tmp_path / "latin.txt", code=2)
     assert "no text in UTF-8" in search(checkpoint, photos, "--queries", tmp_path, code=2)
