@@ -431,9 +431,9 @@ class Search:
 
     def encode(self, texts):
         """Sentences, cleaned as in training -> (Q, D) of unit length."""
+        if none := [t for t in texts if not self.clean(t).strip()]:
+            raise ValueError(f"the query {none[0][:40]!r} has no word: describe the person in a sentence")
         texts = [self.clean(t) for t in texts]
-        if not all(t.strip() for t in texts):
-            raise ValueError("the query has no word: describe the person in a sentence")
         with self.lock:
             return embed_texts(self.model, self.tokenizer(texts))
 
@@ -593,8 +593,8 @@ def serve(search, port):
             hosts = {f"{name}:{self.server.server_port}" for name in ("localhost", "127.0.0.1")}
             if self.headers.get("Host") not in hosts:                   # a foreign site's name that was made to lead here
                 return self.send(403, "text/plain", b"this page answers to localhost only\n")
-            url = urlsplit(self.path)
             try:
+                url = urlsplit(self.path)
                 if url.path == "/":
                     nonce = base64.b64encode(os.urandom(12)).decode()
                     self.page(200, nonce, *answer(search, url.query))
@@ -786,7 +786,7 @@ def search_gallery(args):
     if rank:
         return
     if bad:
-        print(f"{len(bad)} files are no pictures that can be read, and are left out: {', '.join(map(readable, bad[:5]))}{' ...' * (len(bad) > 5)}", file=sys.stderr)
+        print(f"left out, for they are no pictures that can be read ({len(bad):,}): {', '.join(map(readable, bad))}", file=sys.stderr)
     if not index.starts:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
     print(f"{len(index.starts):,} pictures; index: {readable(index.npy)}", flush=True)
@@ -866,7 +866,7 @@ def score_features(file):
     kinds = dict(query=(2, "f", np.float32), gallery=(2, "f", np.float32), q_pid=(1, "iu", np.int64), g_pid=(1, "iu", np.int64), own=(1, "iu", np.int64))
     try:
         with np.load(data.need(file, "the features", "an .npz with query, gallery, q_pid, g_pid")) as archive:
-            found = {name: archive[name] for name in kinds if name in archive}
+            found = {name: np.asarray(archive[name]) for name in kinds if name in archive}
     except FileNotFoundError:
         raise
     except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
