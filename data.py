@@ -224,6 +224,14 @@ def opened(file):
     return np.load(file, mmap_mode="r")
 
 
+def holds(file, shape):
+    """Whether an .npy has this shape and is not cut off."""
+    try:
+        return np.load(file, mmap_mode="r").shape == shape
+    except (ValueError, OSError, EOFError):
+        return False
+
+
 class Cached:
     """A picture in a file of `cache`, read when it is looked at."""
 
@@ -238,19 +246,25 @@ def cache(records, scale, file):
     """The same records with images that need not be decoded any more: FILE.npy holds them as `scale` (a Scale) makes them, uint8
     (N, H, W, 3), mapped into memory, and FILE.json what they were made from. Made if it is not there, and anew if an image has another
     place, length or time of change than it had. So a SelfView takes its crops from the scaled image."""
+    file = re.sub(r"\.npy$", "", str(file))
     npy, told = Path(f"{file}.npy"), Path(f"{file}.json")
     need(npy.absolute().parent, "the folder for the cache", "make it, or name another file with --cache")
     paths = [Path(r["image"]) for r in records]
     states = [need(p, "an image", "run python data.py to check the whole set").stat() for p in paths]
     made_of = dict(size=list(scale.size), resize=scale.how.name, images=[[str(p.absolute()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, states)])
-    if not (npy.exists() and told.exists() and json.loads(told.read_text()) == made_of):
-        if npy.exists() and not told.exists():
-            raise ValueError(f"{npy} exists and is no cache of images, or one that was cut off: there is no {told.name} beside it; remove it, or name another "
-                             "file with --cache")
+    before, shape = None, (len(paths), *scale.size, 3)
+    if npy.exists() or told.exists():
+        try:
+            before = json.loads(told.read_bytes())
+            if not isinstance(before, dict) or before.keys() != made_of.keys():
+                raise ValueError("of another kind")
+        except (ValueError, OSError):
+            raise ValueError(f"{npy} and {told.name} are no cache of images, or one that was cut off; remove them, or name another file with --cache") from None
+    if before != made_of or not holds(npy, shape):
         part, room = Path(f"{file}.part"), shutil.disk_usage(npy.absolute().parent).free
-        if (size := len(paths) * 3 * math.prod(scale.size)) > room:
+        if (size := math.prod(shape)) > room:
             raise ValueError(f"the cache would take {size / 1e9:.1f} GB, and {npy.absolute().parent} has {room / 1e9:.1f} GB left; name another place with --cache")
-        rows = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), *scale.size, 3))
+        rows = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
 
         def put(n):
             rows[n] = scale.fit(load_image(paths[n]))
@@ -1268,6 +1282,8 @@ def command(main, stopped="stopped"):
         print(f"error: {str(e).split('. ')[0]}\n  In training, --micro-batch M computes the same in parts, and --checkpoint-blocks keeps less; "
               "or lower --batch", file=sys.stderr)
         code = 2
+    except BrokenPipeError:                                             # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FileNotFoundError, ValueError, FloatingPointError, OSError) as e:
         said = str(e).rsplit(f"\n{type(e).__name__}: ", 1)[-1].rstrip()          # one from a loader's process brings its traceback along
         print(f"error: {said}", file=sys.stderr)

@@ -137,9 +137,9 @@ COLOURS = ["#1f6fb4", "#d7301f", "#1a9641", "#8a4fbe", "#e08214", "#555", "#c256
 
 
 def thumbnail(image, height=112):
-    """PIL image -> data URI of a JPEG."""
-    buffer = io.BytesIO()
-    image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
+    """PIL image -> data URI of a JPEG of this height; lower if the picture is more than four times as wide as high."""
+    buffer, scale = io.BytesIO(), min(height / image.height, 4 * height / image.width)
+    image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -190,8 +190,10 @@ def retrieval_sheet(captions, text, image, q_pid, g_pid, own, load, number=12, t
 
 
 def check_page(path):
-    """Raises ValueError if a page written here would take the place of anything but a page."""
+    """Raises ValueError if a page cannot be written here, or would take the place of anything but a page."""
     path = Path(path)
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"{path.absolute().parent} cannot be written to; name another place with --page FILE")
     if path.exists():
         start = b""
         if path.is_file():
@@ -350,8 +352,8 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
         gone = set(map(hash, index.lines()))                            # 64 bits each: two of a million are never the same
         number = len(gone)
         for entry in photos_in(folder):
-            known = hash(index.line(entry)) in gone
-            gone.remove(hash(index.line(entry))) if known else new.append(entry)
+            line = hash(index.line(entry))
+            gone.remove(line) if line in gone else new.append(entry)
         if number and len(gone) == number and not new:                  # a disk that is not there
             raise ValueError(f"{folder} holds no picture any more; its index is left as it is: {index.npy}")
         if gone:
@@ -419,9 +421,9 @@ class Search:
         return json.loads(self.list[self.starts[row]:self.list.find(b"\n", self.starts[row])])[0]
 
     def path(self, row):
-        """The file of a row, as long as it is a picture below the folder: it may have been replaced by a link."""
+        """The file of a row, as long as it is a picture below the folder: it may be gone, or replaced by a link."""
         path = self.folder / self.entry(row)
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if not path.exists() or not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"{self.name(row)} is not in the folder any more")
         return path
 
@@ -584,7 +586,22 @@ WHY = ("Red: painted grey, these parts would cost the word its share of the scor
        "where the thing is.")
 
 
-def serve(search, port):
+class Server(ThreadingHTTPServer):
+    """Holds a port of localhost; who asks before `serve` answers waits."""
+    daemon_threads, request_queue_size = True, 128
+
+    def __init__(self, port):
+        try:
+            super().__init__(("127.0.0.1", port), None)
+        except OSError as e:
+            raise OSError(f"port {port} cannot be had ({e.strerror}); name another with --serve PORT, or 0 for any") from None
+
+    def handle_error(self, request, client):
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client)
+
+
+def serve(search, server):
     """Answers on localhost until Ctrl-C. Only numbers of rows come from outside, never a path."""
     class Handler(BaseHTTPRequestHandler):
         timeout = 15                                                    # seconds for a client that sends nothing
@@ -628,17 +645,7 @@ def serve(search, port):
         def log_message(self, *_):
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads, request_queue_size = True, 128
-
-        def handle_error(self, request, client):
-            if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
-                super().handle_error(request, client)
-
-    try:
-        server = Server(("127.0.0.1", port), Handler)
-    except OSError as e:
-        raise OSError(f"port {port} cannot be had ({e.strerror}); name another with --serve PORT, or 0 for any") from None
+    server.RequestHandlerClass = Handler
     print(f"search page: http://localhost:{server.server_port}/   (Ctrl-C ends it)", flush=True)
     with server:
         server.serve_forever()
@@ -675,6 +682,8 @@ def export(model, tokenizer, info, folder):
     """Writes image.pt2, text.pt2 (torch.export, any batch size), tokenizer.json and info.json (what pictures and texts need), and checks
     what it wrote against the model: -> the largest difference of a feature. Raises ValueError if that is not rounding."""
     import data
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no empty folder; name another, so that nothing is overwritten")
     folder.mkdir(parents=True, exist_ok=True)
     tokens = tokenizer(["a man in a red jacket", "a woman", "a person with a black backpack and a white hat"])
     worst = 0.0
@@ -696,13 +705,19 @@ def export(model, tokenizer, info, folder):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-def open_model(source, device="cpu", tokenizer=None, size=None):
-    """-> model, tokenizer, info of a checkpoint, or of the weights of a CLIP, which then sees pictures as it was trained to, or of `size`."""
+def find_model(source):
+    """A checkpoint, or the weights of a CLIP: a file, a folder or a hub id -> path of the file."""
     import data
     import tbps
     if Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         data.need(source, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt, or name the weights of a CLIP")
-    path = tbps.find_weights(source)
+    return tbps.find_weights(source)
+
+
+def open_model(source, device="cpu", tokenizer=None, size=None):
+    """-> model, tokenizer, info of a checkpoint, or of the weights of a CLIP, which then sees pictures as it was trained to, or of `size`."""
+    import tbps
+    path = find_model(source)
     if tbps.is_ours(path):
         if tokenizer or size:
             raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; {path} is a checkpoint and knows its own")
@@ -728,6 +743,9 @@ def compare(args):
     import tbps
     tbps.join(args)
     table_rows, chapters = {}, []
+    several = len(args.checkpoint) * len(args.dataset or [""]) > 1
+    for source in args.checkpoint:
+        find_model(source)                                              # all of them, before the first is scored
     for source in args.checkpoint:
         model, tokenizer, info = open_model(source, args.device, args.tokenizer, args.size)
         if not (args.dataset or info["args"]):
@@ -740,15 +758,14 @@ def compare(args):
                 print(f"{name:28}{show(scores)}", flush=True)
             table_rows[f"{source} on {dataset}"] = rows["text to image"]
             chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
-    several = len(table_rows) > 1
+            file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
+            page = Path(args.page or (Path(args.checkpoint[0]).parent if Path(args.checkpoint[0]).is_file() else Path()) / file)
+            if os.environ.get("RANK", "0") == "0":                      # what there is so far
+                write_page(page, " and ".join(args.checkpoint), *([("Text to image", table(table_rows))] if several else []), *chapters)
     if several:
         print("\ntext to image")
         for name, scores in table_rows.items():
             print(f"{name:{max(map(len, table_rows))}}  {show(scores)}")
-    file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
-    page = Path(args.page or (Path(args.checkpoint[0]).parent if Path(args.checkpoint[0]).is_file() else Path()) / file)
-    if os.environ.get("RANK", "0") == "0":
-        write_page(page, " and ".join(args.checkpoint), *([("Text to image", table(table_rows))] if several else []), *chapters)
     print(f"page: {page}", flush=True)
 
 
@@ -767,7 +784,7 @@ def search_gallery(args):
             lines = data.need(args.queries, "the file of queries", "it has one query per line").read_text(encoding="utf-8-sig").splitlines()
         except (UnicodeDecodeError, IsADirectoryError):
             raise ValueError(f"{args.queries} is no text in UTF-8 with a query per line") from None
-        queries += [line for line in lines if line.strip()]
+        queries += [readable(line.expandtabs(1)) for line in lines if line.strip()]
     if any(not q.strip() for q in queries):
         raise ValueError("a query is empty: describe the person in a sentence")
     if args.explain and not queries:
@@ -775,6 +792,7 @@ def search_gallery(args):
     if args.queries and not queries:
         raise ValueError(f"{args.queries} has no query: it has one per line")
     tbps.join(args)
+    server = Server(args.serve) if args.serve is not None and os.environ.get("RANK", "0") == "0" else None
     model, tokenizer, info = open_model(args.checkpoint[0], args.device, args.tokenizer, args.size)
     weights, rank = weights_id(model, info), int(os.environ.get("RANK", 0))
     if args.index and Path(args.index).is_dir():
@@ -792,14 +810,16 @@ def search_gallery(args):
     print(f"{len(index.starts):,} pictures; index: {readable(index.npy)}", flush=True)
     search, chapters = Search(model, tokenizer, info, folder, index, args.device), []
     for query, found in zip(queries, search.top(search.encode(queries), args.top) if queries else ()):
+        if left := search.left_out(query):
+            print(f"{query[:40]}...: its last {left:,} tokens were not read; there is room for 75, about 55 words", file=sys.stderr)
         print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
         why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
         chapters.append((query, results(search, found) + (why and f"<p>{WHY}</p>{why}")))
     if queries:
         write_page(args.page or "search.html", f"{readable(folder)}, {info['method']}", *chapters)
         print(f"\npage: {args.page or 'search.html'}", flush=True)
-    if args.serve is not None:
-        serve(search, args.serve)
+    if server:
+        serve(search, server)
 
 
 def main():
@@ -833,16 +853,18 @@ def main():
         data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
     if args.page or args.query or args.queries:
         check_page(args.page or "search.html")
-    if sum(map(bool, (args.features, args.export, args.gallery))) > 1 or args.features and args.checkpoint or args.export and (args.dataset or args.page):
+    if "" in (args.gallery, args.queries, args.index, args.page, args.features, args.export, *args.checkpoint):
+        raise ValueError("an option was given an empty text; is a variable of the shell not set?")
+    if sum(map(bool, (args.features, args.export, args.gallery))) > 1 or args.features and (args.checkpoint or args.page) or args.export and (args.dataset or args.page):
         raise ValueError("one thing at a time: --features FILE, --checkpoint C --export DIR, --checkpoint C --gallery PHOTOS, or --checkpoint C for scores")
     if args.top < 1 or args.explain < 0 or args.workers < 0 or args.serve is not None and not 0 <= args.serve <= 65535:
         raise ValueError("--top must be at least 1, --explain and --workers at least 0, and a port at most 65535")
+    if (args.query or args.queries or args.serve is not None) and not args.gallery:
+        raise ValueError("name the folder to search with --gallery")
     if args.features:
         return score_features(args.features)
     if not args.checkpoint:
         raise ValueError("name a checkpoint with --checkpoint, or features with --features; --help tells what can be done")
-    if (args.query or args.queries or args.serve is not None) and not args.gallery:
-        raise ValueError("name the folder to search with --gallery")
     if args.export:
         model, tokenizer, info = open_model(args.checkpoint[0], "cpu", args.tokenizer, args.size)
         worst = export(model, tokenizer, info, Path(args.export))

@@ -341,9 +341,18 @@ def test_a_cache_gives_the_same_pixels_and_follows_its_images(people, tmp_path, 
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: argparse.Namespace(free=10))
     with pytest.raises(ValueError, match="the cache would take 0.0 GB"):
         data.cache(records, scale, file)
-    (tmp_path / "c.json").unlink()
-    with pytest.raises(ValueError, match="is no cache of images"):
-        data.cache(records, scale, file)
+    monkeypatch.undo()
+    plain = pixels(records)
+    with open(data.cache(records, scale, file)[0]["image"].file, "r+b") as f:
+        f.truncate(5000)                                                # cut off: made anew
+    data.opened.cache_clear()
+    assert torch.equal(pixels(data.cache(records, scale, f"{file}.npy")), plain) and not (tmp_path / "c.npy.npy").exists()
+    for json_text in (None, "[1]", "mine"):                             # somebody's own files
+        (tmp_path / "c.json").unlink() if json_text is None else (tmp_path / "c.json").write_text(json_text)
+        before = (tmp_path / "c.npy").read_bytes()
+        with pytest.raises(ValueError, match="are no cache of images"):
+            data.cache(records, scale, file)
+        assert (tmp_path / "c.npy").read_bytes() == before
 
 
 def test_back_translation(people):

@@ -1,7 +1,9 @@
 """Searching one's own pictures: the index, ranking, explanation, the search page and what it must not do, export, features from elsewhere."""
 
 import argparse
+import base64
 import http.client
+import io
 import json
 import os
 import signal
@@ -413,6 +415,25 @@ def test_many_clients_and_some_that_hang(server):
         s.close()
 
 
+def test_odd_pictures_and_queries(checkpoint, tmp_path):
+    (tmp_path / "odd").mkdir()
+    Image.new("RGB", (20000, 1), "red").save(tmp_path / "odd/wide.png")
+    Image.new("RGB", (1, 5000), "red").save(tmp_path / "odd/high.png")
+    assert {Image.open(f).size: Image.open(io.BytesIO(base64.b64decode(evaluation.thumbnail(Image.open(f)).split(",")[1]))).size for f in (tmp_path / "odd").iterdir()} \
+        == {(20000, 1): (448, 1), (1, 5000): (1, 112)}
+    (tmp_path / "q.txt").write_text("a red\tcoat\x1b[2J\n" + "a man and " * 80)
+    said = search(checkpoint, tmp_path / "odd", "--queries", tmp_path / "q.txt", "--explain", "2", "--page", tmp_path / "p.html")
+    assert "\x1b" not in said and "a red coat\ufffd[2J" in said and "tokens were not read" in said and "cannot be read" not in (tmp_path / "p.html").read_text()
+
+
+def test_a_reader_that_stops_reading(checkpoint, photos):
+    command = [sys.executable, "eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--query", *["a man"] * 300, "--top", "16"]
+    head = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    head.stdout.readline()
+    head.stdout.close()
+    assert b"Error" not in head.stderr.read() and head.wait(60) == 0
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 def test_mistakes(checkpoint, photos, tmp_path, server):
@@ -438,7 +459,9 @@ def test_mistakes(checkpoint, photos, tmp_path, server):
     (tmp_path / "mine.npy").write_bytes(b"mine")
     assert "is no index" in search(checkpoint, photos, "--index", tmp_path / "mine.npy", "--query", "a", code=2)
     assert (tmp_path / "mine.npy").read_bytes() == b"mine"
-    assert f"port {server[0]} cannot be had" in search(checkpoint, photos, "--serve", server[0], code=2)
+    assert f"port {server[0]} cannot be had" in search(checkpoint, photos, "--serve", server[0], "--index", tmp_path / "i", code=2)
+    assert not (tmp_path / "i.npy").exists()                            # said before anything is embedded
+    assert "empty text" in search(checkpoint, "", "--query", "a", code=2) and "empty text" in search(checkpoint, photos, "--index", "", code=2)
     assert "a port at most 65535" in search(checkpoint, photos, "--serve", 65536, code=2)
     assert "--tokenizer and --size are for" in search(checkpoint, photos, "--size", "96x48", "--query", "a", code=2)
 
@@ -460,6 +483,10 @@ def test_weights_of_a_clip_search_without_training(tmp_path, photos, checkpoint,
     assert "(zero-shot, epoch 0) on toy val" in said and table.count("R@1 ") == 2 and table.count(" on toy ") == 2
     assert (tmp_path / "t.html").read_text().count("<h2>") == 5
     assert "name one with --dataset" in error("eval.py", "--checkpoint", folder)
+    assert "the checkpoint should be at" in error("eval.py", "--checkpoint", checkpoint, tmp_path / "gone.pt", "--page", tmp_path / "u.html") and not (tmp_path / "u.html").exists()
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    assert "bad.pt" in error("eval.py", "--checkpoint", checkpoint, tmp_path / "bad.pt", "--split", "val", "--page", tmp_path / "v.html")
+    assert "toy val" in (tmp_path / "v.html").read_text()               # what was scored before
 
 
 def test_features_of_another_model(tmp_path):
@@ -485,6 +512,8 @@ def test_features_of_another_model(tmp_path):
     np.savez(tmp_path / "l.npz", **arrays | dict(query=arrays["query"].astype(">f4"), q_pid=arrays["q_pid"].astype(np.uint64)))
     assert run("eval.py", "--features", tmp_path / "l.npz") == said    # byte order and kind of number do not matter
     assert "the features should be at" in error("eval.py", "--features", tmp_path / "j.npz")
+    assert "one thing at a time" in error("eval.py", "--features", tmp_path / "f.npz", "--page", tmp_path / "f.html")
+    assert "name the folder" in error("eval.py", "--features", tmp_path / "f.npz", "--query", "a")
 
 
 def test_export(checkpoint, tmp_path, monkeypatch):
@@ -503,6 +532,7 @@ def test_export(checkpoint, tmp_path, monkeypatch):
         pixels = torch.randn(5, 3, *info["size"])
         assert torch.allclose(image(pixels), F.normalize(model.encode_image(pixels), dim=1), atol=1e-5)
     assert (tmp_path / "e/image.pt2").stat().st_size + (tmp_path / "e/text.pt2").stat().st_size < 1.5 * checkpoint.stat().st_size
+    assert "is no empty folder" in error("eval.py", "--checkpoint", checkpoint, "--export", tmp_path / "e")
     monkeypatch.setattr(evaluation.TextEncoder, "forward", lambda self, t: F.normalize(self.tower(t)[:, 0] @ self.tower.proj, dim=1))
     with pytest.raises(ValueError, match="do not use"):
         evaluation.export(model, tokenizer, dict(size=(96, 48), norm="imagenet", resize="bicubic", clean=True), tmp_path / "f")
