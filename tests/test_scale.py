@@ -174,6 +174,14 @@ def rank_of_two(rank, file, out, micro):
             shown = {k: v.detach().clone() for k, v in parts.items()}
             tbps.mean_of_ranks(list(shown.values()))
             found[name] = shown, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model, _, _ = sample("baseline", people)
+    model, tokenizer, seen = model.float(), data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True), []
+    for tower in (model.image, model.text):
+        tower.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    some = people[:7]
+    image, text = tbps.embed(model, tokenizer, dict(size=(32, 16), norm="imagenet", resize="bicubic", clean=True), some, "cpu")
+    assert len(image) == 7 and len(text) == sum(len(r["captions"]) for r in some) and sum(seen) == (len(image) + 1 - rank) // 2 + (len(text) + 1 - rank) // 2
+    found["embedded"] = image, text
     rows = torch.arange(7.0)[rank::2]
     assert tbps.together(rows[:, None]).flatten().tolist() == list(range(7)) and tbps.any_rank(rank == 1, "cpu") and not tbps.any_rank(False, "cpu")
     if rank == 0:
@@ -185,6 +193,10 @@ def rank_of_two(rank, file, out, micro):
 def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
     torch.multiprocessing.spawn(rank_of_two, (str(tmp_path / "meet"), str(tmp_path / "found.pt"), micro), nprocs=2)
     found = torch.load(tmp_path / "found.pt")
+    model, _, _ = sample("baseline", people)
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
+    alone = tbps.embed(model.float(), tokenizer, dict(size=(32, 16), norm="imagenet", resize="bicubic", clean=True), people[:7], "cpu")
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, found["embedded"]))               # each embedded half, and all have all
     same_draws(monkeypatch)
     for name in STEPS:
         model, batch, step = sample(name, people)
@@ -242,15 +254,17 @@ def test_distillation_on_two_processes_is_that_on_one(cuhk, tmp_path):
     assert all(torch.allclose(a[n], b[n], atol=1e-3) for n in a)
 
 
-def test_one_that_wants_to_stop_stops_all(cuhk, tmp_path):
+@pytest.mark.parametrize("script, options, log", [("tbps.py", [*RUN, "epochs=500"], "log.jsonl"), ("distill.py", ["--dataset", "cuhk", *TINY, "rich_epochs=5000"], "richer/log.jsonl")])
+def test_one_that_wants_to_stop_stops_all(cuhk, tmp_path, script, options, log):
     """Ctrl-C reaches the processes at different steps; they agree on one, save, and end."""
-    process = command(2, *RUN, "epochs=500", "--data-root", cuhk, "--out", tmp_path / "r")
-    while not ((tmp_path / "r/log.jsonl").exists() and len((tmp_path / "r/log.jsonl").read_text().splitlines()) > 5):
+    process = command(2, *options, "--data-root", cuhk, "--out", tmp_path / "r", script=script)
+    log = tmp_path / "r" / log
+    while not (log.exists() and len(log.read_text().splitlines()) > 5):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert "is saved. Go on with the same command and --resume" in errors
-    saved = torch.load(tmp_path / "r/last.pt", weights_only=True)
-    lines = [json.loads(line)["at"] for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
+    saved = torch.load(log.with_name("last.pt"), weights_only=True)
+    lines = [json.loads(line)["at"] for line in log.read_text().splitlines()]
     assert [saved["epoch"], saved["step"]] in (lines[-1], lines[-2])
