@@ -662,7 +662,7 @@ class ImageEncoder(torch.nn.Module):
 
     def forward(self, pixels):
         first = torch.zeros(pixels.shape[0], dtype=torch.int64)         # the class token
-        return F.normalize(self.tower.ln_post(self.tower(pixels, at=first)[:, 0]) @ self.tower.proj, dim=1)
+        return F.normalize(self.tower.project(self.tower(pixels, at=first)[:, 0]), dim=1)
 
 
 class TextEncoder(torch.nn.Module):

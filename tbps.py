@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -146,9 +147,9 @@ class ImageTower(nn.Module):
     """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
     and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
 
-    def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True):
+    def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True, adapter=0.0):
         super().__init__()
-        self.checkpoint_blocks = False
+        self.checkpoint_blocks, self.adapter = False, None
         self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
         if min(self.grid) < 1:
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
@@ -161,6 +162,18 @@ class ImageTower(nn.Module):
         self.blocks = nn.ModuleList(Block(width, head_width, quick_gelu=quick_gelu) for _ in range(layers))
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         init_blocks(self.blocks, width)
+        if adapter:
+            self.adapt(adapter)
+
+    def adapt(self, share):
+        """CLIP-Adapter (arXiv 2110.04544, eq. 2): this share of a feature comes from two small layers behind the tower."""
+        D = self.proj.shape[1]
+        self.share, self.adapter = share, nn.Sequential(nn.Linear(D, D // 4, bias=False), nn.ReLU(), nn.Linear(D // 4, D, bias=False))
+
+    def project(self, x):
+        """Class tokens (B, C) as `forward` gives them -> features (B, D)."""
+        x = self.ln_post(x) @ self.proj
+        return x if self.adapter is None else self.share * self.adapter(x) + (1 - self.share) * x
 
     def forward(self, pixels, at=None, keep=None, mix=None):
         """keep (B, K): only these patches, by number, go through the transformer. mix: as `mixed` takes it, after the first block."""
@@ -176,21 +189,34 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above."""
+    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above. With a prompt of M learned words between the
+    start and the caption T is M more, but never beyond the context."""
 
-    def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
+    def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True, prompt=0):
         super().__init__()
         self.checkpoint_blocks = False
         self.tok = nn.Embedding(vocab, width)
         self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))      # about as large as the tokens
+        self.prompt = nn.Parameter(torch.zeros(prompt, width)) if prompt else None                      # (M, C), CoOp (arXiv 2109.01134)
         self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         nn.init.normal_(self.tok.weight, std=0.02)
         init_blocks(self.blocks, width)
 
+    def prompted(self, tokens):
+        """-> embeddings with the prompt (B, T, C), where they end (B,). What has no room is cut before a caption's end."""
+        M, eot = len(self.prompt), tokens.argmax(dim=1)
+        last = min(tokens.shape[1], len(self.pos) - M) - 1
+        x = self.tok(torch.cat([tokens[:, :last], torch.where(eot > last, tokens.amax(dim=1), tokens[:, last])[:, None]], dim=1))
+        return torch.cat([x[:, :1], self.prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1), eot.clamp(max=last) + M
+
     def forward(self, tokens, at=None, mix=None):
-        x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                               # (B, T, C)
+        x = self.tok(tokens)                                                                            # (B, T, C)
+        if self.prompt is not None:
+            x, end = self.prompted(tokens)
+            at = None if at is None else end
+        x = x + self.pos[:x.shape[1]]
         for n, block in enumerate(self.blocks[:-1]):
             x = kept(block, self.checkpoint_blocks, x, causal=True)
             x = mixed(x, *mix) if mix and n == 0 else x
@@ -202,13 +228,13 @@ class DualEncoder(nn.Module):
     a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
 
     def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
-                 head_width=64, stride=None, quick_gelu=True, text_dropout=0.0, lock_patch=False):
+                 head_width=64, stride=None, quick_gelu=True, prompt=0, adapter=0.0, text_dropout=0.0, lock_patch=False):
         super().__init__()
         self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
                          text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, head_width=head_width,
-                         stride=stride or patch, quick_gelu=quick_gelu)
-        self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu)
-        self.text = TextTower(vocab, context, text_width, head_width, text_layers, embed, text_dropout, quick_gelu)
+                         stride=stride or patch, quick_gelu=quick_gelu, prompt=prompt, adapter=adapter)
+        self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu, adapter)
+        self.text = TextTower(vocab, context, text_width, head_width, text_layers, embed, text_dropout, quick_gelu, prompt)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
         # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
@@ -239,7 +265,7 @@ class DualEncoder(nn.Module):
         """(B, 3, H, W) -> (B, D), not normalised: the class token. mix: CTLG's mixup of features, as `mixed` takes it."""
         def encode(pixels):
             cls = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)      # not len(): export keeps the batch free
-            return self.image.ln_post(self.image(pixels, at=cls, mix=mix)[:, 0]) @ self.image.proj
+            return self.image.project(self.image(pixels, at=cls, mix=mix)[:, 0])
         return encode(pixels) if mix else self.in_parts(encode, pixels)
 
     def encode_text(self, tokens, mix=None):
@@ -591,10 +617,13 @@ COMMON = dict(  # what every method has
     tau=0.0, text_dropout=0.05, lock_patch=True)
 TBPS_CLIP = COMMON | dict(
     itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False,
-    soft=0.5, soft_ramp=1.0, teacher_pass=True)
+    soft=0.5, soft_ramp=1.0, teacher_pass=True,
+    prompt="", adapter=0.0)
 SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
 BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
                              deletion=0.0)
+COOP = BASELINE | dict(prompt="a pedestrian photo of", epochs=20, lr=1e-3)
+ADAPTER = BASELINE | dict(adapter=0.4, epochs=20, lr=1e-3)
 SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
     epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5, coupled=True, eps=1e-3, beta2=0.999,
     lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip", eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0,
@@ -629,6 +658,7 @@ KEYS = dict(  # what --help says of each key
     ss_text="weight: the same between two caption variations", mvs="a second image view in N-ITC", mvs_text="a second caption variation in N-ITC",
     soft="share of the model's own belief in the targets of N-ITC", soft_ramp="epochs until `soft` is reached",
     teacher_pass="the teacher's texts get a dropout mask of their own",
+    prompt="CoOp: words before every caption, which alone learn", adapter="CLIP-Adapter: share of an image feature that comes from layers which alone learn",
     sdm="weight: similarity distribution matching", cmpm="weight: projection matching", id="weight: classifying persons",
     triplet="weight: nearest of other persons, margin 0.05", hardest="its positive is the person's farthest, not the pair's other half",
     restoration="weight: dropped patches from a grey image and the caption", mlm="weight: masked words from the image",
@@ -896,6 +926,8 @@ METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
+    "coop": (COOP, tbps_clip_heads, tbps_clip_losses),
+    "adapter": (ADAPTER, tbps_clip_heads, tbps_clip_losses),
     "irra": (IRRA, irra_heads, irra_losses),
     "uit": (UIT, irra_heads, irra_losses),
     "ctlg": (CTLG, lambda *_: {}, ctlg_losses),
@@ -945,15 +977,30 @@ def make_optimizer(model, recipe, fused):
     return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)
 
 
-def build(args, recipe, vocab, persons, make_heads):
+def adapt(model, recipe, tokenizer):
+    """Puts a prompt before the text tower, an adapter behind the image tower, and makes all else stay as it is."""
+    model.requires_grad_(False)
+    if recipe["prompt"]:
+        words = torch.tensor(tokenizer.bpe.encode(recipe["prompt"]).ids)
+        if not 1 <= len(words) <= 40:
+            raise ValueError(f"prompt={recipe['prompt']!r} makes {len(words)} tokens; 1 to 40 leave room for a caption")
+        model.text.prompt, model.arch["prompt"] = nn.Parameter(model.text.tok(words).clone()), len(words)
+    if recipe["adapter"]:
+        model.image.adapt(recipe["adapter"])
+        model.arch["adapter"] = recipe["adapter"]
+
+
+def build(args, recipe, tokenizer, persons, make_heads):
     """The model for a run, with its method's heads."""
     torch.manual_seed(data.mix(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
     if args.clip == "none":
-        model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=vocab) | options)
+        model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=tokenizer.vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
+    if recipe.get("prompt") or recipe.get("adapter"):
+        adapt(model, recipe, tokenizer)
     for name, head in make_heads(recipe, model, persons).items():
         model.heads[name] = head
     if recipe["tau"]:
@@ -1206,6 +1253,7 @@ def arguments(recipes, description, epilog):
     g.add_argument("--lr", type=float, help="short for --set lr=, the peak")
     g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="folders of generated pairs (imgs/ and pairs.jsonl) to train on too")
     g.add_argument("--min-score", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of these pairs only those whose scores reach the values, like words=0.02")
+    g.add_argument("--share", type=float, default=1.0, help="train on this share of the training persons, drawn by the seed (default: 1, all)")
     g.add_argument("--val", choices=["auto", "none"], default="auto", help="none: train on what a set without validation split would hold out, keep the last epoch")
     g.add_argument("--skip-bad", action="store_true", help="decode all images first and leave out those that fail (default: stop at one)")
     g = p.add_argument_group("from what")
@@ -1268,6 +1316,8 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError("--micro-batch must be at least 1, and cannot be had with feature_mixup, which mixes the whole batch within the encoder")
     if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
+    if not 0 < args.share <= 1:
+        raise ValueError(f"--share {args.share} must be above 0 and at most 1")
     if args.cache and toy:
         raise ValueError("--cache is for images in files; toy people are drawn into memory")
     check_device(args.device)
@@ -1290,7 +1340,7 @@ def check_device(device):
 
 
 TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]
-SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop"]
+SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop", "adapter"]
 LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "triplet", "restoration", "mlm"]
 
 
@@ -1364,6 +1414,10 @@ def load_data(args):
     """-> {split: records}; the training split with what --extra adds, without what --skip-bad finds."""
     hold_out = args.val == "auto"
     splits = {s: data.read(args.dataset, args.data_root, s, hold_out) for s in (("train", "val", "test") if hold_out else ("train", "test"))}
+    if args.share < 1:
+        pids = sorted({r["pid"] for r in splits["train"]})
+        drawn = set(random.Random(f"share {args.seed}").sample(pids, max(1, round(args.share * len(pids)))))
+        splits["train"] = [r for r in splits["train"] if r["pid"] in drawn]
     for folder in args.extra:
         pairs = data.read("pairs", folder, "train", hold_out=False)
         good = data.gate(pairs, args.min_score)
@@ -1396,7 +1450,7 @@ def prepare(args, recipe, records, make_heads):
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
     else:
         tokenizer = data.train_tokenizer([c for record in records for c in record["captions"]], mask=masks(r) is not None)
-    model = build(args, recipe, tokenizer.vocab, pairs.persons, make_heads)
+    model = build(args, recipe, tokenizer, pairs.persons, make_heads)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
     if pairs.persons < 2:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import data
 import tbps
+from conftest import run
 
 # ---- a tiny CLIP by formula -----------------------------------------------------------------------------------------
 
@@ -343,3 +345,52 @@ def made_up_merges(number):
     triples = [f"{a}{b} {c}" for a in letters for b in letters for c in letters]
     quads = [f"{a}{b}{c} {d}" for a in letters for b in letters for c in letters for d in letters]
     return (pairs + triples + quads)[:number]
+
+
+# ---- small parts around encoders that do not learn --------------------------------------------------------------------
+
+def little(people):
+    torch.manual_seed(0)
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
+    return tbps.DualEncoder(64, (32, 16), 8, 64, 2, 64, 2, tokenizer.vocab, head_width=32).eval(), tokenizer
+
+
+@torch.no_grad()
+def test_a_prompt_is_words_before_the_caption(people):
+    model, tokenizer = little(people)
+    prompt, captions = "a pedestrian photo of", ["a man in a red coat", "a woman", " ".join(["a black bag"] * 40)]
+    M = len(tokenizer.bpe.encode(prompt).ids)
+    want = model.encode_text(tokenizer([f"{prompt} {c}" for c in captions]))
+    tbps.adapt(model, tbps.COOP, tokenizer)
+    assert model.text.prompt.shape == (M, 64) and [n for n, p in model.named_parameters() if p.requires_grad] == ["text.prompt"]
+    found = model.encode_text(tokenizer(captions))                      # the last one has no room for all of it: its end stays
+    assert torch.allclose(found, want, atol=1e-6) and torch.allclose(found[:2], model.encode_text(tokenizer(captions[:2])), atol=1e-6)
+    model.text.prompt.data.mul_(2)
+    assert not torch.allclose(model.encode_text(tokenizer(captions)), want, atol=1e-3)
+    with pytest.raises(ValueError, match="makes 0 tokens"):
+        tbps.adapt(model, tbps.COOP | dict(prompt=" "), tokenizer)
+
+
+@torch.no_grad()
+def test_an_adapter_is_a_share_of_the_feature(people):
+    model, tokenizer = little(people)
+    pixels = torch.randn(3, 3, 32, 16)
+    f = model.encode_image(pixels)
+    tbps.adapt(model, tbps.ADAPTER, tokenizer)
+    down, up = (p for n, p in model.named_parameters() if p.requires_grad)
+    assert down.shape == (16, 64) and torch.allclose(model.encode_image(pixels), 0.4 * (f @ down.T).relu() @ up.T + 0.6 * f, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["coop", "adapter"])
+def test_a_run_trains_nothing_else(method, people, cuhk, tmp_path):
+    base = ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--clip", "none", "--size", "toy", "--workers", "0", "--set", "batch=8", "epochs=1", "height=96", "width=48", "warmup=0"]
+    run(*base, "--method", "baseline", "--out", tmp_path / "a")
+    base[base.index("none")] = tmp_path / "a/best.pt"
+    said = run(*base, "--method", method, "--out", tmp_path / "b")
+    a, b = (torch.load(tmp_path / f"{n}/best.pt", weights_only=True)["weights"] for n in "ab")
+    new = {"coop": {"text.prompt"}, "adapter": {"image.adapter.0.weight", "image.adapter.2.weight"}}[method]
+    assert b.keys() - a.keys() == new and all(torch.equal(a[n], b[n]) for n in a)
+    assert f"{method}: {sum(b[n].numel() for n in new):,} parameters trained" in said
+    start = tbps.load_clip(tmp_path / "b/best.pt")                      # where another run may start
+    assert all(torch.equal(w, b[n]) for n, w in start.state_dict().items())
+    assert "differ from the checkpoint by" in run("eval.py", "--checkpoint", tmp_path / "b/best.pt", "--export", tmp_path / "e")

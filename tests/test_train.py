@@ -356,3 +356,14 @@ def test_what_the_objective_learns():
     assert all(seen[-1][k] < seen[0][k] for k in ("nitc", "ritc", "ss"))
     assert seen[-1]["nitc"] < 0.5 * seen[0]["nitc"]
     assert F.cosine_similarity(model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])).mean() > 0.2
+
+
+def test_a_share_of_the_persons(cuhk):
+    def persons(split, *more):
+        args, _ = tbps.parse_args(["--dataset", "cuhk", "--data-root", str(cuhk), *more])
+        return {r["pid"] for r in tbps.load_data(args)[split]}
+    everyone, some, others = persons("train"), persons("train", "--share", "0.5"), persons("train", "--share", "0.5", "--seed", "1")
+    assert some < everyone and len(some) == round(len(everyone) / 2) == len(others) and some == persons("train", "--share", "0.5")
+    assert len({frozenset(persons("train", "--share", "0.3", "--seed", str(n))) for n in range(5)}) > 1
+    assert persons("test", "--share", "0.5") == persons("test") and len(persons("train", "--share", "0.001")) == 1
+    assert "must be above 0" in error("tbps.py", "--share", "0") and "must be above 0" in error("tbps.py", "--share", "1.5")
