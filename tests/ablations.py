@@ -11,6 +11,7 @@ is left out; differences are paired by seed, against the rows that the name afte
 are normal."""
 
 import argparse
+import html
 import json
 import os
 import statistics
@@ -23,6 +24,9 @@ from string import Formatter
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import eval as evaluation                                               # noqa: E402
+
 GENERIC = "runs/ablations/generic"
 FINE_TUNE = f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
 SDM_ID = "--method irra --set mlm=0"
@@ -75,7 +79,45 @@ CTLG_CHOICES = {
     "rate 1e-4 < tau 0.005": "--method ctlg --set approximate=0 mixup=0 lr=1e-4",
     "rate 1e-5 < tau 0.005": "--method ctlg --set approximate=0 mixup=0 lr=1e-5",
 }
+CLIP = "--method baseline"
+CLIP_STAR = f"{CLIP} --set text_dropout=0.05 lock_patch=1"
+AUGMENTED = f"{CLIP_STAR} image_aug=pool deletion=0.05"
+N_ITC = f"{AUGMENTED} itc=0 nitc=1"
+TEXTS = {"synonym": "synonyms", "insertion": "insertions", "swap": "swaps", "deletion": "deletions", "eda": "EDA"}
+SHARES = {"0.05": 40, "0.1": 20, "0.25": 10, "1": 3}                       # of the persons: epochs, for about as many steps
+FEW = {"full fine-tuning": CLIP, "TBPS-CLIP simplified": "--method tbps-clip-simplified", "TBPS-CLIP": "--method tbps-clip",
+       "CoOp": "--method coop", "CLIP-Adapter": "--method adapter"}
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
+    "seeds": (FINE_TUNE, {"TBPS-CLIP simplified": "--method tbps-clip-simplified"}),
+    "tricks": (FINE_TUNE, {
+        "CLIP": CLIP,
+        "dropout < CLIP": f"{CLIP} --set text_dropout=0.05",
+        "locked patches < CLIP": f"{CLIP} --set lock_patch=1",
+        "N-ITC < CLIP": f"{CLIP} --set itc=0 nitc=1",
+        "soft labels < N-ITC": f"{CLIP} --set itc=0 nitc=1 soft=0.5",
+        "all of these < CLIP": f"{CLIP_STAR} itc=0 nitc=1 soft=0.5",
+    }),
+    "images": (FINE_TUNE, {"CLIP*": CLIP_STAR} | {f"{op} < CLIP*": f"{CLIP_STAR} image_aug={op}" for op in (
+        "crop", "erase", "gray", "blur", "jitter", "hue", "flip", "vflip", "rotation", "stack", "autoaugment", "randaugment", "trivialaugment", "pool", "reid", "shift")}),
+    "texts": (FINE_TUNE, {"CLIP*": CLIP_STAR} | {f"{name} {rate} < CLIP*": f"{CLIP_STAR} {key}={rate}" for key, name in TEXTS.items() for rate in (0.05, 0.1, 0.2)}),
+    "losses": (FINE_TUNE, {
+        "CLIP*, augmented": AUGMENTED,
+        "N-ITC < CLIP*, augmented": N_ITC,
+        "SS of images < CLIP*, augmented": f"{AUGMENTED} ss=0.4",
+        "SS of texts < CLIP*, augmented": f"{AUGMENTED} ss_text=0.4",
+        "SS of both < CLIP*, augmented": f"{AUGMENTED} ss=0.4 ss_text=0.4",
+        "MVS of images < N-ITC": f"{N_ITC} mvs=1",
+        "MVS of texts < N-ITC": f"{N_ITC} mvs_text=1",
+        "MVS of both < N-ITC": f"{N_ITC} mvs=1 mvs_text=1",
+        "R-ITC < CLIP*, augmented": f"{AUGMENTED} ritc=1",
+        "C-ITC < CLIP*, augmented": f"{AUGMENTED} citc=0.1",
+        "simplified < CLIP*, augmented": f"{N_ITC} ritc=1",
+        "TBPS-CLIP, all of it < CLIP*, augmented < simplified": f"{N_ITC} ritc=1 citc=0.1 ss=0.4 mvs=1",
+    }),
+    "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
+        "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
+    **{f"share-{share}": (f"tbps.py --dataset toy --share {share} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}",
+                          {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, epochs in SHARES.items()},
     "uit": (FINE_TUNE, UIT_PARTS),
     "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
     "uit-long": (f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
@@ -122,6 +164,20 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     "ctlg-few": ctlg("toy-few", 20, 30, 600, "direction=0.65"),
     "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }
+SEEDS = {"seeds": 10}                                                   # groups that want more of them
+PAPER = {  # R@1 on CUHK-PEDES minus that of the first row it is compared with, as published (TBPS-CLIP, Tables 2 to 5, ViT-B/32; IRRA, Table 4)
+    "tricks": {"dropout": 0.39, "locked patches": 0.60, "soft labels": 0.86, "all of these": 3.67},
+    "images": {"crop": 0.95, "erase": 0.30, "gray": 0.95, "blur": -9.04, "jitter": 0.52, "hue": -0.22, "flip": 1.14, "vflip": -0.11, "rotation": 1.16, "stack": 1.58,
+               "autoaugment": 1.09, "randaugment": 1.24, "trivialaugment": 1.25, "pool": 1.79},
+    "texts": {f"{name} {rate}": value for name, values in {
+        "synonyms": (-0.39, -2.89, -4.64), "insertions": (-0.63, -1.51, -4.25), "swaps": (-7.93, -13.29, -14.83), "deletions": (1.19, 0.65, -0.03), "EDA": (-0.91, -2.17, -3.68),
+    }.items() for rate, value in zip((0.05, 0.1, 0.2), values)},
+    "losses": {"N-ITC": 0.13, "SS of images": 0.76, "SS of texts": -0.81, "SS of both": 0.03, "MVS of images": 0.67, "MVS of texts": -0.32, "MVS of both": 0.23, "R-ITC": 1.41,
+               "C-ITC": 0.37, "TBPS-CLIP, all of it": 2.76},
+    "uit": {"SDM": 2.23, "SDM + ID": 0.10, "IRRA, with MLM": 2.86},
+    "share-0.05": {"TBPS-CLIP simplified": 5.28, "TBPS-CLIP": 4.61, "CoOp": -27.00, "CLIP-Adapter": -26.41},
+    "share-0.1": {"TBPS-CLIP simplified": 7.89, "TBPS-CLIP": 6.82, "CoOp": -30.27, "CLIP-Adapter": -29.76},
+}
 
 
 def row(name):
@@ -165,7 +221,7 @@ def queue(groups, seeds, jobs):
     with ThreadPoolExecutor(jobs) as pool:
         for group in groups:
             common, rows = GROUPS[group]
-            for name, seed in ((name, seed) for name in rows for seed in range(seeds)):
+            for name, seed in ((name, seed) for name in rows for seed in range(SEEDS.get(group, seeds))):
                 path, paths = folder(group, name, seed), {row(n): folder(group, n, seed) for n in rows}
                 if result(path) is None:
                     needed = [paths[n] for _, n, *_ in Formatter().parse(rows[name]) if n]
@@ -182,34 +238,74 @@ def mean(values):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def spread(pairs):
+    """Half of the 95 % interval of a mean, by Student's t."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(pairs), 2.5)
+    return t * statistics.stdev(pairs) / len(pairs) ** 0.5
+
+
 def difference(pairs):
-    """The mean and its 95 % interval, by Student's t."""
+    """The mean and its 95 % interval."""
     if len(pairs) < 2:
         return f" ({pairs[0]:+.1f})" if pairs else ""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(pairs), 2.5)
-    return f" ({statistics.mean(pairs):+.1f} ± {t * statistics.stdev(pairs) / len(pairs) ** 0.5:.1f})"
+    return f" ({statistics.mean(pairs):+.1f} ± {spread(pairs):.1f})"
+
+
+def agrees(pairs, published):
+    """What the paper found, and whether the differences here tell the same."""
+    if published is None or len(pairs) < 2:
+        return ""
+    found = statistics.mean(pairs)
+    return f"{published:+.2f}: " + ("within the spread" if abs(found) <= spread(pairs) else "yes" if found * published > 0 else "no")
 
 
 def table(group, seeds):
     """Markdown: a row per name and row it is compared with; the mean and standard deviation over seeds, then the mean of the paired
-    differences and its interval. Richer models have a table of their own."""
+    differences and its interval; what the paper found for R@1, and whether it is the same. Richer models have a table of their own."""
+    seeds = SEEDS.get(group, seeds)
     found = {row(name): {s: r for s in range(seeds) if (r := result(folder(group, name, s)))} for name in GROUPS[group][1]}
-    lines = [f"| {group} | seeds | {' | '.join(WAYS)} | against |", "|---" * (3 + len(WAYS)) + "|"]
+    lines = [f"| {group} | seeds | {' | '.join(WAYS)} | against |" + " paper |" * (group in PAPER), "|---" * (3 + len(WAYS) + (group in PAPER)) + "|"]
     teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
     for name in GROUPS[group][1]:
         own, bases = found[row(name)], name.split(" < ")[1:]
         for n, base in enumerate(bases or [""]) if any(own.values()) and row(name) not in teachers else ():
-            cells, both = [], [s for s in own if s in found.get(base, ())]
+            cells, said, both = [], "", [s for s in own if s in found.get(base, ())]
             for what, metric in WAYS.values():
                 value = {s: r[f"best.pt, {what}"][metric] for s, r in own.items() if f"best.pt, {what}" in r}
                 pairs = [value[s] - found[base][s][f"best.pt, {what}"][metric] for s in both]
                 cells.append((mean(value.values()) if value and n == 0 else "") + difference(pairs))
-            lines.append(f"| {row(name) if n == 0 else ''} | {len(own) if n == 0 else ''} | {' | '.join(cells)} | {base} |")
+                said = said or (agrees(pairs, PAPER.get(group, {}).get(row(name))) if n == 0 else "")
+            lines.append(f"| {row(name) if n == 0 else ''} | {len(own) if n == 0 else ''} | {' | '.join(cells)} | {base} |" + f" {said} |" * (group in PAPER))
     if teachers:
         lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
         for what in next(iter(next(iter(teachers.values())).values())):
             lines.append(f"| {what} | " + " | ".join(", ".join(mean([r[what][metric] for r in runs.values()]) for metric in ("R@1", "mAP")) for runs in teachers.values()) + " |")
     return "\n".join(lines)
+
+
+def bars(group, seeds, metric="R@1"):
+    """The means of a group as the bars of one inline SVG, each with a line of a standard deviation to both sides."""
+    found = {row(name): [r["best.pt, text to image"][metric] for s in range(SEEDS.get(group, seeds)) if "best.pt, text to image" in (r := result(folder(group, name, s)) or {})]
+             for name in GROUPS[group][1]}
+    found = {name: values for name, values in found.items() if values}
+    if not found:
+        return ""
+    low, high, out = max(0, min(map(min, found.values())) - 2), max(map(max, found.values())), []
+
+    def at(value):
+        return 260 + 480 * (value - low) / (high - low)
+    for n, (name, values) in enumerate(found.items()):
+        middle, y = statistics.mean(values), 22 * n + 11
+        side = statistics.stdev(values) if len(values) > 1 else 0
+        out.append(f'<text x="252" y="{y + 4}" text-anchor="end">{html.escape(name)}</text><rect x="260" y="{y - 8}" width="{at(middle) - 260:.1f}" height="16" fill="#9bbfe0"/>'
+                   f'<path d="M{at(middle - side):.1f},{y}H{at(middle + side):.1f}" stroke="#222" stroke-width="2"/><text x="{at(middle + side) + 8:.1f}" y="{y + 4}">{mean(values)}</text>')
+    return f'<svg width="900" height="{22 * len(found)}" role="img">{"".join(out)}</svg><p>{metric}, %; bars begin at {low:.0f}; lines: a standard deviation to both sides</p>'
+
+
+def as_html(markdown):
+    """A table of Markdown as one of HTML."""
+    rows = [line[1:-1].split("|") for line in markdown.splitlines() if line.startswith("| ")]
+    return "<table>" + "".join("<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in cells) + "</tr>" for cells in rows) + "</table>"
 
 
 def main():
@@ -226,8 +322,12 @@ def main():
             if group in args.only and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
                 start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --words {GENERIC}/best.pt --count 1 --set train_epochs={epochs}", os.cpu_count())
         queue(args.only, args.seeds, args.jobs)
-    for group in args.only:
-        print(f"\n{table(group, args.seeds)}")
+    tables = {group: table(group, args.seeds) for group in args.only}
+    print("\n" + "\n\n".join(tables.values()))
+    page = ROOT / "runs/ablations/tables.html"
+    evaluation.write_page(page, "Ablations on toy people", *((group, bars(group, args.seeds) + as_html(text)) for group, text in tables.items()))
+    page.with_suffix(".md").write_text("\n\n".join(tables.values()) + "\n")
+    print(f"\nthe same as files: {page} and .md")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The house rules: who imports whom, what is imported at all, that every command of the README exists, and --help."""
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -85,3 +86,21 @@ def test_ablations_are_commands(group):
         {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}[script].parse_args(options)
         assert set(name.split(" < ")[1:]) <= {ablations.row(n) for n in rows}
         paths[ablations.row(name)] = f"runs/{len(paths)}"
+
+
+def test_ablation_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50, 53, 48), "soft labels": (50, 54, 48)}
+    for name, values in scores.items():
+        for seed, value in enumerate(values):
+            path = ablations.folder("tricks", name, seed)
+            path.mkdir(parents=True)
+            row = {metric: value for metric in ("R@1", "mAP")}
+            (path / "log.jsonl").write_text(json.dumps({"test": {f"best.pt, {way}": row for way in ("text to image", "text to other images")}}) + "\n")
+    text = ablations.table("tricks", 3)
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[2:]}
+    assert cells["CLIP"][:2] == ["3", "51.0 ± 1.0"] and cells["dropout"][1] == "52.1 ± 1.1 (+1.1 ± 0.2)" and cells["dropout"][-2:] == ["CLIP", "+0.39: yes"]
+    assert cells["locked patches"][-1] == "+0.60: no" and cells["soft labels"][-2:] == ["N-ITC", "+0.86: within the spread"] and cells["N-ITC"][-1] == "" and "all of these" not in cells
+    assert ablations.bars("tricks", 3).count("<rect") == 5 and "52.1 ± 1.1" in ablations.bars("tricks", 3) and ablations.bars("images", 3) == ""
+    assert ablations.as_html(text).count("<tr>") == 6 and "<td>+0.39: yes</td>" in ablations.as_html(text)
+    assert all(found.keys() <= set(map(ablations.row, ablations.GROUPS[group][1])) for group, found in ablations.PAPER.items())
