@@ -116,6 +116,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
         "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
+    "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
+                                                       for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (f"tbps.py --dataset toy --share {share} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}",
                           {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, epochs in SHARES.items()},
     "uit": (FINE_TUNE, UIT_PARTS),

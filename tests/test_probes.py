@@ -1,0 +1,80 @@
+"""The probes of tests/probes.py: what they remove, rewind, freeze and drop."""
+
+import pytest
+import torch
+
+import probes
+import tbps
+from conftest import run
+
+
+def little():
+    return tbps.DualEncoder(32, (16, 16), 8, 32, 2, 32, 3, 100, head_width=16).eval()
+
+
+@torch.no_grad()
+def test_a_removed_layer_is_one_that_is_not_there():
+    model, pixels = little(), torch.randn(2, 3, 16, 16)
+    weights = {n: w.clone() for n, w in model.state_dict().items()}
+    model.load_state_dict(probes.removed(weights, ("image", 1, "layer")))
+    found = model.encode_image(pixels)
+    model.load_state_dict(weights)
+    whole = model.encode_image(pixels)
+    model.image.blocks = model.image.blocks[:1]
+    assert torch.allclose(found, model.encode_image(pixels), atol=1e-6) and not torch.allclose(found, whole, atol=1e-3)
+    part = probes.removed(weights, ("text", 2, "attention"))
+    assert {n for n in weights if not torch.equal(part[n], weights[n])} == {"text.blocks.2.attn.proj.weight"}       # its bias is 0 at the start
+
+
+def test_contributions():
+    """On a score that is a formula of the weights."""
+    model = little()
+    after = {n: torch.ones_like(w) for n, w in model.state_dict().items()}
+    before = {n: torch.zeros_like(w) for n, w in after.items()}
+    worth = {("image", 0, "attention"): 40, ("text", 1, "feed-forward"): 10, ("text", 2, "attention"): 2}
+
+    def score(weights):
+        return 50 + sum(value * weights[f"{tower}.blocks.{n}.{'attn.proj' if part == 'attention' else 'fc2'}.weight"].mean().item() for (tower, n, part), value in worth.items())
+    found = probes.contributions(score, after, before, probes.modules(model))
+    assert len(found) == 15 and found["image", 0, "attention"] == pytest.approx((40, 1, 1.0)) and found["image", 0, "layer"] == pytest.approx((40, 1, 1.0))
+    assert found["text", 1, "feed-forward"] == pytest.approx((10, 0.25, 0.8)) and found["text", 1, "attention"] == pytest.approx((0, 0, 0))
+    assert found["text", 2, "attention"] == pytest.approx((2, 0.05, 0))      # less than 3 points may be lost
+    mixed = probes.rewound(after, before, ("text", 1, "attention"), 0.3)
+    assert {n for n in after if not torch.equal(mixed[n], after[n])} == {f"text.blocks.1.{n}" for n in ("ln1.weight", "ln1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")}
+    assert mixed["text.blocks.1.ln1.bias"][0].item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("method, millions", [("tbps-clip", (149.2, 146.0, 142.9, 139.7, 136.6, 133.4)), ("tbps-clip-simplified", (149.0, 145.9, 142.7, 139.6, 136.4, 133.3))])
+def test_what_is_left_to_train_at_full_size(method, millions, monkeypatch):
+    """The table of the paper."""
+    recipe, heads, _ = tbps.METHODS[method]
+
+    def build(*_):
+        with torch.device("meta"):
+            model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"], lock_patch=True)
+            for name, head in heads(recipe, model, 11003).items():
+                model.heads[name] = head
+            return model
+    monkeypatch.setattr(tbps, "build", build)
+    for layers, count in zip(([], [7], [7, 8], [3, 7, 8], [3, 5, 7, 8], [3, 5, 6, 7, 8]), millions):
+        for how in ("freeze", "drop"):
+            assert sum(p.numel() for p in probes.without(layers, how)().parameters() if p.requires_grad) / 1e6 == pytest.approx(count, abs=0.06)
+    assert len(probes.without([3, 7], "drop")().text.blocks) == 10
+    with pytest.raises(ValueError, match="layers 0 to 11, not 12"):
+        probes.without([12], "freeze")()
+
+
+def test_the_commands(cuhk, tmp_path, monkeypatch):
+    base = ["--dataset", "cuhk", "--data-root", cuhk, "--method", "baseline", "--size", "toy", "--workers", "0", "--set", "batch=8", "epochs=1", "height=96", "width=48", "warmup=0"]
+    run("tbps.py", *base, "--clip", "none", "--out", tmp_path / "a")
+    for how, layers in (("freeze", 2), ("drop", 1)):
+        with monkeypatch.context() as patch:                            # the command replaces it in this process
+            patch.setattr(tbps, "build", tbps.build)
+            assert "test R@1" in run("tests/probes.py", how, "0", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how)
+        a, b = (torch.load(tmp_path / f"{n}/best.pt", weights_only=True) for n in ("a", how))
+        assert b["arch"]["text_layers"] == layers
+        same = {n: torch.equal(w, b["weights"][n]) for n, w in a["weights"].items() if n.startswith("text.blocks.0.") and n in b["weights"]}
+        assert all(same.values()) == (how == "freeze")
+    said = run("tests/probes.py", "modules", "--checkpoint", tmp_path / "freeze/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "p.html")
+    assert said.count("C1 ") == 12 and (tmp_path / "p.html").read_text().count("<tr>") == 5
+    assert "another architecture" in run("tests/probes.py", "modules", "--checkpoint", tmp_path / "drop/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "q.html", code=2)
