@@ -162,24 +162,35 @@ def read_csv(root):
 def read_pairs(root):
     """A folder of generated pairs: imgs/ and pairs.jsonl, each generated person with an id of its own."""
     file = need(root / "pairs.jsonl", "the list of generated pairs", "such a folder holds imgs/ and pairs.jsonl")
-    try:
-        entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [e | dict(image=root / "imgs" / e["image"], source=e["source_image"]) for e in entries]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is not a list of generated pairs ({type(e).__name__}: {e})") from None
+    records = []
+    for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            e = json.loads(line)
+            records.append(e | dict(image=root / "imgs" / e["image"], source=e["source_image"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ValueError(f"{file}, line {n}, is no generated pair ({type(e).__name__}: {e})") from None
+    if not records:
+        raise ValueError(f"{file} has no pairs")
+    return records
 
 
 def gate(records, wanted):
-    """Those of generated records whose scores reach all of `wanted`, texts KEY=VALUE: the quality gate of PDG, put up when pairs are read."""
+    """Those of generated records whose scores reach all of `wanted`, texts KEY=VALUE: the quality gate of PDG, put up when pairs are read. Raises
+    ValueError if there are none."""
     for text in wanted:
         key, _, value = text.partition("=")
         try:
             least = float(value)
+            if math.isnan(least):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--min-score takes KEY=NUMBER, not {text!r}") from None
         if missing := [r for r in records if key not in r.get("scores", {})]:
             raise ValueError(f"{missing[0]['image']} has no score {key!r}; it has {', '.join(missing[0].get('scores', {})) or 'none'}")
-        records = [r for r in records if r["scores"][key] >= least]
+        good = [r for r in records if r["scores"][key] >= least]
+        if not good:
+            raise ValueError(f"no pair reaches {text}; the highest {key} is {max(r['scores'][key] for r in records):.3g}" + " of those that pass the others" * (len(wanted) > 1))
+        records = good
     return records
 
 

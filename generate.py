@@ -617,7 +617,7 @@ def parse_args(argv=None):
     p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x (toy people: trained first, and kept)")
     p.add_argument("--words", metavar="FILE", help="toy people: a checkpoint whose text tower the diffusion model starts from (default: from scratch, which learns less)")
     p.add_argument("--finetune", metavar="DIR", help="first train its UNet on the training split, and keep that in this folder")
-    p.add_argument("--count", type=int, default=500, help="pairs to make (default: 500)")
+    p.add_argument("--count", type=int, default=500, help="pairs to make; a folder that holds fewer is added to (default: 500)")
     p.add_argument("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
     p.add_argument("--batch", type=int, default=16, help="sources at a time (default: 16)")
     p.add_argument("--judge", metavar="FILE", help="a checkpoint whose encoders score how well a picture goes with its new caption: words, direction")
@@ -640,6 +640,10 @@ def parse_args(argv=None):
         raise ValueError(f"inversion must be one of direct, negative, null, not {recipe['inversion']!r}")
     if zero := [k for k in ("height", "width", "steps", "rounds", "blend_at", "train_epochs", "train_batch") if recipe[k] < 1]:
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be at least 1")
+    if recipe["steps"] > 1000:
+        raise ValueError(f"steps={recipe['steps']}: a diffusion model has 1,000")
+    if "" in (args.out, args.diffusion, args.words, args.judge, args.finetune):
+        raise ValueError("an option was given an empty text; is a variable of the shell not set?")
     if over := [k for k in ("cross", "own", "blend_from", "threshold", "drop_caption") if not 0 <= recipe[k] <= 1]:
         raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
     if recipe["blend_at"] not in (1, 2, 4, 8):
@@ -659,10 +663,14 @@ def check_folder(out, settings):
     """A folder for pairs is new, or one that the same command began."""
     file = out / "settings.json"
     if file.exists():
-        before = json.loads(file.read_text())
-        if changed := [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]:
+        try:
+            before = json.loads(file.read_text())
+            more = settings["count"] > before["count"]                  # what was made is the beginning of what will be
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is damaged: it no longer says how the pairs were made. Remove the folder, or name another with --out") from None
+        if changed := [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k) and not (k == "count" and more)]:
             raise ValueError(f"{out} was made with other options, so going on would mix two things:\n  " + "\n  ".join(changed) +
-                             "\n  Name another folder with --out")
+                             "\n  Name another folder with --out, and for other pairs another --seed")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no folder of generated pairs; name another with --out")
 
@@ -743,7 +751,7 @@ def main():
     mine = list(batches.items())[rank::ranks]
     bar, began, fresh = tqdm(total=sum(len(some) for _, batch in mine for _, some in batch), unit=" pairs", disable=None), time.time(), 0
     for first, batch in mine:
-        if not part_of(out, first).exists():
+        if known(out, first, batch) is None:
             entries, sources = [], [i for i, some in batch for _ in some]
             for number, (i, (picture, entry, strip)) in enumerate(zip(sources, make(model, records, batch, recipe, judge, args.seed)), start=first):
                 file = f"{number:06d}.png"
@@ -758,13 +766,23 @@ def main():
     if fresh:
         print(f"{fresh:,} pairs made, {fresh / (time.time() - began):.2f} per second; {model.evaluations / fresh:.0f} evaluations of the UNet each "
               "(the published code needs about 1,000)", flush=True)
-    if all(part_of(out, first).exists() for first in batches):
-        finish(out, batches)
+    if None not in (parts := [known(out, first, batch) for first, batch in batches.items()]):
+        finish(out, [entry for part in parts for entry in part])
 
 
 def part_of(out, first):
     """What is known of the batch whose first pair has this number."""
     return out / f"parts/{first:06d}.jsonl"
+
+
+def known(out, first, batch):
+    """The entries of a batch; None if it has not been made, or not all of it is there any more."""
+    try:
+        entries = [json.loads(line) for line in part_of(out, first).read_text().splitlines()]
+        whole = all((out / folder / e["image"]).stat().st_size for folder in ("imgs", "strips") for e in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entries if whole and len(entries) == sum(len(some) for _, some in batch) else None
 
 
 def side_by_side(*pictures):
@@ -774,11 +792,10 @@ def side_by_side(*pictures):
     return wide
 
 
-def finish(out, batches):
+def finish(out, entries):
     """The list of pairs, and a page to look at them."""
-    lines = [line for first in batches for line in part_of(out, first).read_text().splitlines()]
-    write_whole(out / "pairs.jsonl", "".join(line + "\n" for line in lines).encode())
-    entries, shown = [json.loads(line) for line in lines], []
+    write_whole(out / "pairs.jsonl", "".join(json.dumps(e) + "\n" for e in entries).encode())
+    shown = []
     for e in entries[::max(1, len(entries) // 40)][:40]:
         strip = evaluation.thumbnail(data.load_image(out / "strips" / e["image"]), 160)
         scores = ", ".join(f"{k} {v:.3g}" for k, v in e["scores"].items())

@@ -1310,6 +1310,10 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError(f"beta2={recipe['beta2']} must be below 1")
     if masks(recipe) == (0, 0):
         raise ValueError("mask_content and mask_other are both 0: masking is left out by mlm=0 mask_all=0")
+    if "" in (args.out, args.clip, args.tokenizer, args.cache, *args.extra):
+        raise ValueError("an option was given an empty text; is a variable of the shell not set?")
+    if len({Path(folder).resolve() for folder in args.extra}) < len(args.extra):
+        raise ValueError("--extra names a folder twice")
     if args.min_score and not args.extra:
         raise ValueError("--min-score chooses among generated pairs; name their folder with --extra")
     if args.micro_batch < 0 or args.micro_batch and recipe.get("feature_mixup"):
@@ -1324,6 +1328,8 @@ def settle(args, recipe, choices=CHOICES):
     if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
         raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
     args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
+    if args.clip == "none" and (recipe.get("prompt") or recipe.get("adapter")):
+        raise ValueError("a prompt and an adapter learn around encoders that do not: name trained ones with --clip")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
@@ -1412,6 +1418,8 @@ def open_run(args, out):
 
 def load_data(args):
     """-> {split: records}; the training split with what --extra adds, without what --skip-bad finds."""
+    for folder in args.extra:                                           # first: to read a set takes a while
+        data.need(Path(folder) / "pairs.jsonl", "the list of generated pairs", "generate.py writes such folders, which hold imgs/ and pairs.jsonl")
     hold_out = args.val == "auto"
     splits = {s: data.read(args.dataset, args.data_root, s, hold_out) for s in (("train", "val", "test") if hold_out else ("train", "test"))}
     if args.share < 1:
@@ -1420,9 +1428,12 @@ def load_data(args):
         splits["train"] = [r for r in splits["train"] if r["pid"] in drawn]
     for folder in args.extra:
         pairs = data.read("pairs", folder, "train", hold_out=False)
-        good = data.gate(pairs, args.min_score)
-        print(f"{folder}: {len(good):,} generated pairs" + f" of {len(pairs):,} reach {' '.join(args.min_score)}" * bool(args.min_score))
-        splits["train"] = splits["train"] + good
+        good, first = data.gate(pairs, args.min_score), 1 + max(r["pid"] for r in splits["train"])
+        if args.share < 1:                                              # what is made of others is not known either
+            good = [r for r in good if r["source_pid"] in drawn]
+        print(f"{folder}: {len(good):,} of {len(pairs):,} generated pairs" + f" reach {' '.join(args.min_score)}" * bool(args.min_score) + " and are of these persons" * (args.share < 1))
+        pids = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in good}), start=first)}          # those of two folders may be the same
+        splits["train"] = splits["train"] + [r | dict(pid=pids[r["pid"]]) for r in good]
     for split, records in splits.items():
         if args.skip_bad:
             bad = data.broken(records)

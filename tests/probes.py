@@ -47,7 +47,7 @@ def rewound(weights, before, module, share):
 def contributions(score, weights, before, todo, least=3.0):
     """{module: (fall of R@1 without it, C1, C2)}. score: weights -> R@1."""
     whole, falls, needed = score(weights), {}, {}
-    for module in tqdm(todo, unit=" modules", disable=None):
+    for module in tqdm(todo, unit=" modules"):
         falls[module] = whole - score(removed(weights, module))
         needed[module] = next(a / 10 for a in range(11) if a == 10 or whole - score(rewound(weights, before, module, a / 10)) < least)
     most = max(falls.values())
@@ -55,8 +55,13 @@ def contributions(score, weights, before, todo, least=3.0):
 
 
 def without(layers, how):
-    """tbps.build for training with these text layers frozen or dropped."""
-    build = tbps.build
+    """tbps.parse_args and tbps.build for training with these text layers frozen or dropped; a checkpoint says so, and is resumed as such only."""
+    parse, build = tbps.parse_args, tbps.build
+
+    def parse_args():
+        args, recipe = parse()
+        args.layers = f"{how} {layers}"
+        return args, recipe
 
     def other(*args):
         model = build(*args)
@@ -71,7 +76,7 @@ def without(layers, how):
             if not model.text.blocks:
                 raise ValueError("no text layer is left")
         return model
-    return other
+    return parse_args, other
 
 
 def show(found, page):
@@ -88,6 +93,11 @@ def show(found, page):
     print(f"page: {page}")
 
 
+def numbers(text):
+    """0,3 -> [0, 3], for argparse."""
+    return sorted({int(n) for n in text.split(",")})
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     how = p.add_subparsers(dest="how", required=True)
@@ -97,10 +107,11 @@ def main():
     m.add_argument("--page", default="probes.html", help="the page to write (default: probes.html)")
     for name in ("freeze", "drop"):
         t = how.add_parser(name)
-        t.add_argument("layers", type=lambda text: [int(n) for n in text.split(",")], help="numbers of text layers, from 0, like 0,3")
+        t.add_argument("layers", type=numbers, help="numbers of text layers, from 0, like 0,3")
     args, rest = p.parse_known_args()
     if args.how != "modules":
-        tbps.build, sys.argv = without(args.layers, args.how), ["tbps.py", *rest]
+        sys.argv = ["tbps.py", *rest]
+        tbps.parse_args, tbps.build = without(args.layers, args.how)
         return tbps.main()
     if rest:
         p.error(f"unknown: {' '.join(rest)}")

@@ -76,7 +76,7 @@ def test_a_generated_folder(tmp_path, people):
     assert [r["pid"] for r in records] == [10_000, 10_001, 10_002, 10_003] and records[0]["source"] == "old/0.jpg"
     assert records[2]["scores"] == dict(clip=0.3) and data.load_image(records[2]["image"]).size == (48, 96)
     (tmp_path / "pairs.jsonl").write_text('{"image": "x"}')
-    with pytest.raises(ValueError, match="not a list of generated pairs"):
+    with pytest.raises(ValueError, match="pairs.jsonl, line 1, is no generated pair"):
         data.read("pairs", tmp_path, "train")
 
 

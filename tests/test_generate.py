@@ -393,7 +393,12 @@ def test_pairs_are_read(made):
     records = data.read("pairs", made[0], "train", hold_out=False)
     assert len(records) == 11 and all(r["image"].exists() for r in records)
     middle = sorted(r["scores"]["changed"] for r in records)[5]
-    assert len(data.gate(records, [f"changed={middle}", "kept=0"])) == 6 and data.gate(records, ["psnr=1000"]) == []
+    assert len(data.gate(records, [f"changed={middle}", "kept=0"])) == 6
+    best = max(r["scores"]["psnr"] for r in records)
+    with pytest.raises(ValueError, match=f"no pair reaches psnr=1000; the highest psnr is {best:.3g}$"):
+        data.gate(records, ["psnr=1000"])
+    with pytest.raises(ValueError, match="KEY=NUMBER, not 'psnr=nan'"):
+        data.gate(records, ["psnr=nan"])
     with pytest.raises(ValueError, match="no score 'words'; it has psnr, changed, kept"):
         data.gate(records, ["words=0"])
     with pytest.raises(ValueError, match="KEY=NUMBER, not 'psnr=x'"):
@@ -432,6 +437,45 @@ def test_shards(made, folder, cuhk, tmp_path, monkeypatch):
     assert files(tmp_path / "pdg") == files(made[0])
 
 
+def test_what_is_damaged_is_made_again(made, folder, cuhk, tmp_path):
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK]
+    shutil.copytree(made[0], tmp_path / "pdg")
+    pictures, parts = (sorted((tmp_path / f"pdg/{name}").iterdir()) for name in ("imgs", "parts"))
+    pictures[1].unlink()
+    (tmp_path / "pdg/strips" / pictures[-1].name).write_bytes(b"")
+    assert len(parts) > 2
+    parts[1].write_text(parts[1].read_text()[:50])
+    assert "pairs made" in run(*command) and files(tmp_path / "pdg") == files(made[0])
+    (tmp_path / "pdg/settings.json").write_text("")
+    assert "settings.json is damaged" in error(*command)
+
+
+def test_more_pairs_can_be_added(made, folder, cuhk, tmp_path):
+    """A smaller count first gives the same folder in the end."""
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK]
+    count = command.index("--count") + 1
+    whole, command[count] = command[count], "3"
+    assert "3 pairs in" in run(*command)
+    command[count] = whole
+    run(*command)
+    assert files(tmp_path / "pdg") == files(made[0])
+    command[count] = "3"
+    assert f"count: {whole} then, 3 now" in error(*command)
+
+
+def test_persons_of_two_folders_are_not_one(made, cuhk, tmp_path):
+    shutil.copytree(made[0], tmp_path / "copy")
+    args, _ = tbps.parse_args(["--dataset", "cuhk", "--data-root", str(cuhk), "--extra", str(made[0]), str(tmp_path / "copy")])
+    records, real = tbps.load_data(args)["train"], data.read("cuhk", cuhk, "train")
+    pairs = len(data.read("pairs", made[0], "train", hold_out=False))
+    assert data.counts(records)[0] == data.counts(real)[0] + 2 * pairs == len({r["pid"] for r in real}) + 2 * pairs
+    assert "names a folder twice" in error("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--extra", made[0], made[0])
+    args.share, args.extra = 0.5, args.extra[:1]                        # pairs made of persons that are left out are left out
+    some = tbps.load_data(args)["train"]
+    persons = {r["pid"] for r in some if "source_pid" not in r}
+    assert {r["source_pid"] for r in some if "source_pid" in r} == persons & {r["source_pid"] for r in data.read("pairs", made[0], "train", hold_out=False)}
+
+
 def test_nothing_is_overwritten(made, folder, cuhk, tmp_path):
     command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder]
     assert "guidance: 7.5 then, 2.0 now" in error(*command, "--out", made[0], *QUICK, "guidance=2")
@@ -465,7 +509,7 @@ def test_the_whole_chain_on_toy_people(people, tmp_path, monkeypatch):
     entries = [json.loads(line) for line in Path("p/pairs.jsonl").read_text().splitlines()]
     assert all(-2 < e["scores"]["words"] < 2 and e["source_image"].startswith("toy ") for e in entries)
     said = run("tbps.py", "--out", "d", "--extra", "p", "--min-score", f"words={max(e['scores']['words'] for e in entries)}", "--set", "epochs=1", "batch=4")
-    assert "p: 1 generated pairs of 3 reach words=" in said
+    assert "p: 1 of 3 generated pairs reach words=" in said
     before = load_file("kept/unet/diffusion_pytorch_model.safetensors")
     run("generate.py", "--count", "1", "--out", "f", "--diffusion", "kept", "--finetune", "tuned", "--set", *tiny)
     tuned = load_file("tuned/unet/diffusion_pytorch_model.safetensors")

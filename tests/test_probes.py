@@ -58,10 +58,10 @@ def test_what_is_left_to_train_at_full_size(method, millions, monkeypatch):
     monkeypatch.setattr(tbps, "build", build)
     for layers, count in zip(([], [7], [7, 8], [3, 7, 8], [3, 5, 7, 8], [3, 5, 6, 7, 8]), millions):
         for how in ("freeze", "drop"):
-            assert sum(p.numel() for p in probes.without(layers, how)().parameters() if p.requires_grad) / 1e6 == pytest.approx(count, abs=0.06)
-    assert len(probes.without([3, 7], "drop")().text.blocks) == 10
+            assert sum(p.numel() for p in probes.without(layers, how)[1]().parameters() if p.requires_grad) / 1e6 == pytest.approx(count, abs=0.06)
+    assert len(probes.without([3, 7], "drop")[1]().text.blocks) == 10
     with pytest.raises(ValueError, match="layers 0 to 11, not 12"):
-        probes.without([12], "freeze")()
+        probes.without([12], "freeze")[1]()
 
 
 def test_the_commands(cuhk, tmp_path, monkeypatch):
@@ -70,7 +70,12 @@ def test_the_commands(cuhk, tmp_path, monkeypatch):
     for how, layers in (("freeze", 2), ("drop", 1)):
         with monkeypatch.context() as patch:                            # the command replaces it in this process
             patch.setattr(tbps, "build", tbps.build)
+            patch.setattr(tbps, "parse_args", tbps.parse_args)
             assert "test R@1" in run("tests/probes.py", how, "0", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how)
+        with monkeypatch.context() as patch:
+            patch.setattr(tbps, "build", tbps.build)
+            patch.setattr(tbps, "parse_args", tbps.parse_args)
+            assert f"layers: '{how} [0]' then, '{how} [1]' now" in run("tests/probes.py", how, "1", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how, "--resume", code=2)
         a, b = (torch.load(tmp_path / f"{n}/best.pt", weights_only=True) for n in ("a", how))
         assert b["arch"]["text_layers"] == layers
         same = {n: torch.equal(w, b["weights"][n]) for n, w in a["weights"].items() if n.startswith("text.blocks.0.") and n in b["weights"]}
