@@ -54,7 +54,7 @@ LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from pl
 }
 
 
-def ctlg(dataset, epochs, longer, count, gate):
+def ctlg(dataset, epochs, longer, count, gate, more={}):
     """The parts of CTLG; the baseline has a temperature of 0.02. `longer`: epochs without generated pairs of as many steps as with them, or a few more."""
     sharp, diffusion = "--method ctlg --set approximate=0 mixup=0", f"runs/{dataset}-diffusion-0"
     return f"tbps.py --dataset {dataset} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}", {
@@ -68,7 +68,7 @@ def ctlg(dataset, epochs, longer, count, gate):
         "+ mixup < tau 0.005": f"{sharp} mixup=0.5",
         "+ mixup of features < tau 0.005": f"{sharp} feature_mixup=1",
         "CTLG, all of it < tau 0.005 < as many steps": f"--method ctlg --extra {{pairs}} --min-score {gate}",
-    }
+    } | more
 
 
 CTLG_CHOICES = {
@@ -163,7 +163,10 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "ctlg": ctlg("toy", 3, 4, 1500, "direction=0.65"),
     "ctlg-choices": (FINE_TUNE, CTLG_CHOICES),
-    "ctlg-few": ctlg("toy-few", 20, 30, 600, "direction=0.65"),
+    "ctlg-few": ctlg("toy-few", 20, 30, 600, "direction=0.45", {   # and pairs of a diffusion model that saw everybody, as one from elsewhere would have
+        "pairs, all seen": "generate.py --dataset toy-few --diffusion runs/toy-diffusion-0 --count 600 --judge {baseline}/best.pt",
+        "+ pairs of a model that saw all < tau 0.005 < as many steps < + generated pairs": "--method ctlg --set approximate=0 mixup=0 --extra {pairs, all seen}",
+    }),
     "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }
 SEEDS = {"seeds": 10}                                                   # groups that want more of them
@@ -321,7 +324,7 @@ def main():
         if result(ROOT / GENERIC) is None:
             start(ROOT / GENERIC, "tbps.py --dataset toy-generic", os.cpu_count())
         for group, dataset, epochs in (("ctlg", "toy", 14), ("ctlg-few", "toy-few", 100)):              # half an hour, 20 minutes
-            if group in args.only and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
+            if {group, "ctlg-few"} & set(args.only) and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
                 start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --words {GENERIC}/best.pt --count 1 --set train_epochs={epochs}", os.cpu_count())
         queue(args.only, args.seeds, args.jobs)
     tables = {group: table(group, args.seeds) for group in args.only}
