@@ -978,16 +978,20 @@ def make_optimizer(model, recipe, fused):
 
 
 def adapt(model, recipe, tokenizer):
-    """Puts a prompt before the text tower, an adapter behind the image tower, and makes all else stay as it is."""
+    """Puts a prompt before the text tower, an adapter behind the image tower, if the weights have none, and makes all else stay as it is."""
     model.requires_grad_(False)
-    if recipe["prompt"]:
+    if recipe["prompt"] and model.text.prompt is not None:
+        model.text.prompt.requires_grad_(True)
+    elif recipe["prompt"]:
         words = torch.tensor(tokenizer.bpe.encode(recipe["prompt"]).ids)
         if not 1 <= len(words) <= 40:
             raise ValueError(f"prompt={recipe['prompt']!r} makes {len(words)} tokens; 1 to 40 leave room for a caption")
         model.text.prompt, model.arch["prompt"] = nn.Parameter(model.text.tok(words).clone()), len(words)
     if recipe["adapter"]:
-        model.image.adapt(recipe["adapter"])
-        model.arch["adapter"] = recipe["adapter"]
+        if model.image.adapter is None:
+            model.image.adapt(recipe["adapter"])
+        model.image.adapter.requires_grad_(True)
+        model.image.share = model.arch["adapter"] = recipe["adapter"]
 
 
 def build(args, recipe, tokenizer, persons, make_heads):
@@ -999,6 +1003,8 @@ def build(args, recipe, tokenizer, persons, make_heads):
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=tokenizer.vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
+    if model.arch["prompt"] and "prompt" not in recipe:
+        raise ValueError(f"the weights of {args.clip} have a prompt, for which {args.method} has no place")
     if recipe.get("prompt") or recipe.get("adapter"):
         adapt(model, recipe, tokenizer)
     for name, head in make_heads(recipe, model, persons).items():

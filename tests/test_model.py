@@ -368,7 +368,7 @@ def test_a_prompt_is_words_before_the_caption(people):
     model.text.prompt.data.mul_(2)
     assert not torch.allclose(model.encode_text(tokenizer(captions)), want, atol=1e-3)
     with pytest.raises(ValueError, match="makes 0 tokens"):
-        tbps.adapt(model, tbps.COOP | dict(prompt=" "), tokenizer)
+        tbps.adapt(little(people)[0], tbps.COOP | dict(prompt=" "), tokenizer)
 
 
 @torch.no_grad()
@@ -393,4 +393,10 @@ def test_a_run_trains_nothing_else(method, people, cuhk, tmp_path):
     assert f"{method}: {sum(b[n].numel() for n in new):,} parameters trained" in said
     start = tbps.load_clip(tmp_path / "b/best.pt")                      # where another run may start
     assert all(torch.equal(w, b[n]) for n, w in start.state_dict().items())
+    base[base.index(tmp_path / "a/best.pt")] = tmp_path / "b/best.pt"
+    assert f"{method}: {sum(b[n].numel() for n in new):,} parameters trained" in run(*base, "lr=0", "lr_start=0", "lr_end=0", "--method", method, "--out", tmp_path / "c")
+    c = torch.load(tmp_path / "c/best.pt", weights_only=True)["weights"]
+    assert c.keys() == b.keys() and all(torch.equal(c[n], b[n]) for n in b)
+    if method == "coop":
+        assert "for which ctlg has no place" in run(*base, "--method", "ctlg", "--out", tmp_path / "d", code=2)
     assert "differ from the checkpoint by" in run("eval.py", "--checkpoint", tmp_path / "b/best.pt", "--export", tmp_path / "e")
