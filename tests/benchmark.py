@@ -251,6 +251,7 @@ ROWS = [  # name, the plain side (or None), ours; each (function, arguments), re
     ("embedding, ViT-B/16, 384 x 128", (embedding, "plain"), (embedding, "ours"), 3, 16),
     ("step, TBPS-CLIP, ViT-B/16, batch 4", (step, "plain"), (step, "ours"), 3, 4),
     ("step, TBPS-CLIP, batch 16: in parts of 4", (step, "ours", 16), (step, "ours", 16, 4), 1, 16),
+    ("step, TBPS-CLIP, batch 16: in parts of 8", None, (step, "ours", 16, 8), 1, 16),
     ("step, ViT-B/16: baseline, ctlg", (method_step, "baseline"), (method_step, "ctlg"), 3, 8),
     ("step, ViT-B/16: baseline, irra", (method_step, "baseline"), (method_step, "irra"), 3, 8),
     ("step, ViT-B/16: irra, uit", (method_step, "irra"), (method_step, "uit"), 3, 8),
