@@ -514,8 +514,8 @@ def train_richer(args, recipe, splits, folder, plain):
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")})
     if losses.ranks()[0]:
         return                                                          # the first process writes
-    evaluation.write_page(folder / "report.html", f"the richer model of {args.method} on {args.dataset}, seed {args.seed}", ("Test scores, %", evaluation.table(rows)),
-                          ("Where the fusion looks", attention_pictures(model.heads, bank, splits["test"], recipe["support"])), ("Curves", curves))
+    evaluation.write_page(folder / "report.html", f"the richer model of {args.method} on {args.dataset}, seed {args.seed}", [("Test scores, %", evaluation.table(rows)),
+                          ("Where the fusion looks", attention_pictures(model.heads, bank, splits["test"], recipe["support"])), ("Curves", curves)])
     tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)
     print(f"the richer model took {(time.time() - began) / 60:.1f} minutes; report: {folder / 'report.html'}", flush=True)
 

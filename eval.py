@@ -117,7 +117,7 @@ def embed_images(model, images, device="cpu", workers=0, batch=256, progress=Tru
 
 
 @torch.no_grad()
-def embed_texts(model, tokens, batch=512):
+def embed_texts(model, tokens, batch=128):
     """(Q, T) ids -> (Q, D) fp32 features of unit length, on the CPU, in order. Batches hold captions of like length, as the
     encoder's cost goes with the longest."""
     model.eval()
@@ -203,13 +203,14 @@ def check_page(path):
             raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
 
 
-def write_page(path, title, *chapters):
-    """One self-contained HTML file: chapters are (heading, HTML) pairs."""
+def write_page(path, title, chapters):
+    """One self-contained HTML file: chapters are (heading, HTML) pairs, written as they come."""
     check_page(path)
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
     part = Path(f"{path}.part")
-    part.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-                    f"<h1>{html.escape(title)}</h1>{body}</html>", encoding="utf-8")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+        f.writelines(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
+        f.write("</html>")
     part.replace(path)
 
 
@@ -761,7 +762,7 @@ def compare(args):
             file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
             page = Path(args.page or (Path(args.checkpoint[0]).parent if Path(args.checkpoint[0]).is_file() else Path()) / file)
             if os.environ.get("RANK", "0") == "0":                      # what there is so far
-                write_page(page, " and ".join(args.checkpoint), *([("Text to image", table(table_rows))] if several else []), *chapters)
+                write_page(page, " and ".join(args.checkpoint), [("Text to image", table(table_rows) if several else ""), *chapters])
     if several:
         print("\ntext to image")
         for name, scores in table_rows.items():
@@ -808,15 +809,17 @@ def search_gallery(args):
     if not index.starts:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
     print(f"{len(index.starts):,} pictures; index: {readable(index.npy)}", flush=True)
-    search, chapters = Search(model, tokenizer, info, folder, index, args.device), []
-    for query, found in zip(queries, search.top(search.encode(queries), args.top) if queries else ()):
-        if left := search.left_out(query):
-            print(f"{query[:40]}...: its last {left:,} tokens were not read; there is room for 75, about 55 words", file=sys.stderr)
-        print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
-        why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
-        chapters.append((query, results(search, found) + (why and f"<p>{WHY}</p>{why}")))
+    search = Search(model, tokenizer, info, folder, index, args.device)
+
+    def chapters():
+        for query, found in zip(queries, search.top(search.encode(queries), args.top)):
+            if left := search.left_out(query):
+                print(f"{query[:40]}...: its last {left:,} tokens were not read; there is room for 75, about 55 words", file=sys.stderr)
+            print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
+            why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
+            yield query, results(search, found) + (why and f"<p>{WHY}</p>{why}")
     if queries:
-        write_page(args.page or "search.html", f"{readable(folder)}, {info['method']}", *chapters)
+        write_page(args.page or "search.html", f"{readable(folder)}, {info['method']}", chapters())
         print(f"\npage: {args.page or 'search.html'}", flush=True)
     if server:
         serve(search, server)

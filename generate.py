@@ -802,8 +802,7 @@ def finish(out, entries):
         shown.append(f"<div class=row><img src='{strip}'><p>{html.escape(e['edit']['source'])}<br><b>{html.escape(e['captions'][0])}</b><br>{scores}</p></div>")
     shares = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
     rows = {k: {name: f"{torch.tensor([e['scores'][k] for e in entries]).quantile(share).item():.3g}" for name, share in shares.items()} for k in entries[0]["scores"]}
-    evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", ("Scores", evaluation.table(rows)),
-                          ("Source, reconstruction, edit, mask", "".join(shown)))
+    evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", [("Scores", evaluation.table(rows)), ("Source, reconstruction, edit, mask", "".join(shown))])
     print(f"{len(entries):,} pairs in {out}; look at {out / 'report.html'}; train on them with tbps.py --extra {out}")
 
 

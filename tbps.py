@@ -1550,9 +1550,9 @@ def report(out, args, recipe, rows, sheet, minutes, *chapters):
     curves += evaluation.curve("learning rate", {"lr": [(x["epoch"], x["lr"]) for x in steps]})
     curves += evaluation.curve("scale = 1 / temperature", {"scale": [(x["epoch"], x["scale"]) for x in steps]})
     shown = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((settings(args) | recipe).items()))
-    evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", ("Test scores, %", evaluation.table(rows)),
+    evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", [("Test scores, %", evaluation.table(rows)),
                           ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet), *chapters,
-                          ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>"))
+                          ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>")])
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def main():
     tables = {group: table(group, args.seeds) for group in args.only}
     print("\n" + "\n\n".join(tables.values()))
     page = ROOT / "runs/ablations/tables.html"
-    evaluation.write_page(page, "Ablations on toy people", *((group, bars(group, args.seeds) + as_html(text)) for group, text in tables.items()))
+    evaluation.write_page(page, "Ablations on toy people", ((group, bars(group, args.seeds) + as_html(text)) for group, text in tables.items()))
     page.with_suffix(".md").write_text("\n\n".join(tables.values()) + "\n")
     print(f"\nthe same as files: {page} and .md")
 

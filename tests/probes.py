@@ -89,7 +89,7 @@ def show(found, page):
             shaded = "".join(f'<td style="background:rgba(215,48,31,{min(1, max(0, value)) if k % 3 else 0:.2f})">{value:.{1 if k % 3 == 0 else 2}f}</td>' for k, value in enumerate(cells))
             rows.append(f"<tr><td>{tower} {n}</td>{shaded}</tr>")
     head = "".join(f"<th>{html.escape(part)}: fall of R@1</th><th>C1</th><th>C2</th>" for part in PARTS)
-    evaluation.write_page(page, "What each module contributes", ("C1: lost without it; C2: of what it learned, needed", f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"))
+    evaluation.write_page(page, "What each module contributes", [("C1: lost without it; C2: of what it learned, needed", f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>")])
     print(f"page: {page}")
 
 
