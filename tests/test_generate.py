@@ -579,3 +579,18 @@ def test_the_oracle(tmp_path, monkeypatch):
     assert everything["both, %"] == pytest.approx(33.3, abs=4) and everything["pairs"] == 30
     worst = pdg.score(tmp_path, ["kind=2"])
     assert worst["pass the gate, %"] == pytest.approx(33.3, abs=0.1) and worst["both, %"] < 10 and worst["change outside, % of the range"] > 1
+
+
+def test_a_model_of_the_hub(folder, tmp_path, monkeypatch):
+    """From the hub's cache, as the hub leaves it there, without network; and what is said if it is not there."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached, commit = tmp_path / "models--someone--tiny-sd", "a" * 40
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    assert generate.find_diffusion("someone/tiny-sd") == cached / "snapshots" / commit
+    assert generate.load_diffusion("someone/tiny-sd", steps=3).unet.config.cross_attention_dim == generate.load_diffusion(folder, steps=3).unet.config.cross_attention_dim
+    with pytest.raises(FileNotFoundError, match="the hub cannot give it"):
+        generate.find_diffusion("someone/else")
