@@ -207,11 +207,14 @@ def write_page(path, title, chapters):
     """One self-contained HTML file: chapters are (heading, HTML) pairs, written as they come."""
     check_page(path)
     part = Path(f"{path}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
-        f.writelines(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
-        f.write("</html>")
-    part.replace(path)
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+            f.writelines(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
+            f.write("</html>")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)                                    # there only if a chapter failed
 
 
 # ---- an index of one's own pictures ---------------------------------------------------------------------------------

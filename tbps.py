@@ -166,7 +166,7 @@ class ImageTower(nn.Module):
             self.adapt(adapter)
 
     def adapt(self, share):
-        """CLIP-Adapter (arXiv 2110.04544, eq. 2): this share of a feature comes from two small layers behind the tower."""
+        """CLIP-Adapter (arXiv 2110.04544): this share of a feature comes from two small layers behind the tower."""
         D = self.proj.shape[1]
         self.share, self.adapter = share, nn.Sequential(nn.Linear(D, D // 4, bias=False), nn.ReLU(), nn.Linear(D // 4, D, bias=False))
 

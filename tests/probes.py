@@ -1,4 +1,4 @@
-"""Which parts of the two encoders matter (TBPS-CLIP, Sec. 4.6), and what training is without some of them.
+"""Which parts of the two encoders matter (the compression probe of TBPS-CLIP), and what training is without some of them.
 
     python tests/probes.py modules --checkpoint runs/X/best.pt --before runs/ablations/generic/best.pt     C1, C2 of every module
     python tests/probes.py freeze 0,1 --dataset toy --method baseline ...      as tbps.py, but these text layers do not learn
@@ -85,7 +85,7 @@ def show(found, page):
     for tower in towers:
         for n in dict.fromkeys(n for t, n, _ in found if t == tower):
             cells = [value for part in PARTS for value in found[tower, n, part]]
-            print(f"{tower:6}{n:3}" + "".join(f"   {part}: -{fall:.1f} R@1, C1 {c1:.2f}, C2 {c2:.1f}" for part in PARTS for fall, c1, c2 in [found[tower, n, part]]))
+            print(f"{tower:6}{n:3}" + "".join(f"   {part}: {-fall:+.1f} R@1, C1 {c1:.2f}, C2 {c2:.1f}" for part in PARTS for fall, c1, c2 in [found[tower, n, part]]))
             shaded = "".join(f'<td style="background:rgba(215,48,31,{min(1, max(0, value)) if k % 3 else 0:.2f})">{value:.{1 if k % 3 == 0 else 2}f}</td>' for k, value in enumerate(cells))
             rows.append(f"<tr><td>{tower} {n}</td>{shaded}</tr>")
     head = "".join(f"<th>{html.escape(part)}: fall of R@1</th><th>C1</th><th>C2</th>" for part in PARTS)

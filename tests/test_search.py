@@ -426,12 +426,12 @@ def test_odd_pictures_and_queries(checkpoint, tmp_path):
     assert "\x1b" not in said and "a red coat\ufffd[2J" in said and "tokens were not read" in said and "cannot be read" not in (tmp_path / "p.html").read_text()
 
 
-def test_a_reader_that_stops_reading(checkpoint, photos):
-    command = [sys.executable, "eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--query", *["a man"] * 300, "--top", "16"]
+def test_a_reader_that_stops_reading(checkpoint, photos, tmp_path):
+    command = [sys.executable, "eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--query", *["a man"] * 300, "--top", "16", "--page", tmp_path / "p.html"]
     head = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     head.stdout.readline()
     head.stdout.close()
-    assert b"Error" not in head.stderr.read() and head.wait(60) == 0
+    assert b"Error" not in head.stderr.read() and head.wait(60) == 0 and not list(tmp_path.glob("p.html*"))
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
