@@ -244,10 +244,26 @@ def mean(values):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def student(df):
+    """Student's t: how many standard errors hold 95 % of means, with df degrees of freedom (Cornish and Fisher's series from 5 on)."""
+    z = 1.96
+    return {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}.get(df) or z + (z ** 3 + z) / (4 * df) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * df ** 2)
+
+
 def spread(pairs):
-    """Half of the 95 % interval of a mean, by Student's t."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}.get(len(pairs), 2.57)
-    return t * statistics.stdev(pairs) / len(pairs) ** 0.5
+    """Half of the 95 % interval of a mean."""
+    return student(len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+
+
+def least(differences):
+    """The smallest mean difference that is more than noise, as far as a group can tell: rows of paired differences, all with the same true
+    spread, which many rows know better than one; None with one seed."""
+    rows = [pairs for pairs in differences if len(pairs) > 1]
+    if not rows:
+        return None
+    df = sum(len(pairs) - 1 for pairs in rows)
+    deviation = (sum(statistics.variance(pairs) * (len(pairs) - 1) for pairs in rows) / df) ** 0.5
+    return student(df) * deviation / statistics.median(map(len, rows)) ** 0.5
 
 
 def difference(pairs):
@@ -257,31 +273,38 @@ def difference(pairs):
     return f" ({statistics.mean(pairs):+.1f} ± {spread(pairs):.1f})"
 
 
-def agrees(pairs, published):
+def agrees(pairs, published, least):
     """What the paper found, and whether the differences here tell the same."""
     if published is None or len(pairs) < 2:
         return ""
     found = statistics.mean(pairs)
-    return f"{published:+.2f}: " + ("within the spread" if abs(found) <= spread(pairs) else "yes" if found * published > 0 else "no")
+    return f"{published:+.2f}: " + ("within the spread" if abs(found) <= least else "yes" if found * published > 0 else "no")
 
 
 def table(group, seeds):
     """Markdown: a row per name and row it is compared with; the mean and standard deviation over seeds, then the mean of the paired
-    differences and its interval; what the paper found for R@1, and whether it is the same. Richer models have a table of their own."""
+    differences and its interval; what the paper found for R@1, and whether it is the same. Richer models have a table of their own. The last
+    line tells which differences from the first row that a name is compared with are more than noise."""
     seeds = SEEDS.get(group, seeds)
     found = {row(name): {s: r for s in range(seeds) if (r := result(folder(group, name, s)))} for name in GROUPS[group][1]}
     lines = [f"| {group} | seeds | {' | '.join(WAYS)} | against |" + " paper |" * (group in PAPER), "|---" * (3 + len(WAYS) + (group in PAPER)) + "|"]
+
+    def paired(name, base, way, metric):
+        values = [{s: r[f"best.pt, {way}"][metric] for s, r in found.get(n, {}).items() if f"best.pt, {way}" in r} for n in (name, base)]
+        return [value - values[1][s] for s, value in values[0].items() if s in values[1]]
     teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
+    told = {what: least([paired(row(name), name.split(" < ")[1], *way) for name in GROUPS[group][1] if " < " in name and row(name) not in teachers]) for what, way in WAYS.items()}
     for name in GROUPS[group][1]:
         own, bases = found[row(name)], name.split(" < ")[1:]
         for n, base in enumerate(bases or [""]) if any(own.values()) and row(name) not in teachers else ():
-            cells, said, both = [], "", [s for s in own if s in found.get(base, ())]
-            for what, metric in WAYS.values():
-                value = {s: r[f"best.pt, {what}"][metric] for s, r in own.items() if f"best.pt, {what}" in r}
-                pairs = [value[s] - found[base][s][f"best.pt, {what}"][metric] for s in both]
-                cells.append((mean(value.values()) if value and n == 0 else "") + difference(pairs))
-                said = said or (agrees(pairs, PAPER.get(group, {}).get(row(name))) if n == 0 else "")
+            cells = []
+            for way, metric in WAYS.values():
+                values = [r[f"best.pt, {way}"][metric] for r in own.values() if f"best.pt, {way}" in r]
+                cells.append((mean(values) if values and n == 0 else "") + difference(paired(row(name), base, way, metric)))
+            said = agrees(paired(row(name), base, *WAYS["R@1"]), PAPER.get(group, {}).get(row(name)), told["R@1"]) if n == 0 else ""
             lines.append(f"| {row(name) if n == 0 else ''} | {len(own) if n == 0 else ''} | {' | '.join(cells)} | {base} |" + f" {said} |" * (group in PAPER))
+    if told["R@1"]:
+        lines += ["", "More than noise, by all rows together: differences of " + ", ".join(f"{value:.1f} of {what}" for what, value in told.items() if value) + "."]
     if teachers:
         lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
         for what in next(iter(next(iter(teachers.values())).values())):
@@ -309,9 +332,11 @@ def bars(group, seeds, metric="R@1"):
 
 
 def as_html(markdown):
-    """A table of Markdown as one of HTML."""
-    rows = [line[1:-1].split("|") for line in markdown.splitlines() if line.startswith("| ")]
-    return "<table>" + "".join("<tr>" + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in cells) + "</tr>" for cells in rows) + "</table>"
+    """Tables of Markdown, and the lines between them, as HTML."""
+    def cells(line):
+        return "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in line[1:-1].split("|"))
+    lines = [line for line in markdown.splitlines() if not line.startswith("|---")]
+    return "".join(f"<table><tr>{cells(line)}</tr></table>" if line.startswith("|") else f"<p>{html.escape(line)}</p>" for line in lines).replace("</table><table>", "")
 
 
 def main():

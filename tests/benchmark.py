@@ -165,17 +165,17 @@ def step(which, batch=4, micro_batch=0):
     return run
 
 
-def method_step(method, batch=8):
-    """One step of a method as it is, at ViT-B/16, 384 x 128 pixels and the persons of CUHK-PEDES."""
+def method_step(method, batch=8, size=(384, 128)):
+    """One step of a method as it is, at ViT-B/16 and the persons of CUHK-PEDES."""
     torch.manual_seed(0)
     recipe, heads, step_losses = tbps.METHODS[method]
-    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128), stride=recipe["stride"] or None))
+    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=size, stride=recipe["stride"] or None))
     for name, head in heads(recipe, model, 11003).items():
         model.heads[name] = head
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
     tokens = captions(batch)
     asked = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
-    sample = dict(pixels=torch.randn(1, batch, 3, 384, 128), tokens=tokens[None], pid=torch.arange(batch), image=torch.arange(batch), asked=asked, masked=torch.where(asked >= 0, 49405, tokens))
+    sample = dict(pixels=torch.randn(1, batch, 3, *size), tokens=tokens[None], pid=torch.arange(batch), image=torch.arange(batch), asked=asked, masked=torch.where(asked >= 0, 49405, tokens))
 
     def run():
         optimizer.zero_grad(set_to_none=True)
@@ -252,9 +252,13 @@ ROWS = [  # name, the plain side (or None), ours; each (function, arguments), re
     ("step, TBPS-CLIP, ViT-B/16, batch 4", (step, "plain"), (step, "ours"), 3, 4),
     ("step, TBPS-CLIP, batch 16: in parts of 4", (step, "ours", 16), (step, "ours", 16, 4), 1, 16),
     ("step, TBPS-CLIP, batch 16: in parts of 8", None, (step, "ours", 16, 8), 1, 16),
+    ("step, TBPS-CLIP, batch 32: parts of 16, 32", (step, "ours", 32, 16), (step, "ours", 32, 32), 1, 32),
+    ("step, ViT-B/16: baseline, simplified", (method_step, "baseline"), (method_step, "tbps-clip-simplified"), 3, 8),
     ("step, ViT-B/16: baseline, ctlg", (method_step, "baseline"), (method_step, "ctlg"), 3, 8),
     ("step, ViT-B/16: baseline, irra", (method_step, "baseline"), (method_step, "irra"), 3, 8),
     ("step, ViT-B/16: irra, uit", (method_step, "irra"), (method_step, "uit"), 3, 8),
+    ("step, baseline: batch 4, 16", (method_step, "baseline", 4), (method_step, "baseline", 16), 3, 16),
+    ("step, baseline: 384 x 128, 384 x 384", (method_step, "baseline"), (method_step, "baseline", 8, (384, 384)), 3, 8),
     ("step, toy, batch 128", None, (toy_step,), 10, 128),
     ("pairs, toy: null-text, direct", (generation, "plain"), (generation, "ours"), 1, 8),
     ("data, 4 views: decoded for each, once", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224)), 3, 200),

@@ -7,11 +7,14 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 import ablations
+import data
 import distill
 import generate
 import tbps
+import tour
 from conftest import ROOT, run, start
 
 TREE = {"losses": set(), "data": set(), "eval": set(),            # leaves: no project imports
@@ -46,6 +49,15 @@ def test_a_process_of_its_own(tmp_path):
     process = start("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
     said = process.communicate()[0]
     assert process.returncode == 2 and "\nerror: the annotation of CUHK" in said and "Traceback" not in said
+
+
+def test_out_of_memory_is_told_what_to_do(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 8 GiB")
+    with pytest.raises(SystemExit) as e:
+        data.command(main)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and "CUDA out of memory\n" in said and "--micro-batch" in said and "--checkpoint-blocks" in said
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n != "losses"])
@@ -90,9 +102,24 @@ def test_ablations_are_commands(group):
         paths[ablations.row(name)] = f"runs/{len(paths)}"
 
 
+@pytest.mark.parametrize("n", range(1, 1 + len(tour.EXERCISES)))
+def test_exercises_fit_the_code(n, tmp_path):
+    """The lines to change are there, once, and what comes out is Python; the command can be parsed."""
+    asked, command, changes = tour.EXERCISES[n - 1]
+    for file in FILES:
+        (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
+    tour.change(tmp_path, changes)
+    for file, _, new in changes:
+        changed = (tmp_path / file).read_text()
+        assert new in changed and ast.parse(changed)
+    script, *options = command.split()
+    assert script == "eval.py" or tbps.parse_args(options)
+    assert changes or options
+
+
 def test_ablation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50, 53, 48), "soft labels": (50, 54, 48)}
+    scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50.5, 51.5, 52.6), "soft labels": (50.5, 51.4, 52.8)}
     for name, values in scores.items():
         for seed, value in enumerate(values):
             path = ablations.folder("tricks", name, seed)
@@ -100,9 +127,11 @@ def test_ablation_tables(tmp_path, monkeypatch):
             row = {metric: value for metric in ("R@1", "mAP")}
             (path / "log.jsonl").write_text(json.dumps({"test": {f"best.pt, {way}": row for way in ("text to image", "text to other images")}}) + "\n")
     text = ablations.table("tricks", 3)
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[2:]}
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[2:] if line.startswith("|")}
     assert cells["CLIP"][:2] == ["3", "51.0 ± 1.0"] and cells["dropout"][1] == "52.1 ± 1.1 (+1.1 ± 0.2)" and cells["dropout"][-2:] == ["CLIP", "+0.39: yes"]
     assert cells["locked patches"][-1] == "+0.60: no" and cells["soft labels"][-2:] == ["N-ITC", "+0.86: within the spread"] and cells["N-ITC"][-1] == "" and "all of these" not in cells
+    assert text.splitlines()[-1].endswith("differences of 0.1 of R@1, 0.1 of mAP, 0.1 of R@1, own, 0.1 of mAP, own.")      # 2.306 * 0.108 / 3 ** 0.5
+    assert [round(ablations.student(df), 1) for df in (1, 3, 4, 8, 30)] == [12.7, 3.2, 2.8, 2.3, 2.0]
     assert ablations.bars("tricks", 3).count("<rect") == 5 and "52.1 ± 1.1" in ablations.bars("tricks", 3) and ablations.bars("images", 3) == ""
-    assert ablations.as_html(text).count("<tr>") == 6 and "<td>+0.39: yes</td>" in ablations.as_html(text)
+    assert ablations.as_html(text).count("<tr>") == 6 and ablations.as_html(text).count("<table>") == 1 and "<p>More than noise" in ablations.as_html(text) and "<td>+0.39: yes</td>" in ablations.as_html(text)
     assert all(found.keys() <= set(map(ablations.row, ablations.GROUPS[group][1])) for group, found in ablations.PAPER.items())
