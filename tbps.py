@@ -149,7 +149,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True, adapter=0.0):
         super().__init__()
-        self.checkpoint_blocks, self.adapter = False, None
+        self.checkpoint_blocks, self.adapter, self.patch_drop = False, None, 0.0
         self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
         if min(self.grid) < 1:
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
@@ -176,9 +176,12 @@ class ImageTower(nn.Module):
         return x if self.adapter is None else self.share * self.adapter(x) + (1 - self.share) * x
 
     def forward(self, pixels, at=None, keep=None, mix=None):
-        """keep (B, K): only these patches, by number, go through the transformer. mix: as `mixed` takes it, after the first block."""
+        """keep (B, K): only these patches, by number, go through the transformer; in training with a patch_drop a share of them at random (FLIP,
+        arXiv 2212.00794). mix: as `mixed` takes it, after the first block."""
         x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
         x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1) + self.pos              # (B, T, C)
+        if keep is None and self.training and self.patch_drop:
+            keep = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)[:, :max(1, round((1 - self.patch_drop) * (x.shape[1] - 1)))]
         if keep is not None:
             x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))], dim=1)      # (B, 1+K, C)
         x = self.ln_pre(x)
@@ -228,7 +231,7 @@ class DualEncoder(nn.Module):
     a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
 
     def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
-                 head_width=64, stride=None, quick_gelu=True, prompt=0, adapter=0.0, text_dropout=0.0, lock_patch=False):
+                 head_width=64, stride=None, quick_gelu=True, prompt=0, adapter=0.0, text_dropout=0.0, patch_drop=0.0, lock_patch=False):
         super().__init__()
         self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
                          text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, head_width=head_width,
@@ -237,6 +240,7 @@ class DualEncoder(nn.Module):
         self.text = TextTower(vocab, context, text_width, head_width, text_layers, embed, text_dropout, quick_gelu, prompt)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
+        self.image.patch_drop = patch_drop
         # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
         self.image.patch.weight.requires_grad_(not lock_patch)
         self.micro_batch = 0
@@ -614,7 +618,7 @@ COMMON = dict(  # what every method has
     # augmentation
     image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
     # model
-    tau=0.0, text_dropout=0.05, lock_patch=True)
+    tau=0.0, text_dropout=0.05, patch_drop=0.0, lock_patch=True)
 TBPS_CLIP = COMMON | dict(
     itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False,
     soft=0.5, soft_ramp=1.0, teacher_pass=True,
@@ -652,7 +656,8 @@ KEYS = dict(  # what --help says of each key
     synonym="share of words replaced", insertion="share of words inserted", swap="share of words exchanged", eda="rate of one of these four at random",
     prune="chance of a caption to be cut to its nouns, adjectives and pronouns",
     approximate="chance of CTLG's approximate text: a fifth of the words replaced, left out, or left out in a row",
-    tau="temperature; 0: learned from where the weights have it", text_dropout="on attention weights", lock_patch="freeze the patch convolution",
+    tau="temperature; 0: learned from where the weights have it", text_dropout="on attention weights",
+    patch_drop="share of the patches that the image tower does not see in training: steps are cheaper", lock_patch="freeze the patch convolution",
     itc="weight: contrast with one right answer each", nitc="weight: N-ITC, all captions of the person are right", ritc="weight: reversed KL",
     ritc_eps="its label smoothing", citc="weight: cyclic consistency", ss="weight: self-supervision between two image views",
     ss_text="weight: the same between two caption variations", mvs="a second image view in N-ITC", mvs_text="a second caption variation in N-ITC",
@@ -690,7 +695,7 @@ def tbps_clip_losses(model, batch, recipe, epoch, autocast):
         image = model.encode_image(batch["pixels"].flatten(0, 1)).view(-1, B, model.arch["embed"])      # (V, B, D)
         text = model.encode_text(batch["tokens"].flatten(0, 1)).view(-1, B, model.arch["embed"])        # (U, B, D)
         teacher_text = text.detach()
-        # The teacher is the model itself. Its image features are the student's, for nothing is random in the image tower. Its text
+        # The teacher is the model itself. Its image features are the student's, dropped patches included: nothing else is random in the image tower. Its text
         # features differ by the dropout mask if it gets a pass of its own, as in the released code; it costs a forward of the text tower.
         if alpha > 0 and r["teacher_pass"] and r["text_dropout"] > 0:
             with torch.no_grad():
@@ -997,7 +1002,7 @@ def adapt(model, recipe, tokenizer):
 def build(args, recipe, tokenizer, persons, make_heads):
     """The model for a run, with its method's heads."""
     torch.manual_seed(data.mix(args.seed))
-    options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
+    options = {k: recipe[k] for k in ("text_dropout", "patch_drop", "lock_patch")}
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
     if args.clip == "none":
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=tokenizer.vocab) | options)
@@ -1352,7 +1357,7 @@ def check_device(device):
 
 
 TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]
-SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop", "adapter"]
+SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "patch_drop", "mask_content", "mask_other", "drop", "adapter"]
 LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "triplet", "restoration", "mlm"]
 
 

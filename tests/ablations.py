@@ -118,6 +118,11 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
         "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
+    "patches": (FINE_TUNE, {
+        "all patches": "--method tbps-clip-simplified",
+        "half of them < all patches": "--method tbps-clip-simplified --set patch_drop=0.5",
+        "half of them, for as long < all patches": "--method tbps-clip-simplified --set patch_drop=0.5 epochs=4",
+    }),
     "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, common in PART.items()},

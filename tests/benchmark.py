@@ -165,11 +165,11 @@ def step(which, batch=4, micro_batch=0):
     return run
 
 
-def method_step(method, batch=8, size=(384, 128)):
+def method_step(method, batch=8, size=(384, 128), patch_drop=0.0):
     """One step of a method as it is, at ViT-B/16 and the persons of CUHK-PEDES."""
     torch.manual_seed(0)
     recipe, heads, step_losses = tbps.METHODS[method]
-    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=size, stride=recipe["stride"] or None))
+    model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=size, stride=recipe["stride"] or None), patch_drop=patch_drop)
     for name, head in heads(recipe, model, 11003).items():
         model.heads[name] = head
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
@@ -184,14 +184,14 @@ def method_step(method, batch=8, size=(384, 128)):
     return run
 
 
-def toy_step():
+def toy_step(patch_drop=0.0):
     torch.manual_seed(0)
     people = data.toy("train", persons=48)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]])
     recipe = tbps.SIMPLIFIED | tbps.TOY
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
     sample = data.collate(tokenizer, [pairs[i] for i in range(recipe["batch"])])
-    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"]))
+    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"]), patch_drop=patch_drop)
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
 
     def run():
@@ -257,9 +257,11 @@ ROWS = [  # name, the plain side (or None), ours; each (function, arguments), re
     ("step, ViT-B/16: baseline, ctlg", (method_step, "baseline"), (method_step, "ctlg"), 3, 8),
     ("step, ViT-B/16: baseline, irra", (method_step, "baseline"), (method_step, "irra"), 3, 8),
     ("step, ViT-B/16: irra, uit", (method_step, "irra"), (method_step, "uit"), 3, 8),
+    ("step, baseline: all patches, half", (method_step, "baseline"), (method_step, "baseline", 8, (384, 128), 0.5), 3, 8),
     ("step, baseline: batch 4, 16", (method_step, "baseline", 4), (method_step, "baseline", 16), 3, 16),
     ("step, baseline: 384 x 128, 384 x 384", (method_step, "baseline"), (method_step, "baseline", 8, (384, 384)), 3, 8),
     ("step, toy, batch 128", None, (toy_step,), 10, 128),
+    ("step, toy: all patches, half", (toy_step,), (toy_step, 0.5), 10, 128),
     ("pairs, toy: null-text, direct", (generation, "plain"), (generation, "ours"), 1, 8),
     ("data, 4 views: decoded for each, once", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224)), 3, 200),
     ("data, 4 views: decoded for each, cached", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224), True), 3, 200),
