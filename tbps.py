@@ -612,7 +612,7 @@ def load_checkpoint(path, device="cpu", make_heads=None):
 COMMON = dict(  # what every method has
     # optimisation: a rise, then a cosine, per iteration; AdamW
     epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98,
-    lr_bias=1.0, lr_new=1.0, lr_named=False, sampler="random",
+    muon=0.0, lr_bias=1.0, lr_new=1.0, lr_named=False, sampler="random",
     # images and captions
     height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
     # augmentation
@@ -645,7 +645,8 @@ KEYS = dict(  # what --help says of each key
     epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
     lr_end="at the last step", warmup="epochs of linear rise", per_epoch="the rate changes between epochs only",
     decay_every="epochs after which the rate falls to a tenth, each time; 0: half a cosine instead", weight_decay="of matrices",
-    coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", lr_bias="factor of the rate of biases",
+    coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", muon="factor of the rate of "
+    "the blocks' matrices, whose steps Muon makes; 0: as all others", lr_bias="factor of the rate of biases",
     lr_new="factor of the rate of layers that CLIP does not have", lr_named="the factors by layers' names, as released: lr_new for cross attention, "
     "blocks and classifiers alone, lr_bias for the former's biases", sampler="random, pk, random-count or views (data.batches)",
     height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
@@ -941,6 +942,7 @@ METHODS = {  # name: (recipe, heads, losses of a step)
 # believe in before anything is learned, so the patch convolution learns too and the targets are the labels; every layer is new
 TOY = dict(height=96, width=48, stride=0, epochs=10, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False,
            eps=1e-8, beta2=0.98, lr_bias=1.0, lr_new=1.0, soft=0.0, lock_patch=False, depth=1)
+SCRATCH = dict(muon=3.0, epochs=8, warmup=1.0)      # and this where no --clip tells what to start from
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -969,17 +971,25 @@ def lr_factor(name, recipe):
     return recipe["lr_new"] if new else recipe["lr_bias"] if bias else 1.0
 
 
-def make_optimizer(model, recipe, fused):
+def make_optimizers(model, recipe, fused):
     """AdamW: matrices decay; biases, norms, the class token and the temperature do not. Or `coupled`, as IRRA: Adam, where all but
-    biases are drawn to 0 by their gradient. Each group has a `factor` of the learning rate."""
-    groups = {}
+    biases are drawn to 0 by their gradient. And with `muon` Muon (arXiv 2502.16982) for the matrices of both towers' blocks, whose steps
+    are then orthogonal: a model that starts from nothing needs fewer of them. Each group has a `factor` of the learning rate."""
+    groups, matrices = {}, []
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and recipe["muon"] and p.ndim == 2 and re.match(r"(image|text)\.blocks\.", name):
+            matrices.append(p)
+        elif p.requires_grad:
             decays = not name.endswith("bias") if recipe["coupled"] else p.ndim >= 2
             groups.setdefault((lr_factor(name, recipe), decays), []).append(p)
     groups = [dict(params=params, factor=factor, weight_decay=recipe["weight_decay"] if decays else 0.0)
               for (factor, decays), params in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))]
-    return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)
+    kind = torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW
+    optimizers = [kind(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)]
+    if matrices:
+        matrices = [dict(params=matrices, factor=recipe["muon"])]
+        optimizers.append(torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def adapt(model, recipe, tokenizer):
@@ -1136,18 +1146,19 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     if args.compile:
         model.image.compile()
         model.text.compile()
-    optimizer = make_optimizer(model, recipe, fused=device.type == "cuda")
+    optimizers = make_optimizers(model, recipe, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = dict(epoch=0, step=0, best=-1.0, scores={})                 # step: batches done in this epoch
     if args.resume:
         saved = read_file(out / "last.pt")
         model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, was in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(was)
         scaler.load_state_dict(saved["scaler"])
         state = {k: saved[k] for k in state}
 
     def checkpoint(name):
-        going_on = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict()) if name == "last.pt" else {}       # best.pt is for use
+        going_on = dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict()) if name == "last.pt" else {}       # best.pt is for use
         save(out / name, content(args, recipe, model, tokenizer, info, heads=name == "last.pt") | state | going_on)
 
     log = functools.partial(write_log, out)
@@ -1172,17 +1183,18 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
         for i, batch in enumerate(loader, start=done):
             it = epoch * n + i * n / len(order)                         # samplers by person give epochs of slightly different length
             lr = lr_at(it, n, recipe)
-            for group in optimizer.param_groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr * group["factor"]
             torch.manual_seed(data.mix(args.seed, epoch, i, rank))         # dropout is a function of where we are: resume is exact
             batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}         # tokens are cut first
             parts = {}
             yield batch, it / n, autocast, parts
             loss = sum(parts.values())
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             mean_of_ranks([p.grad for p in model.parameters() if p.grad is not None])
-            scaler.step(optimizer)                                      # left out by itself if fp16 overflowed
+            for optimizer in optimizers:
+                scaler.step(optimizer)                                  # left out by itself if fp16 overflowed
             scaler.update()
             state["step"] = i + 1
             bar.update(recipe["batch"])
@@ -1253,7 +1265,8 @@ def parse_args(argv=None):
 def arguments(recipes, description, epilog):
     """The options that training commands share."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=epilog + f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}")
+                                epilog=epilog + f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}; "
+                                f"without --clip also {' '.join(f'{k}={v}' for k, v in SCRATCH.items())}")
     g = p.add_argument_group("what")
     g.add_argument("--dataset", choices=data.DATASETS, default="toy", help="the data set (default: toy, drawn on the spot)")
     g.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
@@ -1296,7 +1309,7 @@ CHOICES = dict(sampler=["random", "pk", "random-count", "views"], norm=list(data
 def settle(args, recipe, choices=CHOICES):
     """-> the recipe with the values from the command line, checked; completes args."""
     toy = args.dataset.startswith("toy")
-    recipe = recipe | ({k: v for k, v in TOY.items() if k in recipe} if toy else {})
+    recipe = recipe | ({k: v for k, v in (TOY | (SCRATCH if args.clip in (None, "none") else {})).items() if k in recipe} if toy else {})
     given = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
     for text in given + args.set:
         key, _, value = text.partition("=")

@@ -354,7 +354,7 @@ def main():
     args = p.parse_args()
     if not args.table:
         if result(ROOT / GENERIC) is None:
-            start(ROOT / GENERIC, "tbps.py --dataset toy-generic", os.cpu_count())
+            start(ROOT / GENERIC, "tbps.py --dataset toy-generic --set muon=0 epochs=10 warmup=2", os.cpu_count())
         for group, dataset, epochs in (("ctlg", "toy", 14), ("ctlg-few", "toy-few", 100)):              # half an hour, 20 minutes
             if {group, "ctlg-few"} & set(args.only) and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
                 start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --words {GENERIC}/best.pt --count 1 --set train_epochs={epochs}", os.cpu_count())

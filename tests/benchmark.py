@@ -139,7 +139,7 @@ def step(which, batch=4, micro_batch=0):
     model.micro_batch = micro_batch
     for name, head in tbps.tbps_clip_heads(recipe, model, 11003).items():
         model.heads[name] = head
-    optimizer = tbps.make_optimizer(model, recipe, fused=False)
+    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
     tokens = captions(batch)
     sample = dict(pixels=torch.randn(4, batch, 3, 224, 224), tokens=tokens[None], pid=torch.arange(batch))
 
@@ -172,7 +172,7 @@ def method_step(method, batch=8, size=(384, 128), patch_drop=0.0):
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=size, stride=recipe["stride"] or None), patch_drop=patch_drop)
     for name, head in heads(recipe, model, 11003).items():
         model.heads[name] = head
-    optimizer = tbps.make_optimizer(model, recipe, fused=False)
+    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
     tokens = captions(batch)
     asked = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
     sample = dict(pixels=torch.randn(1, batch, 3, *size), tokens=tokens[None], pid=torch.arange(batch), image=torch.arange(batch), asked=asked, masked=torch.where(asked >= 0, 49405, tokens))
@@ -192,7 +192,7 @@ def toy_step(patch_drop=0.0):
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
     sample = data.collate(tokenizer, [pairs[i] for i in range(recipe["batch"])])
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"]), patch_drop=patch_drop)
-    optimizer = tbps.make_optimizer(model, recipe, fused=False)
+    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
 
     def run():
         loss = sum(tbps.tbps_clip_losses(model, sample, recipe, 1.0, functools.partial(torch.autocast, "cpu", enabled=False)).values())

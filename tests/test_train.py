@@ -40,9 +40,27 @@ def test_what_is_trained_at_full_size(method, trained, decayed, undecayed):
         for name, head in heads(recipe, model, 11003).items():
             model.heads[name] = head
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    groups = tbps.make_optimizer(model, recipe, fused=False).param_groups
+    groups = tbps.make_optimizers(model, recipe, fused=False)[0].param_groups
     assert [len(g["params"]) for g in groups] == [decayed, undecayed] and [g["weight_decay"] for g in groups] == [0.02, 0.0]
     assert sum(p.numel() for p in model.text.blocks[0].parameters()) == 3_152_384
+
+
+def test_muon_makes_the_steps_of_the_blocks_matrices():
+    recipe = tbps.SIMPLIFIED | dict(lr=1e-3, muon=3.0, weight_decay=0.0)
+    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100))
+    adam, muon = tbps.make_optimizers(model, recipe, fused=False)
+    names = {id(p): n for n, p in model.named_parameters()}
+    own = [names[id(p)] for g in muon.param_groups for p in g["params"]]
+    assert sorted(own) == sorted(n for n in names.values() if ".blocks." in n and n.endswith("weight") and ".ln" not in n) and len(own) == 16
+    assert sorted(names.values()) == sorted(own + [names[id(p)] for g in adam.param_groups for p in g["params"]])
+    assert [g["factor"] for g in muon.param_groups] == [3.0] and type(adam) is torch.optim.AdamW
+    w = model.image.blocks[0].fc1.weight
+    before, w.grad = w.detach().clone(), torch.randn(512, 128) * torch.logspace(0, -1.5, 128)
+    muon.step()
+    moved = torch.linalg.svdvals(before - w.detach())
+    assert moved.min() > 0.4 * moved.max() and torch.linalg.svdvals(w.grad).min() < 0.1 * torch.linalg.svdvals(w.grad).max()
+    assert (before - w.detach()).square().mean().sqrt().item() == pytest.approx(0.2e-3, rel=0.3)          # about what AdamW's steps are
+    assert len(tbps.make_optimizers(model, recipe | dict(muon=0.0), fused=False)) == 1
 
 
 def test_set_is_checked():
@@ -203,7 +221,7 @@ def test_resume_is_exact(cuhk, tmp_path, workers):
     """Stopped by Ctrl-C in the middle of an epoch, then killed outright in another, a run ends with the weights, bit for bit, of one
     that nobody disturbed and that kept no cache; the log has every step once."""
     def command(out):
-        return ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, *SMALL, "epochs=9", "text_dropout=0.2", "--workers", workers,
+        return ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, *SMALL, "epochs=9", "text_dropout=0.2", "muon=2", "--workers", workers,
                 "--log-every", "1", "--out", tmp_path / out, *["--cache", tmp_path / "c"] * (out == "b")]
     quiet = run(*command("a"))
     first = start(*command("b"), "--save-minutes", "0")
@@ -219,7 +237,9 @@ def test_resume_is_exact(cuhk, tmp_path, workers):
     resumed = run(*command("b"), "--resume")
     a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in "ab")
     assert all(torch.equal(a["weights"][n], b["weights"][n]) for n in a["weights"]) and a["best"] == b["best"]
-    assert all(torch.equal(a["optimizer"]["state"][i][k], b["optimizer"]["state"][i][k]) for i in a["optimizer"]["state"] for k in ("exp_avg", "exp_avg_sq"))
+    for x, y in zip(a["optimizers"], b["optimizers"], strict=True):
+        assert x["state"].keys() == y["state"].keys() and all(torch.equal(x["state"][i][k], y["state"][i][k]) for i in x["state"] for k in x["state"][i])
+    assert [set(x["state"][0]) for x in a["optimizers"]] == [{"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}]
     assert quiet.splitlines()[-1] == resumed.splitlines()[-1] and len(np.load(tmp_path / "c.npy")) == 12
     assert (tmp_path / "a/log.jsonl").read_text() == (tmp_path / "b/log.jsonl").read_text()
 
@@ -346,7 +366,7 @@ def test_what_the_objective_learns():
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, image_layers=1, text_layers=1))
     for name, head in tbps.tbps_clip_heads(recipe, model, 3).items():
         model.heads[name] = head
-    optimizer, seen = tbps.make_optimizer(model, recipe, fused=False), []
+    (optimizer,), seen = tbps.make_optimizers(model, recipe, fused=False), []
     for _ in range(40):
         parts = tbps.tbps_clip_losses(model, batch, recipe, 0.0, NO_AMP)
         seen.append({k: v.item() for k, v in parts.items()})
