@@ -188,17 +188,18 @@ def toy_step(patch_drop=0.0):
     torch.manual_seed(0)
     people = data.toy("train", persons=48)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]])
-    recipe = tbps.SIMPLIFIED | tbps.TOY
+    recipe = tbps.SIMPLIFIED | tbps.TOY | tbps.SCRATCH
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
     sample = data.collate(tokenizer, [pairs[i] for i in range(recipe["batch"])])
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"]), patch_drop=patch_drop)
-    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
+    optimizers = tbps.make_optimizers(model, recipe, fused=False)
 
     def run():
         loss = sum(tbps.tbps_clip_losses(model, sample, recipe, 1.0, functools.partial(torch.autocast, "cpu", enabled=False)).values())
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     return run
 
 
