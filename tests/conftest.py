@@ -6,6 +6,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import data                                                             # noqa: 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: at full size, minutes each; run with -m slow")
+    signal.signal(signal.SIGINT, signal.default_int_handler)            # a background job of a script ignores Ctrl-C, and so would what it starts
 
 
 def pytest_collection_modifyitems(config, items):
