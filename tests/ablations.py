@@ -126,6 +126,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, common in PART.items()},
+    "domains": ("", {name: f"{script} --dataset {dataset}" for name, script, dataset in (              # from scratch, tested at home; tests/domains.py tests them abroad
+        ("toy", "tbps.py", "toy"), ("toy-generic", "tbps.py", "toy-generic"), ("fronts", "tests/domains.py --only fronts --train", "toy"))}),
     "uit": (FINE_TUNE, UIT_PARTS),
     "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
     "uit-long": (f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",

@@ -1,8 +1,11 @@
-"""The probes of tests/probes.py: what they remove, rewind, freeze and drop."""
+"""The probes of tests/probes.py: what they remove, rewind, freeze and drop; and the test sets of tests/domains.py."""
 
+import numpy as np
 import pytest
 import torch
 
+import data
+import domains
 import probes
 import tbps
 from conftest import run
@@ -83,3 +86,34 @@ def test_the_commands(cuhk, tmp_path, monkeypatch):
     said = run("tests/probes.py", "modules", "--checkpoint", tmp_path / "freeze/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "p.html")
     assert said.count("C1 ") == 12 and (tmp_path / "p.html").read_text().count("<tr>") == 5
     assert "another architecture" in run("tests/probes.py", "modules", "--checkpoint", tmp_path / "drop/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "q.html", code=2)
+
+
+@pytest.fixture
+def few_people(monkeypatch):
+    monkeypatch.setattr(data, "TOY_PERSONS", dict.fromkeys(data.TOY_PERSONS, 12))
+
+
+def test_domains_differ_in_one_thing(few_people):
+    found = {name: domains.people(name, "test") for name in domains.SETS}
+    toy, camera, usual = (found[name] for name in ("toy", "other-camera", "usual-words"))
+    for a, b in zip(toy, camera, strict=True):
+        assert a["captions"] == b["captions"] and a["attributes"] == b["attributes"] and np.array_equal(a["parts"], b["parts"])
+        assert not np.array_equal(a["image"], b["image"])
+    assert toy[0]["image"].std() > camera[0]["image"].std()             # paler
+    assert [r["attributes"] for r in usual] == [r["attributes"] for r in toy]
+    assert any(c.startswith(("Dressed", "Carrying")) for r in toy for c in r["captions"]) and not any(c.startswith(("Dressed", "Carrying")) for r in usual for c in r["captions"])
+    assert [r["pid"] for r in found["fronts"]] == [r["pid"] for r in found["backs"]] == [r["pid"] for r in toy[::2]]
+    assert not any("glasses" in r["visible"] for r in found["backs"]) and any("glasses" in r["visible"] for r in found["fronts"])
+    assert {r["attributes"]["top"] for r in found["toy-generic"]} != {r["attributes"]["top"] for r in toy}
+    assert data.toy_paint is domains.PAINT                              # nothing stays exchanged
+
+
+def test_the_table_of_domains(few_people, tmp_path):
+    for seed in (0, 1):
+        said = run("tests/domains.py", "--only", "fronts", "--train", "--dataset", "toy", "--out", tmp_path / f"some_name-{seed}", "--seed", seed, "--workers", 0,
+                   "--set", "epochs=1", "batch=16", "warmup=0")
+        assert "test R@1" in said
+    assert '"at": [0, 3], "epoch": 1.0' in (tmp_path / "some_name-0/log.jsonl").read_text()                # 48 captions of 12 persons, 2 views each
+    said = run("tests/domains.py", *(tmp_path / f"some_name-{seed}/best.pt" for seed in (0, 1)), "--only", "toy", "toy-generic")
+    assert "| R@1 | seeds | toy | toy-generic |" in said and "| some name | 2 |" in said and said.count("±") == 2
+    assert "takes one set" in run("tests/domains.py", "--train", "--dataset", "toy", code=2) and "name checkpoints" in run("tests/domains.py", code=2)
