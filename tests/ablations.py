@@ -86,6 +86,7 @@ CLIP = "--method baseline"
 CLIP_STAR = f"{CLIP} --set text_dropout=0.05 lock_patch=1"
 AUGMENTED = f"{CLIP_STAR} image_aug=pool deletion=0.05"
 N_ITC = f"{AUGMENTED} itc=0 nitc=1"
+LIKE_SIMPLIFIED = "--set tau=0.05 image_aug=pool deletion=0.05 text_dropout=0.05 clean=1 norm=imagenet resize=bilinear eval_resize=bicubic"
 TEXTS = {"synonym": "synonyms", "insertion": "insertions", "swap": "swaps", "deletion": "deletions", "eda": "EDA"}
 FEW = {"full fine-tuning": CLIP, "TBPS-CLIP simplified": "--method tbps-clip-simplified", "TBPS-CLIP": "--method tbps-clip",
        "CoOp": "--method coop", "CLIP-Adapter": "--method adapter"}
@@ -118,6 +119,18 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
         "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
+    "ingredients": (QUARTER, {                                              # what the other methods could lend to TBPS-CLIP simplified
+        "simplified": "--method tbps-clip-simplified",
+        "tau 0.02 < simplified": "--method tbps-clip-simplified --set tau=0.02",
+        "tau 0.05 < simplified": "--method tbps-clip-simplified --set tau=0.05",
+        "pruned captions < simplified": "--method tbps-clip-simplified --set prune=0.2",
+        "approximate text < simplified": "--method tbps-clip-simplified --set approximate=0.5",
+        "approximate text, no deletion < simplified": "--method tbps-clip-simplified --set approximate=0.5 deletion=0",
+        "ITC alone, tau 0.05 < tau 0.05": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0",
+        "mixup of features < ITC alone, tau 0.05": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0 feature_mixup=1",
+        "SDM, tau 0.05 < tau 0.05": f"--method irra {LIKE_SIMPLIFIED} mlm=0 id=0",
+        "SDM + ID + triplet < SDM, tau 0.05": f"--method irra {LIKE_SIMPLIFIED} mlm=0 triplet=10",
+    }),
     "patches": (FINE_TUNE, {
         "all patches": "--method tbps-clip-simplified",
         "half of them < all patches": "--method tbps-clip-simplified --set patch_drop=0.5",
