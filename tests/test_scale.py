@@ -233,6 +233,7 @@ def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
     assert [x["at"] for x in logs[0]] == [x["at"] for x in logs[1]] and len(logs[0]) > 8
     assert all(x["loss"] == pytest.approx(y["loss"], rel=1e-3) for x, y in zip(*logs) if "loss" in x)
     scores = [command(n, "--checkpoint", tmp_path / "one/best.pt", "--page", tmp_path / f"{n}.html", script="eval.py").communicate()[0].splitlines() for n in (1, 2)]
+    scores = [[line for line in lines if not line.startswith("[Gloo]")] for lines in scores]             # torch 2.9 says whom it is connected to
     assert "mINP" in scores[0][1] and scores[0][:-1] == scores[1][:-1] and (tmp_path / "2.html").exists()
     # what two processes made, one goes on with: the third epoch of a run is that of the run that one made
     for saved in (a, b):
