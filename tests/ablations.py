@@ -119,6 +119,13 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
         "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
+    "why-ss": (QUARTER, {                                                   # self-supervision costs: because its views hide what captions tell?
+        "CLIP*, augmented": AUGMENTED,
+        "SS of images < CLIP*, augmented": f"{AUGMENTED} ss=0.4",
+        "views keep their colours < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py colours')} {AUGMENTED} ss=0.4",
+        "views show most of the person < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py crops')} {AUGMENTED} ss=0.4",
+        "both < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py colours,crops')} {AUGMENTED} ss=0.4",
+    }),
     "ingredients": (QUARTER, {                                              # what the other methods could lend to TBPS-CLIP simplified
         "simplified": "--method tbps-clip-simplified",
         "tau 0.02 < simplified": "--method tbps-clip-simplified --set tau=0.02",

@@ -95,10 +95,8 @@ def test_ablations_are_commands(group):
     paths = {}
     for name, options in rows.items():
         script, *options = f"{'' if '.py ' in options else common} {options.format_map(paths)}".split()
-        if script == "tests/probes.py":                                 # freeze or drop, layers, and what tbps.py takes
-            script, options = "tbps.py", options[2:]
-        if script == "tests/domains.py":                                # --only NAME --train, and what tbps.py takes
-            script, options = "tbps.py", options[3:]
+        if script in (more := {"tests/probes.py": 2, "tests/domains.py": 3, "tests/explain.py": 1}):       # words before what tbps.py takes
+            script, options = "tbps.py", options[more[script]:]
         {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}[script].parse_args(options)
         assert set(name.split(" < ")[1:]) <= {ablations.row(n) for n in rows}
         paths[ablations.row(name)] = f"runs/{len(paths)}"

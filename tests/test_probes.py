@@ -1,11 +1,13 @@
-"""The probes of tests/probes.py: what they remove, rewind, freeze and drop; and the test sets of tests/domains.py."""
+"""The probes of tests/probes.py: what they remove, rewind, freeze and drop; the test sets of tests/domains.py, the changes of tests/explain.py."""
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import domains
+import explain
 import probes
 import tbps
 from conftest import run
@@ -117,3 +119,24 @@ def test_the_table_of_domains(few_people, tmp_path):
     said = run("tests/domains.py", *(tmp_path / f"some_name-{seed}/best.pt" for seed in (0, 1)), "--only", "toy", "toy-generic")
     assert "| R@1 | seeds | toy | toy-generic |" in said and "| some name | 2 |" in said and said.count("±") == 2
     assert "takes one set" in run("tests/domains.py", "--train", "--dataset", "toy", code=2) and "name checkpoints" in run("tests/domains.py", code=2)
+
+
+def test_explain(few_people, tmp_path):
+    halves = Image.fromarray(np.concatenate([np.full((48, 48, 3), colour, np.uint8) for colour in ((200, 0, 0), (0, 0, 200))]))           # red above, blue below
+
+    def views(*changes):
+        """Of 40 views the most green, the least and the largest share of red."""
+        torch.manual_seed(0)
+        mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS["imagenet"])
+        seen = [255 * (explain.self_view(changes)((96, 48))(halves) * std + mean) for _ in range(40)]
+        red = [(v[0] > v[2]).float().mean().item() for v in seen]
+        return max(v[1].max().item() for v in seen), min(red), max(red)
+    green, least, most = views()
+    assert green > 20
+    green, least, most = views("colours")
+    assert green < 1 and least < 0.25
+    green, least, most = views("colours", "crops")
+    assert green < 1 and 0.3 < least < most < 0.7
+    command = ["--dataset", "toy", "--workers", 0, "--out", tmp_path / "a", "--set", "epochs=1", "batch=16", "warmup=0", "ss=0.4"]
+    assert "ss " in run("tests/explain.py", "colours,crops", *command) and data.SelfView.__name__ == "SelfView"
+    assert "name changes" in run("tests/explain.py", "--dataset", "toy", code=2)
