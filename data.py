@@ -45,7 +45,7 @@ PUBLISHED = {  # persons, images, captions
     "icfg": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
     "rstp": {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
 }
-ASK = "ask the authors of the set for it (README, 'Data'), or try --dataset toy, which needs nothing"
+ASK = "ask the authors of the set for it (README, 'Your data'), or try --dataset toy, which needs nothing"
 
 
 def need(path, what, fix):

@@ -15,7 +15,7 @@ import distill
 import generate
 import tbps
 import tour
-from conftest import ROOT, run, start
+from conftest import ROOT, error, run, start
 
 TREE = {"losses": set(), "data": set(), "eval": set(),            # leaves: no project imports
         "tbps": {"losses", "data", "eval"}, "generate": {"tbps", "losses", "data", "eval"}, "distill": {"tbps", "losses", "data", "eval"}}
@@ -115,6 +115,10 @@ def test_exercises_fit_the_code(n, tmp_path):
     script, *options = command.split()
     assert script == "eval.py" or tbps.parse_args(options)
     assert changes or options
+
+
+def test_exercises_are_applied_one_by_one():
+    assert "takes one exercise" in error("tests/tour.py", "1", "2", "--apply")
 
 
 def test_ablation_tables(tmp_path, monkeypatch):

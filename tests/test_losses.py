@@ -234,3 +234,12 @@ def test_gather_gives_the_gradient_of_the_whole_batch():
         for k, x in ((1, image), (2, text)):
             torch.testing.assert_close(torch.cat([result[0][k], result[1][k]]), x.grad, rtol=1e-12, atol=1e-12)
         assert result[0][0] == result[1][0] == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_numbers_to_expect():
+    """Those of the file's first lines; and losses can be called by keywords."""
+    torch.manual_seed(0)
+    image, text, pid = torch.randn(320, 512), torch.randn(320, 512), torch.arange(320)
+    assert losses.itc(image=image, text=text, scale=14.0).item() == pytest.approx(6.0, abs=0.1) and losses.itc(image, text, 100.0).item() == pytest.approx(13.6, abs=0.5)
+    assert losses.nitc(image, text, pid, 14.0).item() == pytest.approx(6.0, abs=0.1)
+    assert losses.ritc(image, text, pid, 14.0).item() == pytest.approx(-1.0, abs=0.1) and losses.sdm(image, text, pid, 14.0).item() == pytest.approx(25.6, abs=0.3)

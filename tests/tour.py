@@ -1,8 +1,8 @@
 """Ten exercises: a few lines to change, a command, and what comes out. For the README and whoever teaches from it.
 
-    python tests/tour.py            tries them all in copies of the scripts, about 20 minutes on 2 cores, and prints the README's table
+    python tests/tour.py            tries them all in copies of the scripts, about 25 minutes on 2 cores, and prints what the README's table holds
     python tests/tour.py 3 7        these alone
-    python tests/tour.py 3 --apply  changes the scripts here, to be looked at with git diff and taken back with git checkout
+    python tests/tour.py 3 --apply  changes the scripts here, to be looked at with git diff; take it back with git checkout before the next
 
 Exercises 1 to 5 only score a trained model, that of `python tbps.py`, which is trained first if it is not there; 6 to 10 train it again."""
 
@@ -82,9 +82,11 @@ def main():
     args = p.parse_args()
     chosen = [(n, *EXERCISES[n - 1]) for n in args.numbers or range(1, len(EXERCISES) + 1)]
     if args.apply:
+        if len(args.numbers) != 1:
+            p.error("--apply takes one exercise: changes would add up")
         for n, _, command, changes in chosen:
             change(ROOT, changes)
-            print(f"{n}: python {command}")
+            print(f"{n}: python {command}" + f" --out runs/tour-{n}" * (TRAIN in command))
         return
     if not (ROOT / MAIN / "best.pt").exists():
         subprocess.run([sys.executable, "tbps.py"], cwd=ROOT, check=True)
