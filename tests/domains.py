@@ -7,7 +7,6 @@ Captions of val and test hold words and plans of sentences that those of train n
 shoes and another camera at once. With two of four views the gallery is half as large: compare the models on a set, not the sets."""
 
 import argparse
-import functools
 import statistics
 import sys
 from pathlib import Path
@@ -58,9 +57,8 @@ def main():
     sets, found = {name: people(name, "test") for name in args.only}, {}
     for path in tqdm(args.checkpoints, unit=" checkpoints"):
         model, tokenizer, info = tbps.load_checkpoint(path)
-        score = functools.partial(tbps.evaluate, model, tokenizer, info, device="cpu", sheet=False, progress=False)
         for name, records in sets.items():
-            found.setdefault(named(path), {}).setdefault(name, []).append(score(records)[0]["text to image"]["R@1"])
+            found.setdefault(named(path), {}).setdefault(name, []).append(tbps.evaluate(model, tokenizer, info, records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"])
     print(f"| R@1 | seeds | {' | '.join(sets)} |\n" + "|---" * (2 + len(sets)) + "|")
     for row, scores in found.items():
         cells = [f"{statistics.mean(v):.1f}" + f" ± {statistics.stdev(v):.1f}" * (len(v) > 1) for v in scores.values()]

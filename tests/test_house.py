@@ -121,6 +121,14 @@ def test_exercises_are_applied_one_by_one():
     assert "takes one exercise" in error("tests/tour.py", "1", "2", "--apply")
 
 
+def test_an_applied_exercise_does_not_touch_the_main_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tour, "ROOT", tmp_path)
+    (tmp_path / "tbps.py").write_text((ROOT / "tbps.py").read_text())
+    monkeypatch.setattr(sys, "argv", ["tour.py", "9", "--apply"])
+    tour.main()
+    assert capsys.readouterr().out == "9: python tbps.py --out runs/tour-9\n" and (tmp_path / "tbps.py").read_text() != (ROOT / "tbps.py").read_text()
+
+
 def test_ablation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50.5, 51.5, 52.6), "soft labels": (50.5, 51.4, 52.8)}
@@ -128,14 +136,14 @@ def test_ablation_tables(tmp_path, monkeypatch):
         for seed, value in enumerate(values):
             path = ablations.folder("tricks", name, seed)
             path.mkdir(parents=True)
-            row = {metric: value for metric in ("R@1", "mAP")}
+            row = {"R@1": 100 - value, "mAP": value}                    # agreement is judged by mAP
             (path / "log.jsonl").write_text(json.dumps({"test": {f"best.pt, {way}": row for way in ("text to image", "text to other images")}}) + "\n")
     text = ablations.table("tricks", 3)
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[2:] if line.startswith("|")}
-    assert cells["CLIP"][:2] == ["3", "51.0 ± 1.0"] and cells["dropout"][1] == "52.1 ± 1.1 (+1.1 ± 0.2)" and cells["dropout"][-2:] == ["CLIP", "+0.39: yes"]
+    assert cells["CLIP"][:3] == ["3", "49.0 ± 1.0", "51.0 ± 1.0"] and cells["dropout"][2] == "52.1 ± 1.1 (+1.1 ± 0.2)" and cells["dropout"][-2:] == ["CLIP", "+0.39: yes"]
     assert cells["locked patches"][-1] == "+0.60: no" and cells["soft labels"][-2:] == ["N-ITC", "+0.86: within the spread"] and cells["N-ITC"][-1] == "" and "all of these" not in cells
     assert text.splitlines()[-1].endswith("differences of 0.1 of R@1, 0.1 of mAP, 0.1 of R@1, own, 0.1 of mAP, own.")      # 2.306 * 0.108 / 3 ** 0.5
     assert [round(ablations.student(df), 1) for df in (1, 3, 4, 8, 30)] == [12.7, 3.2, 2.8, 2.3, 2.0]
-    assert ablations.bars("tricks", 3).count("<rect") == 5 and "52.1 ± 1.1" in ablations.bars("tricks", 3) and ablations.bars("images", 3) == ""
+    assert ablations.bars("tricks", 3).count("<rect") == 5 and "47.9 ± 1.1" in ablations.bars("tricks", 3) and ablations.bars("images", 3) == ""
     assert ablations.as_html(text).count("<tr>") == 6 and ablations.as_html(text).count("<table>") == 1 and "<p>More than noise" in ablations.as_html(text) and "<td>+0.39: yes</td>" in ablations.as_html(text)
     assert all(found.keys() <= set(map(ablations.row, ablations.GROUPS[group][1])) for group, found in ablations.PAPER.items())

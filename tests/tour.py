@@ -84,9 +84,9 @@ def main():
     if args.apply:
         if len(args.numbers) != 1:
             p.error("--apply takes one exercise: changes would add up")
-        for n, _, command, changes in chosen:
-            change(ROOT, changes)
-            print(f"{n}: python {command}" + f" --out runs/tour-{n}" * (TRAIN in command))
+        (n, _, command, changes), = chosen
+        change(ROOT, changes)
+        print(f"{n}: python {command}" + f" --out runs/tour-{n}" * command.startswith(TRAIN))
         return
     if not (ROOT / MAIN / "best.pt").exists():
         subprocess.run([sys.executable, "tbps.py"], cwd=ROOT, check=True)
