@@ -1,26 +1,30 @@
 """What each part is worth: runs on the toy people, and their table.
 
-    python tests/ablations.py                        every run that is not there yet, then the tables
+    python tests/ablations.py                        every run that is not recorded yet, then the tables
     python tests/ablations.py --only uit --seeds 1   one group, one seed
-    python tests/ablations.py --table                the tables of what is there
+    python tests/ablations.py --table                the tables of what is recorded
+    python tests/ablations.py --only uit --again 5   five of the recorded runs once more, drawn at random: what was recorded, and what comes out now
 
-A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; one that was cut off goes on where it stopped. Ablations fine-tune,
-as the papers do, from a model that was trained on the generic toy domain (runs/ablations/generic, made first, 5 minutes). "{NAME}" in a
-command is the folder of that run of the same seed, for which it waits. In the tables "own" means that the image a caption was written for
-is left out; differences are paired by seed, against the rows that the name after '<' tells; the interval holds 95 % of them if they
+A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; its scores are a line of tests/results.jsonl, which is kept with the program, and whoever
+has the same command in another group need not run it. A run that was cut off goes on where it stopped. Ablations fine-tune, as the papers do, from a model
+that was trained on the generic toy domain (runs/ablations/generic, made first, 5 minutes). "{NAME}" in a command is the folder of that run of the same
+seed, for which it waits. In the tables "own" means that the image a caption was written for is left out; differences are paired by seed, against the rows that the name after '<' tells; the interval holds 95 % of them if they
 are normal."""
 
 import argparse
 import html
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from string import Formatter
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +34,7 @@ import eval as evaluation                                               # noqa: 
 GENERIC = "runs/ablations/generic"
 FINE_TUNE = f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
 SHARES = {"0.05": 40, "0.1": 20, "0.25": 10, "1": 3}                       # of the persons: epochs, for about as many steps
-PART = {share: f"tbps.py --dataset toy --share {share} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}" for share, epochs in SHARES.items()}
+PART = {share: f"tbps.py --dataset toy --share {share} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}".replace("--share 1 ", "") for share, epochs in SHARES.items()}
 QUARTER = PART["0.25"]                     # a model learns so few pairs by heart, so regularising can help, as it does with the papers' large models
 SDM_ID = "--method irra --set mlm=0"
 UIT_PARTS = {
@@ -88,8 +92,7 @@ AUGMENTED = f"{CLIP_STAR} image_aug=pool deletion=0.05"
 N_ITC = f"{AUGMENTED} itc=0 nitc=1"
 LIKE_SIMPLIFIED = "--set tau=0.05 image_aug=pool deletion=0.05 text_dropout=0.05 clean=1 norm=imagenet resize=bilinear eval_resize=bicubic"
 TEXTS = {"synonym": "synonyms", "insertion": "insertions", "swap": "swaps", "deletion": "deletions", "eda": "EDA"}
-FEW = {"full fine-tuning": CLIP, "TBPS-CLIP simplified": "--method tbps-clip-simplified", "TBPS-CLIP": "--method tbps-clip",
-       "CoOp": "--method coop", "CLIP-Adapter": "--method adapter"}
+FEW = {"full fine-tuning": CLIP, "TBPS-CLIP simplified": "--method tbps-clip-simplified", "CoOp": "--method coop", "CLIP-Adapter": "--method adapter"}
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
     "seeds": (FINE_TUNE, {"TBPS-CLIP simplified": "--method tbps-clip-simplified"}),
     "tricks": (QUARTER, {
@@ -146,8 +149,10 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, common in PART.items()},
-    "domains": ("", {name: f"{script} --dataset {dataset}" for name, script, dataset in (              # from scratch, tested at home; tests/domains.py tests them abroad
-        ("toy", "tbps.py", "toy"), ("toy-generic", "tbps.py", "toy-generic"), ("fronts", "tests/domains.py --only fronts --train", "toy"))}),
+    "domains": (FINE_TUNE, {                                                # tested at home; tests/domains.py tests them abroad
+        "toy": "--method tbps-clip-simplified",
+        "fronts < toy": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + " --method tbps-clip-simplified",
+    }),
     "uit": (FINE_TUNE, UIT_PARTS),
     "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
     "uit-long": (f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
@@ -209,8 +214,8 @@ PAPER = {  # R@1 on CUHK-PEDES minus that of the first row it is compared with, 
     "losses": {"N-ITC": 0.13, "SS of images": 0.76, "SS of texts": -0.81, "SS of both": 0.03, "MVS of images": 0.72, "MVS of texts": -0.32, "MVS of both": 0.23, "R-ITC": 1.41,
                "C-ITC": 0.37, "TBPS-CLIP, all of it": 2.76},
     "uit": {"SDM": 2.23, "SDM + ID": 0.10, "IRRA, with MLM": 2.86},
-    "share-0.05": {"TBPS-CLIP simplified": 5.28, "TBPS-CLIP": 4.61, "CoOp": -27.00, "CLIP-Adapter": -26.41},
-    "share-0.1": {"TBPS-CLIP simplified": 7.89, "TBPS-CLIP": 6.82, "CoOp": -30.27, "CLIP-Adapter": -29.76},
+    "share-0.05": {"TBPS-CLIP simplified": 5.28, "CoOp": -27.00, "CLIP-Adapter": -26.41},
+    "share-0.1": {"TBPS-CLIP simplified": 7.89, "CoOp": -30.27, "CLIP-Adapter": -29.76},
 }
 
 
@@ -242,27 +247,63 @@ def start(path, options, threads):
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}")
 
 
-def queue(groups, seeds, jobs):
-    """Runs what is not there yet, some at a time. A run waits for those it names, which are earlier in the queue."""
-    runs, threads = {}, max(1, os.cpu_count() // jobs)
+def command(group, name, seed):
+    """What is run, and what its scores are recorded by."""
+    common, rows = GROUPS[group]
+    return " ".join(f"{'' if '.py ' in rows[name] else common} {rows[name]} --seed {seed}".split())
 
-    def make(path, options, needed):
-        for other in needed:
-            if other in runs:
-                runs[other].result()
-        start(path, options, threads)
+
+def recorded():
+    """{command: test scores} of all runs that were ever made."""
+    path = ROOT / "tests/results.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {run["command"]: run["test"] for run in map(json.loads, lines)}
+
+
+def record(line, scores):
+    """Writes the scores of a run down."""
+    scores = {what: {metric: round(value, 2) for metric, value in values.items()} for what, values in scores.items()}
+    with open(ROOT / "tests/results.jsonl", "a") as f:
+        f.write(json.dumps(dict(command=line, torch=torch.__version__, test=scores)) + "\n")
+
+
+def queue(todo, jobs):
+    """Makes runs, [(group, name, seed)], some at a time, each after those that it names; and records their scores."""
+    runs, threads, old = {}, max(1, os.cpu_count() // jobs), recorded()
+
+    def make(path, line, needed):
+        for _, run in needed.values():
+            run.result()                                                # waits, and fails if that one has failed
+        if result(path) is None:
+            start(path, line.format_map({name: where for name, (where, _) in needed.items()}), threads)
+        if line not in old:
+            record(line, result(path))
+
+    def ask(group, name, seed):
+        line, path, names = command(group, name, seed), folder(group, name, seed), {row(n): n for n in GROUPS[group][1]}
+        if line not in runs:
+            needed = {n: ask(group, names[n], seed) for _, n, *_ in Formatter().parse(line) if n}
+            runs[line] = path, pool.submit(make, path, line, needed)
+        return runs[line]
 
     with ThreadPoolExecutor(jobs) as pool:
-        for group in groups:
-            common, rows = GROUPS[group]
-            for name, seed in ((name, seed) for name in rows for seed in range(SEEDS.get(group, seeds))):
-                path, paths = folder(group, name, seed), {row(n): folder(group, n, seed) for n in rows}
-                if result(path) is None:
-                    needed = [paths[n] for _, n, *_ in Formatter().parse(rows[name]) if n]
-                    runs[path] = pool.submit(make, path, f"{'' if '.py ' in rows[name] else common} {rows[name].format_map(paths)} --seed {seed}", needed)
-        failed = [run.exception() for run in tqdm(as_completed(runs.values()), total=len(runs), unit="run") if run.exception()]
+        for run in todo:
+            ask(*run)
+        failed = [run.exception() for run in tqdm(as_completed([run for _, run in runs.values()]), total=len(runs), unit="run") if run.exception()]
     if failed:
         raise failed[0]
+
+
+def again(groups, seeds, number, jobs):
+    """Markdown: what was recorded of some runs, and what comes out now. Those that need another run's folder are not drawn."""
+    known, lines = recorded(), {command(group, name, seed) for group in groups for name in GROUPS[group][1] for seed in range(SEEDS.get(group, seeds))}
+    drawn = random.sample(sorted(line for line in lines & known.keys() if "{" not in line), number)
+    with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(jobs) as pool:
+        paths = [Path(base) / str(n) for n in range(number)]
+        list(tqdm(pool.map(start, paths, drawn, [max(1, os.cpu_count() // jobs)] * number), total=number, unit="run"))
+        pairs = [[scores["best.pt, text to image"][metric] for metric in ("R@1", "mAP") for scores in (known[line], result(path))] for path, line in zip(paths, drawn)]
+    return "\n".join(["| command | R@1, recorded | now | mAP, recorded | now |", "|---|---|---|---|---|"] + [
+        f"| `{line}` | " + " | ".join(f"{value:.2f}" for value in values) + " |" for line, values in zip(drawn, pairs)])
 
 
 WAYS = {"R@1": ("text to image", "R@1"), "mAP": ("text to image", "mAP"), "R@1, own": ("text to other images", "R@1"), "mAP, own": ("text to other images", "mAP")}
@@ -314,7 +355,8 @@ def table(group, seeds):
     differences and its interval; what the paper found for R@1, and whether it is the same. Richer models have a table of their own. The last
     line tells which differences from the first row that a name is compared with are more than noise."""
     seeds = SEEDS.get(group, seeds)
-    found = {row(name): {s: r for s in range(seeds) if (r := result(folder(group, name, s)))} for name in GROUPS[group][1]}
+    known = recorded()
+    found = {row(name): {s: r for s in range(seeds) if (r := known.get(command(group, name, s)))} for name in GROUPS[group][1]}
     lines = [f"| {group} | seeds | {' | '.join(WAYS)} | against |" + " paper, R@1: here, mAP |" * (group in PAPER), "|---" * (3 + len(WAYS) + (group in PAPER)) + "|"]
 
     def paired(name, base, way, metric):
@@ -342,7 +384,8 @@ def table(group, seeds):
 
 def bars(group, seeds, metric="R@1"):
     """The means of a group as the bars of one inline SVG, each with a line of a standard deviation to both sides."""
-    found = {row(name): [r["best.pt, text to image"][metric] for s in range(SEEDS.get(group, seeds)) if "best.pt, text to image" in (r := result(folder(group, name, s)) or {})]
+    known = recorded()
+    found = {row(name): [r["best.pt, text to image"][metric] for s in range(SEEDS.get(group, seeds)) if "best.pt, text to image" in (r := known.get(command(group, name, s), {}))]
              for name in GROUPS[group][1]}
     found = {name: values for name, values in found.items() if values}
     if not found:
@@ -373,14 +416,19 @@ def main():
     p.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: 3)")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, sharing the cores (default: 2)")
     p.add_argument("--table", action="store_true", help="run nothing")
+    p.add_argument("--again", type=int, metavar="N", help="run N of the recorded runs once more")
     args = p.parse_args()
-    if not args.table:
+    if args.again:
+        return print(again(args.only, args.seeds, args.again, args.jobs))
+    known = recorded()
+    todo = [(group, name, seed) for group in args.only for name in GROUPS[group][1] for seed in range(SEEDS.get(group, args.seeds)) if command(group, name, seed) not in known]
+    if todo and not args.table:
         if result(ROOT / GENERIC) is None:
             start(ROOT / GENERIC, "tbps.py --dataset toy-generic --set muon=0 epochs=10 warmup=2", os.cpu_count())
         for group, dataset, epochs in (("ctlg", "toy", 14), ("ctlg-few", "toy-few", 100)):              # half an hour, 20 minutes
-            if {group, "ctlg-few"} & set(args.only) and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
+            if {group, "ctlg-few"} & {group for group, *_ in todo} and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
                 start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --words {GENERIC}/best.pt --count 1 --set train_epochs={epochs}", os.cpu_count())
-        queue(args.only, args.seeds, args.jobs)
+        queue(todo, args.jobs)
     tables = {group: table(group, args.seeds) for group in args.only}
     print("\n" + "\n\n".join(tables.values()))
     page = ROOT / "runs/ablations/tables.html"

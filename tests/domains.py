@@ -7,6 +7,7 @@ Captions of val and test hold words and plans of sentences that those of train n
 shoes and another camera at once. With two of four views the gallery is half as large: compare the models on a set, not the sets."""
 
 import argparse
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def people(name, split):
 
 def named(checkpoint):
     """runs/A/B-0/light/best.pt -> B: what seeds have in common."""
-    return next(part for part in reversed(checkpoint.parent.parts) if part not in ("light", "richer")).rpartition("-")[0]
+    return re.sub(r"-\d+$", "", next(part for part in reversed(checkpoint.parent.parts) if part not in ("light", "richer")))
 
 
 def main():

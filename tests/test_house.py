@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -132,12 +133,12 @@ def test_an_applied_exercise_does_not_touch_the_main_job(tmp_path, monkeypatch, 
 def test_ablation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50.5, 51.5, 52.6), "soft labels": (50.5, 51.4, 52.8)}
+    (tmp_path / "tests").mkdir()
+    names = {ablations.row(n): n for n in ablations.GROUPS["tricks"][1]}
     for name, values in scores.items():
         for seed, value in enumerate(values):
-            path = ablations.folder("tricks", name, seed)
-            path.mkdir(parents=True)
             row = {"R@1": 100 - value, "mAP": value}                    # agreement is judged by mAP
-            (path / "log.jsonl").write_text(json.dumps({"test": {f"best.pt, {way}": row for way in ("text to image", "text to other images")}}) + "\n")
+            ablations.record(ablations.command("tricks", names[name], seed), {f"best.pt, {way}": row for way in ("text to image", "text to other images")})
     text = ablations.table("tricks", 3)
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[2:] if line.startswith("|")}
     assert cells["CLIP"][:3] == ["3", "49.0 ± 1.0", "51.0 ± 1.0"] and cells["dropout"][2] == "52.1 ± 1.1 (+1.1 ± 0.2)" and cells["dropout"][-2:] == ["CLIP", "+0.39: yes"]
@@ -147,3 +148,27 @@ def test_ablation_tables(tmp_path, monkeypatch):
     assert ablations.bars("tricks", 3).count("<rect") == 5 and "47.9 ± 1.1" in ablations.bars("tricks", 3) and ablations.bars("images", 3) == ""
     assert ablations.as_html(text).count("<tr>") == 6 and ablations.as_html(text).count("<table>") == 1 and "<p>More than noise" in ablations.as_html(text) and "<td>+0.39: yes</td>" in ablations.as_html(text)
     assert all(found.keys() <= set(map(ablations.row, ablations.GROUPS[group][1])) for group, found in ablations.PAPER.items())
+
+
+def test_ablation_queue(tmp_path, monkeypatch):
+    """A run that two groups have is made once, after those it names; what is recorded is made again only if its folder is needed."""
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "GROUPS", {"a": ("tbps.py", {"teacher": "--x 1", "student < teacher": "--teacher {teacher}/best.pt"}), "b": ("tbps.py", {"same": "--x 1"})})
+    made = []
+
+    def start(path, options, threads):
+        made.append(options.replace(f"{tmp_path}/", ""))
+        path.mkdir(parents=True)
+        (path / "log.jsonl").write_text(json.dumps({"test": {"best.pt, text to image": {"R@1": 50.004, "mAP": len(made)}}}) + "\n")
+    monkeypatch.setattr(ablations, "start", start)
+    (tmp_path / "tests").mkdir()
+    runs = [("a", "student < teacher", 0), ("a", "teacher", 0), ("b", "same", 0)]
+    ablations.queue(runs, 2)
+    teacher, student = "tbps.py --x 1 --seed 0", "tbps.py --teacher {teacher}/best.pt --seed 0"
+    assert made == [teacher, "tbps.py --teacher runs/ablations/a/teacher-0/best.pt --seed 0"]
+    assert ablations.recorded() == {teacher: {"best.pt, text to image": {"R@1": 50.0, "mAP": 1}}, student: {"best.pt, text to image": {"R@1": 50.0, "mAP": 2}}}
+    shutil.rmtree(tmp_path / "runs")
+    ablations.queue([("a", "student < teacher", 1)], 2)
+    assert made[2:] == ["tbps.py --x 1 --seed 1", "tbps.py --teacher runs/ablations/a/teacher-1/best.pt --seed 1"] and len(ablations.recorded()) == 4
+    text = ablations.again(["a", "b"], 2, 2, 2)                         # the two that need no other
+    assert sorted(made[4:]) == [teacher, "tbps.py --x 1 --seed 1"] and text.count("| 50.00 | 50.00 |") == 2
