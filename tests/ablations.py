@@ -133,6 +133,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "simplified": "--method tbps-clip-simplified",
         "tau 0.02 < simplified": "--method tbps-clip-simplified --set tau=0.02",
         "tau 0.05 < simplified": "--method tbps-clip-simplified --set tau=0.05",
+        "random-count sampler < simplified": "--method tbps-clip-simplified --set sampler=random-count",
         "pruned captions < simplified": "--method tbps-clip-simplified --set prune=0.2",
         "approximate text < simplified": "--method tbps-clip-simplified --set approximate=0.5",
         "approximate text, no deletion < simplified": "--method tbps-clip-simplified --set approximate=0.5 deletion=0",
