@@ -5,6 +5,7 @@
 colours    views for self-supervision keep their colours: no jitter, no grey
 crops      they show most of the person: crops of 80 % at least, instead of 20"""
 
+import argparse
 import sys
 from pathlib import Path
 from unittest import mock
@@ -29,11 +30,25 @@ def self_view(changes):
     return Changed
 
 
+def known(text):
+    """colours,crops -> ["colours", "crops"], for argparse."""
+    changes = text.split(",")
+    if unknown := set(changes) - {"colours", "crops"}:
+        raise argparse.ArgumentTypeError(f"name changes, like colours,crops, not {', '.join(sorted(unknown))}")
+    return changes
+
+
 def main():
-    changes = sys.argv[1].split(",") if sys.argv[1:] else []
-    if not changes or set(changes) - {"colours", "crops"}:
-        raise ValueError(f"name changes, like colours,crops\n\n{__doc__}")
-    with mock.patch.object(data, "SelfView", self_view(changes)), mock.patch.object(sys, "argv", ["tbps.py", *sys.argv[2:]]):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("changes", type=known, help="colours, crops, or both with a comma; all that follows is for tbps.py")
+    mine, rest = p.parse_known_args()
+    parse = tbps.parse_args
+
+    def parse_args():
+        args, recipe = parse(rest)
+        args.changes = ",".join(sorted(mine.changes))                   # the checkpoint says so, and is resumed as such only
+        return args, recipe
+    with mock.patch.object(data, "SelfView", self_view(mine.changes)), mock.patch.object(tbps, "parse_args", parse_args):
         tbps.main()
 
 
