@@ -144,4 +144,5 @@ def test_explain(few_people, tmp_path):
         run(*script, "--dataset", "toy", "--workers", 0, "--out", tmp_path / out, "--set", "epochs=1", "batch=16", "warmup=0", "ss=0.4")
         return json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[0])["ss"]
     assert first("a", "tests/explain.py", "colours,crops") != first("b", "tbps.py") == first("c", "tbps.py")              # and nothing stays exchanged
+    assert tbps.read_file(tmp_path / "a/last.pt")["args"]["changes"] == "colours,crops"                                   # or --resume would not notice
     assert "name changes" in run("tests/explain.py", "--dataset", "toy", code=2)

@@ -5,6 +5,7 @@
 Of words that occur once in a caption and belong to a garment in sight: in how many cases lies the hottest patch on the garment (a quarter
 of it at least), and what share of all patches does."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def cases(record, caption):
 
 
 def main():
-    model, tokenizer, info = tbps.load_checkpoint(*sys.argv[1:2])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint")
+    model, tokenizer, info = tbps.load_checkpoint(p.parse_args().checkpoint)
     view, hits = data.EvalView(info["size"], info["norm"], info["resize"]), dict(colour=[], noun=[])
     for record in data.read("toy", "", "test")[::20]:
         for caption in record["captions"]:
