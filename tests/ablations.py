@@ -133,6 +133,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "simplified": "--method tbps-clip-simplified",
         "overlapping patches < simplified": "--method tbps-clip-simplified --set stride=6",
         "random-count sampler < simplified": "--method tbps-clip-simplified --set sampler=random-count",
+        "shift instead of the pool < simplified": "--method tbps-clip-simplified --set image_aug=shift",
+        "synonyms < simplified": "--method tbps-clip-simplified --set synonym=0.1",
         "batches of 64 < simplified": "--method tbps-clip-simplified --batch 64",
         "pruned captions < simplified": "--method tbps-clip-simplified --set prune=0.2",
         "approximate text < simplified": "--method tbps-clip-simplified --set approximate=0.5",
