@@ -143,6 +143,11 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "ITC instead, tau 0.05 < simplified": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0",
         "mixup of features < ITC instead, tau 0.05": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0 feature_mixup=1",
     }),
+    "combinations": (QUARTER, {
+        "simplified": "--method tbps-clip-simplified",
+        "shift, pruned < simplified": "--method tbps-clip-simplified --set image_aug=shift prune=0.2",
+        "shift, pruned, random-count < simplified": "--method tbps-clip-simplified --set image_aug=shift prune=0.2 sampler=random-count",
+    }),
     "patches": (FINE_TUNE, {
         "all patches": "--method tbps-clip-simplified",
         "half of them < all patches": "--method tbps-clip-simplified --set patch_drop=0.5",
