@@ -144,9 +144,11 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "mixup of features < ITC instead, tau 0.05": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0 feature_mixup=1",
     }),
     "combinations": (QUARTER, {
-        "simplified": "--method tbps-clip-simplified",
-        "shift, pruned < simplified": "--method tbps-clip-simplified --set image_aug=shift prune=0.2",
-        "shift, pruned, random-count < simplified": "--method tbps-clip-simplified --set image_aug=shift prune=0.2 sampler=random-count",
+        "shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift",
+        "no deletion < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift deletion=0",
+        "no deletion, no dropout < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift deletion=0 text_dropout=0",
+        "pruned < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift prune=0.2",
+        "pruned, random-count < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift prune=0.2 sampler=random-count",
     }),
     "patches": (FINE_TUNE, {
         "all patches": "--method tbps-clip-simplified",
