@@ -626,6 +626,7 @@ TBPS_CLIP = COMMON | dict(
 SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
 BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
                              deletion=0.0)
+BEST = SIMPLIFIED | dict(image_aug="shift")      # what stayed of all four papers on toy people (README, "The best of all four"): CTLG's augmentation instead of the pool
 COOP = BASELINE | dict(prompt="a pedestrian photo of", epochs=20, lr=1e-3)
 ADAPTER = BASELINE | dict(adapter=0.4, epochs=20, lr=1e-3)
 SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
@@ -932,6 +933,7 @@ METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
+    "best": (BEST, tbps_clip_heads, tbps_clip_losses),
     "coop": (COOP, tbps_clip_heads, tbps_clip_losses),
     "adapter": (ADAPTER, tbps_clip_heads, tbps_clip_losses),
     "irra": (IRRA, irra_heads, irra_losses),

@@ -61,6 +61,15 @@ LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from pl
 }
 
 
+SIMPLIFIED = "--method tbps-clip-simplified"
+BEST = f"{SIMPLIFIED} --set image_aug=shift"                              # what --method best is
+
+
+def quarter(method, epochs):
+    """A quarter of the persons for this many epochs."""
+    return f"{'distill.py' if method == 'lcr2s' else f'tbps.py --method {method}'} --dataset toy --share 0.25 --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}"
+
+
 def ctlg(dataset, epochs, longer, count, gate, more={}):
     """The parts of CTLG; the baseline has a temperature of 0.02. `longer`: epochs without generated pairs of as many steps as with them, or a few more."""
     sharp, diffusion = "--method ctlg --set approximate=0 mixup=0", f"runs/{dataset}-diffusion-0"
@@ -92,9 +101,9 @@ AUGMENTED = f"{CLIP_STAR} image_aug=pool deletion=0.05"
 N_ITC = f"{AUGMENTED} itc=0 nitc=1"
 LIKE_SIMPLIFIED = "--set tau=0.05 image_aug=pool deletion=0.05 text_dropout=0.05 clean=1 norm=imagenet resize=bilinear eval_resize=bicubic"
 TEXTS = {"synonym": "synonyms", "insertion": "insertions", "swap": "swaps", "deletion": "deletions", "eda": "EDA"}
-FEW = {"full fine-tuning": CLIP, "TBPS-CLIP simplified": "--method tbps-clip-simplified", "CoOp": "--method coop", "CLIP-Adapter": "--method adapter"}
+FEW = {"full fine-tuning": CLIP, "TBPS-CLIP simplified": SIMPLIFIED, "best": BEST, "CoOp": "--method coop", "CLIP-Adapter": "--method adapter"}
 GROUPS = {  # group: (what all its runs have, {name: options}); a name's first words, up to '<', are its row
-    "seeds": (FINE_TUNE, {"TBPS-CLIP simplified": "--method tbps-clip-simplified"}),
+    "seeds": (FINE_TUNE, {"TBPS-CLIP simplified": SIMPLIFIED}),
     "tricks": (QUARTER, {
         "CLIP": CLIP,
         "dropout < CLIP": f"{CLIP} --set text_dropout=0.05",
@@ -121,6 +130,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "TBPS-CLIP, all of it < CLIP*, augmented < simplified": f"{N_ITC} ritc=1 citc=0.1 ss=0.4 mvs=1",
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
+        "best < CLIP < tbps-clip-simplified": BEST,
         "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
     "why-ss": (QUARTER, {                                                   # self-supervision costs: because its views hide what captions tell?
         "CLIP*, augmented": AUGMENTED,
@@ -130,36 +140,43 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "both < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py colours,crops')} {AUGMENTED} ss=0.4",
     }),
     "ingredients": (QUARTER, {                                              # what the other methods could lend to TBPS-CLIP simplified
-        "simplified": "--method tbps-clip-simplified",
-        "overlapping patches < simplified": "--method tbps-clip-simplified --set stride=6",
-        "random-count sampler < simplified": "--method tbps-clip-simplified --set sampler=random-count",
-        "shift instead of the pool < simplified": "--method tbps-clip-simplified --set image_aug=shift",
-        "synonyms < simplified": "--method tbps-clip-simplified --set synonym=0.1",
-        "batches of 64 < simplified": "--method tbps-clip-simplified --batch 64",
-        "pruned captions < simplified": "--method tbps-clip-simplified --set prune=0.2",
-        "approximate text < simplified": "--method tbps-clip-simplified --set approximate=0.5",
-        "tau 0.02 < simplified": "--method tbps-clip-simplified --set tau=0.02",
+        "simplified": SIMPLIFIED,
+        "overlapping patches < simplified": f"{SIMPLIFIED} --set stride=6",
+        "random-count sampler < simplified": f"{SIMPLIFIED} --set sampler=random-count",
+        "shift instead of the pool < simplified": BEST,
+        "synonyms < simplified": f"{SIMPLIFIED} --set synonym=0.1",
+        "batches of 64 < simplified": f"{SIMPLIFIED} --batch 64",
+        "pruned captions < simplified": f"{SIMPLIFIED} --set prune=0.2",
+        "approximate text < simplified": f"{SIMPLIFIED} --set approximate=0.5",
+        "tau 0.02 < simplified": f"{SIMPLIFIED} --set tau=0.02",
         "SDM + ID + triplet instead, tau 0.05 < simplified": f"--method irra {LIKE_SIMPLIFIED} mlm=0 triplet=10",
         "ITC instead, tau 0.05 < simplified": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0",
         "mixup of features < ITC instead, tau 0.05": f"--method ctlg {LIKE_SIMPLIFIED} mixup=0 approximate=0 feature_mixup=1",
     }),
     "combinations": (QUARTER, {
-        "shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift",
-        "no deletion < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift deletion=0",
-        "no deletion, no dropout < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift deletion=0 text_dropout=0",
-        "pruned < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift prune=0.2",
-        "pruned, random-count < shift instead of the pool": "--method tbps-clip-simplified --set image_aug=shift prune=0.2 sampler=random-count",
+        "shift instead of the pool": BEST,
+        "no deletion < shift instead of the pool": f"{BEST} deletion=0",
+        "no deletion, no dropout < shift instead of the pool": f"{BEST} deletion=0 text_dropout=0",
+        "pruned < shift instead of the pool": f"{BEST} prune=0.2",
+        "pruned, random-count < shift instead of the pool": f"{BEST} prune=0.2 sampler=random-count",
     }),
+    "best": (QUARTER, {"simplified": SIMPLIFIED, "best < simplified": BEST}),
+    "equal-time": (QUARTER, {                                               # as many epochs as best could make 10 of, by the pairs per second of the README
+        "best": BEST,
+        "CLIP < best": CLIP,
+        "TBPS-CLIP simplified < best": SIMPLIFIED,
+    } | {f"{name}, {epochs} epochs < best": quarter(name, epochs) for name, epochs in (("tbps-clip", 3), ("irra", 4), ("uit", 4), ("ctlg", 8))} | {
+        "lcr2s, twice 4 epochs < best": quarter("lcr2s", 4) + " tau=0.05"}),
     "patches": (FINE_TUNE, {
-        "all patches": "--method tbps-clip-simplified",
-        "half of them < all patches": "--method tbps-clip-simplified --set patch_drop=0.5",
-        "half of them, for as long < all patches": "--method tbps-clip-simplified --set patch_drop=0.5 epochs=4",
+        "all patches": SIMPLIFIED,
+        "half of them < all patches": f"{SIMPLIFIED} --set patch_drop=0.5",
+        "half of them, for as long < all patches": f"{SIMPLIFIED} --set patch_drop=0.5 epochs=4",
     }),
     "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, common in PART.items()},
     "domains": (FINE_TUNE, {                                                # tested at home; tests/domains.py tests them abroad
-        "toy": "--method tbps-clip-simplified",
+        "toy": SIMPLIFIED,
         "fronts < toy": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + " --method tbps-clip-simplified",
     }),
     "uit": (FINE_TUNE, UIT_PARTS),
@@ -211,7 +228,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "lcr2s-few": (f"distill.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2 tau=0.05", LCR2S_PARTS),
 }
-SEEDS = {"seeds": 10}                                                   # groups that want more of them
+SEEDS = {"seeds": 10, "best": 10}                                                   # groups that want more of them
 PAPER = {  # R@1 on CUHK-PEDES minus that of the first row it is compared with, as published (TBPS-CLIP, ViT-B/32, and its few-shot probe; IRRA); of MVS minus
     # that of CLIP*, augmented. "All of these" has a fourth trick there, gradients through the gathering of features, which one process always has
     "tricks": {"dropout": 0.39, "locked patches": 0.60, "soft labels": 0.86, "all of these": 3.67},
