@@ -172,3 +172,8 @@ def test_ablation_queue(tmp_path, monkeypatch):
     assert made[2:] == ["tbps.py --x 1 --seed 1", "tbps.py --teacher runs/ablations/a/teacher-1/best.pt --seed 1"] and len(ablations.recorded()) == 4
     text = ablations.again(["a", "b"], 2, 2, 2)                         # the two that need no other
     assert sorted(made[4:]) == [teacher, "tbps.py --x 1 --seed 1"] and text.count("| 50.00 | 50.00 |") == 2
+
+
+def test_best_is_what_was_measured():
+    """--method best is the recipe of the rows that justify it."""
+    assert tbps.parse_args(["--dataset", "toy", "--method", "best"])[1] == tbps.parse_args(["--dataset", "toy", *ablations.BEST.split()])[1]
