@@ -16,6 +16,7 @@ import html
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -160,7 +161,11 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "pruned < shift instead of the pool": f"{BEST} prune=0.2",
         "pruned, random-count < shift instead of the pool": f"{BEST} prune=0.2 sampler=random-count",
     }),
-    "best": (QUARTER, {"simplified": SIMPLIFIED, "best < simplified": BEST}),
+    "best": (QUARTER, {
+        "simplified": SIMPLIFIED,
+        "shift instead of the pool < simplified": BEST,
+        "shift, pruned, random-count < simplified < shift instead of the pool": f"{BEST} prune=0.2 sampler=random-count",
+    }),
     "equal-time": (QUARTER, {                                               # as many epochs as best could make 10 of, by the pairs per second of the README
         "best": BEST,
         "CLIP < best": CLIP,
@@ -365,48 +370,60 @@ def least(differences):
 def difference(pairs):
     """The mean and its 95 % interval."""
     if len(pairs) < 2:
-        return f" ({pairs[0]:+.1f})" if pairs else ""
-    return f" ({statistics.mean(pairs):+.1f} ± {spread(pairs):.1f})"
+        return f"{pairs[0]:+.1f}" if pairs else ""
+    return f"{statistics.mean(pairs):+.1f} ± {spread(pairs):.1f}"
 
 
 def agrees(pairs, published, least):
-    """What the paper found, and whether the differences here tell the same. Of mAP: its noise is half that of R@1."""
-    if published is None or len(pairs) < 2:
+    """Whether differences tell what the paper found. Of mAP: its noise is half that of R@1."""
+    if len(pairs) < 2:
         return ""
     found = statistics.mean(pairs)
-    return f"{published:+.2f}: " + ("within the spread" if abs(found) <= least else "yes" if found * published > 0 else "no")
+    return "within the spread" if abs(found) <= least else "yes" if found * published > 0 else "no"
 
 
 def table(group, seeds):
-    """Markdown: a row per name and row it is compared with; the mean and standard deviation over seeds, then the mean of the paired
-    differences and its interval; what the paper found for R@1, and whether it is the same. Richer models have a table of their own. The last
-    line tells which differences from the first row that a name is compared with are more than noise."""
-    seeds = SEEDS.get(group, seeds)
-    known = recorded()
+    """Markdown: a row per name and row it is compared with: mean and standard deviation over seeds, and of the paired differences the mean and
+    its interval; what the paper found for R@1, and whether mAP has the same sign here. The last line tells which differences from the first row
+    that a name is compared with are more than noise. Richer models have a table of their own."""
+    seeds, known, paper = SEEDS.get(group, seeds), recorded(), PAPER.get(group, {})
     found = {row(name): {s: r for s in range(seeds) if (r := known.get(command(group, name, s)))} for name in GROUPS[group][1]}
-    lines = [f"| {group} | seeds | {' | '.join(WAYS)} | against |" + " paper, R@1: here, mAP |" * (group in PAPER), "|---" * (3 + len(WAYS) + (group in PAPER)) + "|"]
+    teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
+    names = [name for name in GROUPS[group][1] if found[row(name)] and row(name) not in teachers]
+
+    def values(name, way, metric):
+        return {s: r[way][metric] for s, r in found.get(name, {}).items() if metric in r.get(way, {})}
 
     def paired(name, base, way, metric):
-        values = [{s: r[way][metric] for s, r in found.get(n, {}).items() if metric in r.get(way, {})} for n in (name, base)]
-        return [value - values[1][s] for s, value in values[0].items() if s in values[1]]
-    teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
-    told = {what: least([paired(row(name), name.split(" < ")[1], *way) for name in GROUPS[group][1] if " < " in name and row(name) not in teachers]) for what, way in WAYS.items()}
-    for name in GROUPS[group][1]:
-        own, bases = found[row(name)], name.split(" < ")[1:]
-        for n, base in enumerate(bases or [""]) if any(own.values()) and row(name) not in teachers else ():
-            cells = []
-            for way, metric in WAYS.values():
-                values = [r[way][metric] for r in own.values() if metric in r.get(way, {})]
-                cells.append((mean(values) if values and n == 0 else "") + difference(paired(row(name), base, way, metric)))
-            said = agrees(paired(row(name), base, *WAYS["mAP"]), PAPER.get(group, {}).get(row(name)), told["mAP"]) if n == 0 else ""
-            lines.append(f"| {row(name) if n == 0 else ''} | {len(own) if n == 0 else ''} | {' | '.join(cells)} | {base} |" + f" {said} |" * (group in PAPER))
-    if told["R@1"]:
-        lines += ["", "More than noise, by all rows together: differences of " + ", ".join(f"{value:.1f} of {what}" for what, value in told.items() if value) + "."]
+        ours, theirs = values(name, way, metric), values(base, way, metric)
+        return [ours[s] - theirs[s] for s in ours if s in theirs]
+    ways = {what: way for what, way in WAYS.items() if (group.startswith("lcr2s") or "own" not in what) and any(values(row(name), *way) for name in names)}
+    told = {what: least([paired(row(name), name.split(" < ")[1], *way) for name in names if " < " in name]) for what, way in ways.items()}
+    head = ["", *(cell for what in ways for cell in (what, "difference")), *["paper, R@1", "the same sign, in mAP?"] * bool(paper)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in names:
+        number = len(found[row(name)])
+        for n, base in enumerate(name.split(" < ")[1:] or [""]):
+            cells = [(row(name) + f", {number} seed{'s' * (number > 1)}" * (number < seeds)) * (n == 0) + f" (over {base})" * bool(base)]
+            for way in ways.values():
+                own = values(row(name), *way).values()
+                cells += [mean(own) if own and n == 0 else "", difference(paired(row(name), base, *way))]
+            if paper:
+                published = paper.get(row(name)) if n == 0 else None
+                cells += ["", ""] if published is None else [f"{published:+.2f}", agrees(paired(row(name), base, *ways["mAP"]), published, told["mAP"]) if "mAP" in ways else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    if any(told.values()):
+        lines += ["", f"`{group}`, {seeds} seeds; more than noise, by all rows together: differences of " + ", ".join(f"{value:.1f} of {what}" for what, value in told.items() if value) + "."]
     if teachers:
         lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
         for what in next(iter(next(iter(teachers.values())).values())):
             lines.append(f"| {what} | " + " | ".join(", ".join(mean([r[what][metric] for r in runs.values()]) for metric in ("R@1", "mAP")) for runs in teachers.values()) + " |")
     return "\n".join(lines)
+
+
+def filled(text):
+    """A text with the tables of today in the places that it has for them: between <!-- ablations: GROUP --> and <!-- end -->."""
+    return re.sub(r"(<!-- ablations: (\S+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(m[2], 3)}\n{m[3]}", text, flags=re.DOTALL)
 
 
 def bars(group, seeds, metric="R@1"):
@@ -443,10 +460,14 @@ def main():
     p.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: 3)")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, sharing the cores (default: 2)")
     p.add_argument("--table", action="store_true", help="run nothing")
+    p.add_argument("--readme", action="store_true", help="write the tables of what is recorded into README.md, where it has places for them")
     p.add_argument("--again", type=int, metavar="N", help="run N of the recorded runs once more")
     args = p.parse_args()
     if args.again:
         return print(again(args.only, args.seeds, args.again, args.jobs))
+    if args.readme:
+        (ROOT / "README.md").write_text(filled((ROOT / "README.md").read_text()))
+        return
     known = recorded()
     todo = [(group, name, seed) for group in args.only for name in GROUPS[group][1] for seed in range(SEEDS.get(group, args.seeds)) if command(group, name, seed) not in known]
     if todo and not args.table:
@@ -457,11 +478,11 @@ def main():
                 start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --words {GENERIC}/best.pt --count 1 --set train_epochs={epochs}", os.cpu_count())
         queue(todo, args.jobs)
     tables = {group: table(group, args.seeds) for group in args.only}
-    print("\n" + "\n\n".join(tables.values()))
+    print("\n" + "\n\n".join(f"{group}\n\n{text}" for group, text in tables.items()))
     page = ROOT / "runs/ablations/tables.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     evaluation.write_page(page, "Ablations on toy people", ((group, bars(group, args.seeds) + as_html(text)) for group, text in tables.items()))
-    page.with_suffix(".md").write_text("\n\n".join(tables.values()) + "\n")
+    page.with_suffix(".md").write_text("\n\n".join(f"{group}\n\n{text}" for group, text in tables.items()) + "\n")
     print(f"\nthe same as files: {page} and .md")
 
 
