@@ -426,12 +426,12 @@ def filled(text):
     return re.sub(r"(<!-- ablations: (\S+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table(m[2], 3)}\n{m[3]}", text, flags=re.DOTALL)
 
 
-def bars(group, seeds, metric="R@1"):
-    """The means of a group as the bars of one inline SVG, each with a line of a standard deviation to both sides."""
+def bars(group, seeds):
+    """The means of a group as the bars of one inline SVG, each with a line of a standard deviation to both sides: R@1, or mAP where that alone is recorded."""
     known = recorded()
-    found = {row(name): [r[metric] for s in range(SEEDS.get(group, seeds)) if metric in (r := known.get(command(group, name, s), {}).get("best.pt, text to image", {}))]
-             for name in GROUPS[group][1]}
-    found = {name: values for name, values in found.items() if values}
+    scores = {row(name): [r for s in range(SEEDS.get(group, seeds)) if (r := known.get(command(group, name, s), {}).get("best.pt, text to image"))] for name in GROUPS[group][1]}
+    metric = "R@1" if any("R@1" in r for runs in scores.values() for r in runs) else "mAP"
+    found = {name: values for name, runs in scores.items() if (values := [r[metric] for r in runs if metric in r])}
     if not found:
         return ""
     low, high, out = max(0, min(map(min, found.values())) - 2), max(map(max, found.values())), []
@@ -443,7 +443,7 @@ def bars(group, seeds, metric="R@1"):
         side = statistics.stdev(values) if len(values) > 1 else 0
         out.append(f'<text x="252" y="{y + 4}" text-anchor="end">{html.escape(name)}</text><rect x="260" y="{y - 8}" width="{at(middle) - 260:.1f}" height="16" fill="#9bbfe0"/>'
                    f'<path d="M{at(middle - side):.1f},{y}H{at(middle + side):.1f}" stroke="#222" stroke-width="2"/><text x="{at(middle + side) + 8:.1f}" y="{y + 4}">{mean(values)}</text>')
-    return f'<svg width="900" height="{22 * len(found)}" role="img">{"".join(out)}</svg><p>{metric}, %; bars begin at {low:.0f}; lines: a standard deviation to both sides</p>'
+    return f'<svg width="900" height="{22 * len(found)}" role="img">{"".join(out)}</svg><p>{metric}, %; bars begin at {low:.0f}; lines: a standard deviation of the seeds to both sides, which share most of it: see the paired differences</p>'
 
 
 def as_html(markdown):
@@ -451,7 +451,7 @@ def as_html(markdown):
     def cells(line):
         return "".join(f"<td>{html.escape(cell.strip()).replace(' ± ', '&nbsp;±&nbsp;')}</td>" for cell in line[1:-1].split("|"))
     lines = [line for line in markdown.splitlines() if not line.startswith("|---")]
-    return "".join(f"<table><tr>{cells(line)}</tr></table>" if line.startswith("|") else f"<p>{html.escape(line)}</p>" for line in lines).replace("</table><table>", "")
+    return "".join(f"<table><tr>{cells(line)}</tr></table>" if line.startswith("|") else f"<p>{html.escape(line.replace('`', ''))}</p>" for line in lines if line).replace("</table><table>", "")
 
 
 def main():
