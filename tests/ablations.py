@@ -127,6 +127,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "MVS of both < N-ITC": f"{N_ITC} mvs=1 mvs_text=1",
         "R-ITC < CLIP*, augmented": f"{AUGMENTED} ritc=1",
         "C-ITC < CLIP*, augmented": f"{AUGMENTED} citc=0.1",
+        "C-ITC as printed < CLIP*, augmented": f"{AUGMENTED} citc=512",     # sums over the batch of 128 and weights of 1, instead of means and 0.25, times 0.1
         "simplified < CLIP*, augmented": f"{N_ITC} ritc=1",
         "TBPS-CLIP, all of it < CLIP*, augmented < simplified": f"{N_ITC} ritc=1 citc=0.1 ss=0.4 mvs=1",
     }),
