@@ -8,14 +8,14 @@ shoes and another camera at once. With two of four views the gallery is half as 
 
 import argparse
 import re
-import statistics
 import sys
 from pathlib import Path
 from unittest import mock
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+import ablations                                                        # noqa: E402
 import data                                                             # noqa: E402
 import tbps                                                             # noqa: E402
 
@@ -62,8 +62,7 @@ def main():
             found.setdefault(named(path), {}).setdefault(name, []).append(tbps.evaluate(model, tokenizer, info, records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"])
     print(f"| R@1 | seeds | {' | '.join(sets)} |\n" + "|---" * (2 + len(sets)) + "|")
     for row, scores in found.items():
-        cells = [f"{statistics.mean(v):.1f}" + f" ± {statistics.stdev(v):.1f}" * (len(v) > 1) for v in scores.values()]
-        print(f"| {row.replace('_', ' ')} | {len(scores[args.only[0]])} | {' | '.join(cells)} |")
+        print(f"| {row.replace('_', ' ')} | {len(scores[args.only[0]])} | {' | '.join(map(ablations.mean, scores.values()))} |")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def test_the_table_of_domains(few_people, tmp_path):
     assert '"at": [0, 3], "epoch": 1.0' in (tmp_path / "some_name-0/log.jsonl").read_text()                # 48 captions of 12 persons, 2 views each
     said = run("tests/domains.py", *(tmp_path / f"some_name-{seed}/best.pt" for seed in (0, 1)), "--only", "toy", "toy-generic")
     assert "| R@1 | seeds | toy | toy-generic |" in said and "| some name | 2 |" in said and said.count("±") == 2
+    assert "| some name | 1 |" in run("tests/domains.py", tmp_path / "some_name-0/best.pt", "--only", "toy")
     assert "takes one set" in run("tests/domains.py", "--train", "--dataset", "toy", code=2) and "name checkpoints" in run("tests/domains.py", code=2)
 
 
