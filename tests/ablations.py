@@ -178,6 +178,12 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "toy": SIMPLIFIED,
         "fronts < toy": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + " --method tbps-clip-simplified",
     }),
+    "why-few": (PART["0.1"], {                                              # with few persons TBPS-CLIP simplified loses: by its losses, or by what it does to pictures and captions?
+        "full fine-tuning": CLIP,
+        "simplified < full fine-tuning": SIMPLIFIED,
+        "its losses alone < full fine-tuning < simplified": f"{CLIP} --set itc=0 nitc=1 ritc=1",
+        "its augmentation and dropout alone < full fine-tuning < simplified": f"{CLIP} --set image_aug=pool deletion=0.05 text_dropout=0.05",
+    }),
     "uit": (FINE_TUNE, UIT_PARTS),
     "uit-few": (f"tbps.py --dataset toy-few --clip {GENERIC}/best.pt --epochs 20 --set warmup=2", UIT_PARTS),
     "uit-long": (f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 10 --set warmup=1",
