@@ -325,8 +325,15 @@ def queue(todo, jobs):
         raise failed[0]
 
 
+def make_generic():
+    """The model that runs start from, if it is not there."""
+    if result(ROOT / GENERIC) is None:
+        start(ROOT / GENERIC, "tbps.py --dataset toy-generic --set muon=0 epochs=10 warmup=2", os.cpu_count())
+
+
 def again(groups, seeds, number, jobs):
     """Markdown: what was recorded of some runs, and what comes out now. Those that need another run's folder are not drawn."""
+    make_generic()
     known, lines = recorded(), {command(group, name, seed) for group in groups for name in GROUPS[group][1] for seed in range(SEEDS.get(group, seeds))}
     drawn = random.sample(sorted(line for line in lines & known.keys() if "{" not in line), number)
     with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(jobs) as pool:
@@ -471,8 +478,7 @@ def main():
     known = recorded()
     todo = [(group, name, seed) for group in args.only for name in GROUPS[group][1] for seed in range(SEEDS.get(group, args.seeds)) if command(group, name, seed) not in known]
     if todo and not args.table:
-        if result(ROOT / GENERIC) is None:
-            start(ROOT / GENERIC, "tbps.py --dataset toy-generic --set muon=0 epochs=10 warmup=2", os.cpu_count())
+        make_generic()
         for group, dataset, epochs in (("ctlg", "toy", 14), ("ctlg-few", "toy-few", 100)):              # half an hour, 20 minutes
             if {group, "ctlg-few"} & {group for group, *_ in todo} and not (ROOT / f"runs/{dataset}-diffusion-0/unet").exists():
                 start(ROOT / f"runs/ablations/{group}/trial", f"generate.py --dataset {dataset} --words {GENERIC}/best.pt --count 1 --set train_epochs={epochs}", os.cpu_count())

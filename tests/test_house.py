@@ -173,7 +173,7 @@ def test_ablation_queue(tmp_path, monkeypatch):
     ablations.queue([("a", "student < teacher", 1)], 2)
     assert made[2:] == ["tbps.py --x 1 --seed 1", "tbps.py --teacher runs/ablations/a/teacher-1/best.pt --seed 1"] and len(ablations.recorded()) == 4
     text = ablations.again(["a", "b"], 2, 2, 2)                         # the two that need no other
-    assert sorted(made[4:]) == [teacher, "tbps.py --x 1 --seed 1"] and text.count("| 50.00 | 50.00 |") == 2
+    assert made[4].startswith("tbps.py --dataset toy-generic") and sorted(made[5:]) == [teacher, "tbps.py --x 1 --seed 1"] and text.count("| 50.00 | 50.00 |") == 2
 
 
 def test_best_is_what_was_measured():
