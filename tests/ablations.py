@@ -4,6 +4,8 @@
     python tests/ablations.py --only uit --seeds 1   one group, one seed
     python tests/ablations.py --table                the tables of what is recorded
     python tests/ablations.py --only uit --again 5   five of the recorded runs once more, drawn at random: what was recorded, and what comes out now
+    python tests/ablations.py --only uit --folders   recorded runs, too, for their checkpoints
+    python tests/ablations.py --readme               the tables into README.md
 
 A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; its scores are a line of tests/results.jsonl, which is kept with the program, and whoever
 has the same command in another group need not run it. A run that was cut off goes on where it stopped. Ablations fine-tune, as the papers do, from a model
@@ -30,12 +32,20 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import data                                                             # noqa: E402
 import eval as evaluation                                               # noqa: E402
 
 GENERIC = "runs/ablations/generic"
 FINE_TUNE = f"tbps.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5"
-SHARES = {"0.05": 40, "0.1": 20, "0.25": 10, "1": 3}                       # of the persons: epochs, for about as many steps
-PART = {share: f"tbps.py --dataset toy --share {share} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}".replace("--share 1 ", "") for share, epochs in SHARES.items()}
+SHARES = {"0.05": 40, "0.1": 20, "0.25": 10}                               # of the persons: epochs, for about as many steps
+
+
+def part(share, epochs):
+    """A share of the persons for this many epochs."""
+    return f"tbps.py --dataset toy --share {share} --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}"
+
+
+PART = {share: part(share, epochs) for share, epochs in SHARES.items()} | {"1": FINE_TUNE}
 QUARTER = PART["0.25"]                     # a model learns so few pairs by heart, so regularising can help, as it does with the papers' large models
 SDM_ID = "--method irra --set mlm=0"
 UIT_PARTS = {
@@ -64,11 +74,6 @@ LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from pl
 
 SIMPLIFIED = "--method tbps-clip-simplified"
 BEST = f"{SIMPLIFIED} --set image_aug=shift"                              # what --method best is
-
-
-def quarter(method, epochs):
-    """A quarter of the persons for this many epochs."""
-    return f"{'distill.py' if method == 'lcr2s' else f'tbps.py --method {method}'} --dataset toy --share 0.25 --clip {GENERIC}/best.pt --epochs {epochs} --set warmup={epochs / 6:g}"
 
 
 def ctlg(dataset, epochs, longer, count, gate, more={}):
@@ -169,14 +174,14 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "best": BEST,
         "CLIP < best": CLIP,
         "TBPS-CLIP simplified < best": SIMPLIFIED,
-    } | {f"{name}, {epochs} epochs < best": quarter(name, epochs) for name, epochs in (("tbps-clip", 3), ("irra", 4), ("uit", 4), ("ctlg", 8))} | {
-        "lcr2s, twice 4 epochs < best": quarter("lcr2s", 4) + " tau=0.05"}),
+    } | {f"{name}, {epochs} epochs < best": part(0.25, epochs).replace("tbps.py", f"tbps.py --method {name}") for name, epochs in (("tbps-clip", 3), ("irra", 4), ("uit", 4), ("ctlg", 8))} | {
+        "lcr2s, twice 4 epochs < best": part(0.25, 4).replace("tbps.py", "distill.py") + " tau=0.05"}),
     "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, common in PART.items()},
     "domains": (FINE_TUNE, {                                                # tested at home; tests/domains.py tests them abroad
         "toy": SIMPLIFIED,
-        "fronts < toy": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + " --method tbps-clip-simplified",
+        "fronts < toy": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + f" {SIMPLIFIED}",
     }),
     "why-few": (PART["0.1"], {                                              # with few persons TBPS-CLIP simplified loses: by its losses, or by what it does to pictures and captions?
         "full fine-tuning": CLIP,
@@ -333,15 +338,18 @@ def make_generic():
 
 def again(groups, seeds, number, jobs):
     """Markdown: what was recorded of some runs, and what comes out now. Those that need another run's folder are not drawn."""
-    make_generic()
     known, lines = recorded(), {command(group, name, seed) for group in groups for name in GROUPS[group][1] for seed in range(SEEDS.get(group, seeds))}
-    drawn = random.sample(sorted(line for line in lines & known.keys() if "{" not in line), number)
+    able = sorted(line for line in lines & known.keys() if "{" not in line)
+    if number > len(able):
+        raise ValueError(f"--again {number}: of these groups {len(able)} runs are recorded that need no other")
+    make_generic()
+    drawn = random.sample(able, number)
     with tempfile.TemporaryDirectory() as base, ThreadPoolExecutor(jobs) as pool:
         paths = [Path(base) / str(n) for n in range(number)]
         list(tqdm(pool.map(start, paths, drawn, [max(1, os.cpu_count() // jobs)] * number), total=number, unit="run"))
-        pairs = [[scores["best.pt, text to image"][metric] for metric in ("R@1", "mAP") for scores in (known[line], result(path))] for path, line in zip(paths, drawn)]
+        pairs = [[scores["best.pt, text to image"].get(metric) for metric in ("R@1", "mAP") for scores in (known[line], result(path))] for path, line in zip(paths, drawn)]
     return "\n".join(["| command | R@1, recorded | now | mAP, recorded | now |", "|---|---|---|---|---|"] + [
-        f"| `{line}` | " + " | ".join(f"{value:.2f}" for value in values) + " |" for line, values in zip(drawn, pairs)])
+        f"| `{line}` | " + " | ".join("not recorded" if value is None else f"{value:.2f}" for value in values) + " |" for line, values in zip(drawn, pairs)])
 
 
 WAYS = {"R@1": ("best.pt, text to image", "R@1"), "mAP": ("best.pt, text to image", "mAP"),
@@ -467,6 +475,7 @@ def main():
     p.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: 3)")
     p.add_argument("--jobs", type=int, default=2, help="runs at a time, sharing the cores (default: 2)")
     p.add_argument("--table", action="store_true", help="run nothing")
+    p.add_argument("--folders", action="store_true", help="make what is recorded, too, where its folder is not there: for its checkpoints")
     p.add_argument("--readme", action="store_true", help="write the tables of what is recorded into README.md, where it has places for them")
     p.add_argument("--again", type=int, metavar="N", help="run N of the recorded runs once more")
     args = p.parse_args()
@@ -476,7 +485,8 @@ def main():
         (ROOT / "README.md").write_text(filled((ROOT / "README.md").read_text()))
         return
     known = recorded()
-    todo = [(group, name, seed) for group in args.only for name in GROUPS[group][1] for seed in range(SEEDS.get(group, args.seeds)) if command(group, name, seed) not in known]
+    todo = [(group, name, seed) for group in args.only for name in GROUPS[group][1] for seed in range(SEEDS.get(group, args.seeds))
+            if command(group, name, seed) not in known or args.folders]
     if todo and not args.table:
         make_generic()
         for group, dataset, epochs in (("ctlg", "toy", 14), ("ctlg-few", "toy-few", 100)):              # half an hour, 20 minutes
@@ -493,4 +503,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)

@@ -172,8 +172,14 @@ def test_ablation_queue(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "runs")
     ablations.queue([("a", "student < teacher", 1)], 2)
     assert made[2:] == ["tbps.py --x 1 --seed 1", "tbps.py --teacher runs/ablations/a/teacher-1/best.pt --seed 1"] and len(ablations.recorded()) == 4
-    text = ablations.again(["a", "b"], 2, 2, 2)                         # the two that need no other
-    assert made[4].startswith("tbps.py --dataset toy-generic") and sorted(made[5:]) == [teacher, "tbps.py --x 1 --seed 1"] and text.count("| 50.00 | 50.00 |") == 2
+    text = ablations.again(["a", "b"], 2, 2, 1)                         # the two that need no other
+    assert made[4].startswith("tbps.py --dataset toy-generic") and sorted(made[5:]) == [teacher, "tbps.py --x 1 --seed 1"] and text.count("| 50.00 | 50.00 | ") == 2
+    ends = {tuple(line.split(" | ")[-2:]) for line in text.splitlines()[2:]}                            # mAP, recorded and now, in either order of the two runs
+    assert ends in ({("1.00", "6.00 |"), ("3.00", "7.00 |")}, {("1.00", "7.00 |"), ("3.00", "6.00 |")})
+    ablations.record(teacher, {"best.pt, text to image": {"mAP": 1}})   # as old records are
+    assert "| not recorded | 50.00 | 1.00 |" in ablations.again(["b"], 1, 1, 1) and ">1.0<" in ablations.bars("b", 1)
+    with pytest.raises(ValueError, match="of these groups 1 runs are recorded"):
+        ablations.again(["b"], 1, 2, 1)
 
 
 def test_best_is_what_was_measured():
