@@ -144,6 +144,20 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "views show most of the person < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py crops')} {AUGMENTED} ss=0.4",
         "both < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py colours,crops')} {AUGMENTED} ss=0.4",
     }),
+    "why-images": (QUARTER, {                                               # grey pictures and TrivialAugment cost: because captions tell what they hide?
+        "CLIP*": CLIP_STAR,
+        "gray < CLIP*": f"{CLIP_STAR} image_aug=gray",
+        "gray, and captions tell no colours then < gray < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py untold')} {CLIP_STAR} image_aug=gray",
+        "trivialaugment < CLIP*": f"{CLIP_STAR} image_aug=trivialaugment",
+        "trivialaugment without colours < trivialaugment < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py moves')} {CLIP_STAR} image_aug=trivialaugment",
+    }),
+    "why-texts": (QUARTER, {                                                # synonyms do no harm: because those of our table are right?
+        "CLIP*": CLIP_STAR,
+        "synonyms 0.1 < CLIP*": f"{CLIP_STAR} synonym=0.1",
+        "synonyms 0.1, of another word < synonyms 0.1 < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py senses')} {CLIP_STAR} synonym=0.1",
+        "insertions 0.1 < CLIP*": f"{CLIP_STAR} insertion=0.1",
+        "insertions 0.1, of another word < insertions 0.1 < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py senses')} {CLIP_STAR} insertion=0.1",
+    }),
     "ingredients": (QUARTER, {                                              # what the other methods could lend to TBPS-CLIP simplified
         "simplified": SIMPLIFIED,
         "overlapping patches < simplified": f"{SIMPLIFIED} --set stride=6",

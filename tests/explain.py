@@ -3,10 +3,16 @@
     python tests/explain.py colours,crops --dataset toy --method baseline --set ss=0.4 ...      as tbps.py, with these changes:
 
 colours    views for self-supervision keep their colours: no jitter, no grey
-crops      they show most of the person: crops of 80 % at least, instead of 20"""
+crops      they show most of the person: crops of 80 % at least, instead of 20
+untold     captions of pictures that augmentation has made grey do not tell colours
+moves      TrivialAugment turns, shears and shifts only
+senses     synonyms are those of another word, as of a wrong sense"""
 
 import argparse
+import random
+import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -30,17 +36,45 @@ def self_view(changes):
     return Changed
 
 
+class Untold(data.Pairs):
+    """Pairs whose captions leave out colours where the picture has become grey."""
+
+    def vary(self, i, rng):
+        captions, pixels = super().vary(i, rng)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.views[0].normalize.mean, self.views[0].normalize.std))
+        if (pixels[0] * std + mean).std(0).max() < 1e-3:
+            captions = [re.sub(rf"\b({'|'.join(data.COLOURS)})\b ?", "", caption, flags=re.I) for caption in captions]
+        return captions, pixels
+
+
+def exchanged(changes):
+    """The patches that make these changes."""
+    patches = [mock.patch.object(data, "SelfView", self_view(changes))]
+    if "untold" in changes:
+        patches.append(mock.patch.object(data, "Pairs", Untold))
+    if "moves" in changes:
+        space = v2.TrivialAugmentWide._AUGMENTATION_SPACE
+        patches.append(mock.patch.dict(space, {name: way for name, way in space.items() if name.startswith(("Identity", "Shear", "Translate", "Rotate"))}, clear=True))
+    if "senses" in changes:
+        words = sorted(data.SYNONYM_OF)
+        patches.append(mock.patch.dict(data.SYNONYM_OF, {word: data.SYNONYM_OF[other] for word, other in zip(words, random.Random(0).sample(words, len(words)))}))
+    return patches
+
+
+CHANGES = {"colours", "crops", "untold", "moves", "senses"}
+
+
 def known(text):
     """colours,crops -> ["colours", "crops"], for argparse."""
     changes = text.split(",")
-    if unknown := set(changes) - {"colours", "crops"}:
+    if unknown := set(changes) - CHANGES:
         raise argparse.ArgumentTypeError(f"name changes, like colours,crops, not {', '.join(sorted(unknown))}")
     return changes
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("changes", type=known, help="colours, crops, or both with a comma; all that follows is for tbps.py")
+    p.add_argument("changes", type=known, help=f"of {', '.join(sorted(CHANGES))}, with a comma between; all that follows is for tbps.py")
     mine, rest = p.parse_known_args()
     parse = tbps.parse_args
 
@@ -48,7 +82,9 @@ def main():
         args, recipe = parse(rest)
         args.changes = ",".join(sorted(mine.changes))                   # the checkpoint says so, and is resumed as such only
         return args, recipe
-    with mock.patch.object(data, "SelfView", self_view(mine.changes)), mock.patch.object(tbps, "parse_args", parse_args):
+    with ExitStack() as stack:
+        for patch in [*exchanged(mine.changes), mock.patch.object(tbps, "parse_args", parse_args)]:
+            stack.enter_context(patch)
         tbps.main()
 
 

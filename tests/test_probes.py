@@ -1,6 +1,9 @@
 """The probes of tests/probes.py: what they remove, rewind, freeze and drop; the test sets of tests/domains.py, the changes of tests/explain.py."""
 
 import json
+import random
+import re
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -140,6 +143,7 @@ def test_explain(few_people, tmp_path):
     assert green < 1 and least < 0.25
     green, least, most = views("colours", "crops")
     assert green < 1 and 0.3 < least < most < 0.7
+
     def first(out, *script):
         """The first logged loss of self-supervision."""
         run(*script, "--dataset", "toy", "--workers", 0, "--out", tmp_path / out, "--set", "epochs=1", "batch=16", "warmup=0", "ss=0.4")
@@ -147,3 +151,27 @@ def test_explain(few_people, tmp_path):
     assert first("a", "tests/explain.py", "colours,crops") != first("b", "tbps.py") == first("c", "tbps.py")              # and nothing stays exchanged
     assert tbps.read_file(tmp_path / "a/last.pt")["args"]["changes"] == "colours,crops"                                   # or --resume would not notice
     assert "name changes" in run("tests/explain.py", "--dataset", "toy", code=2)
+
+
+def test_explained_augmentations():
+    mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS["imagenet"])
+    records, colours = data.toy("train", persons=3), re.compile(rf"\b({'|'.join(data.COLOURS)})\b", re.I)
+
+    def vary():
+        """Of many draws: (whether the picture is grey, how many of its caption's colours are left out)."""
+        pairs = data.Pairs(records, (96, 48), views=1, image_aug="gray", back_translation=0, text=dict(deletion=0))
+        for pairs.epoch in range(4):
+            for i, item in enumerate(pairs):
+                yield bool(((item["pixels"][0] * std + mean).std(0) < 1e-3).all()), len(colours.findall(pairs.captions[i])) - len(colours.findall(item["captions"][0]))
+    assert {left for _, left in vary()} == {0}
+    with ExitStack() as stack:
+        for patch in explain.exchanged(["untold", "moves", "senses"]):
+            stack.enter_context(patch)
+        told = list(vary())
+        assert {left for grey, left in told if not grey} == {0} and max(left for grey, left in told if grey) > 1
+        assert data.vary_caption("man", random.Random(0), deletion=0, synonym=1) not in ("man", "male", "guy", "gentleman")
+        red = np.full((96, 48, 3), (200, 0, 0), np.uint8)
+        seen = torch.stack([data.image_ops((96, 48))["trivialaugment"](torch.from_numpy(red).permute(2, 0, 1)) for _ in range(60)])
+        assert not seen[:, 1:].any()                                                                                   # red and black
+    assert data.vary_caption("man", random.Random(0), deletion=0, synonym=1) in ("male", "guy", "gentleman")          # and nothing stays exchanged
+    assert torch.stack([data.image_ops((96, 48))["trivialaugment"](torch.from_numpy(red).permute(2, 0, 1)) for _ in range(60)])[:, 1:].any()
