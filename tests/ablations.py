@@ -133,6 +133,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "C-ITC as printed < CLIP*, augmented": f"{AUGMENTED} citc=512",     # sums over the batch of 128 and weights of 1, instead of means and 0.25, times 0.1
         "simplified < CLIP*, augmented": f"{N_ITC} ritc=1",
         "TBPS-CLIP, all of it < CLIP*, augmented < simplified": f"{N_ITC} ritc=1 citc=0.1 ss=0.4 mvs=1",
+        "all but SS < TBPS-CLIP, all of it < simplified": f"{N_ITC} ritc=1 citc=0.1 mvs=1",
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
         "best < CLIP < tbps-clip-simplified": BEST,
@@ -144,12 +145,15 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "views show most of the person < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py crops')} {AUGMENTED} ss=0.4",
         "both < SS of images < CLIP*, augmented": f"{QUARTER.replace('tbps.py', 'tests/explain.py colours,crops')} {AUGMENTED} ss=0.4",
     }),
-    "why-images": (QUARTER, {                                               # grey pictures and TrivialAugment cost: because captions tell what they hide?
+    "why-images": (QUARTER, {                                               # grey pictures, AutoAugment and TrivialAugment cost: because captions tell what they hide?
         "CLIP*": CLIP_STAR,
         "gray < CLIP*": f"{CLIP_STAR} image_aug=gray",
-        "gray, and captions tell no colours then < gray < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py untold')} {CLIP_STAR} image_aug=gray",
+        "gray, and captions without colours then < gray < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py untold')} {CLIP_STAR} image_aug=gray",
         "trivialaugment < CLIP*": f"{CLIP_STAR} image_aug=trivialaugment",
-        "trivialaugment without colours < trivialaugment < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py moves')} {CLIP_STAR} image_aug=trivialaugment",
+        "trivialaugment, colours kept < trivialaugment < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py moves')} {CLIP_STAR} image_aug=trivialaugment",
+        "trivialaugment, small moves < trivialaugment < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py small')} {CLIP_STAR} image_aug=trivialaugment",
+        "autoaugment < CLIP*": f"{CLIP_STAR} image_aug=autoaugment",
+        "autoaugment, colours kept < autoaugment < CLIP*": f"{QUARTER.replace('tbps.py', 'tests/explain.py moves')} {CLIP_STAR} image_aug=autoaugment",
     }),
     "why-texts": (QUARTER, {                                                # synonyms do no harm: because those of our table are right?
         "CLIP*": CLIP_STAR,

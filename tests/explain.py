@@ -5,7 +5,8 @@
 colours    views for self-supervision keep their colours: no jitter, no grey
 crops      they show most of the person: crops of 80 % at least, instead of 20
 untold     captions of pictures that augmentation has made grey do not tell colours
-moves      TrivialAugment turns, shears and shifts only
+moves      TrivialAugment and AutoAugment move pictures only: no operations on colours
+small      TrivialAugment moves pictures by a fifth of what it does: 32 pixels of shift were meant for 224, and are 6.4 of 48
 senses     synonyms are those of another word, as of a wrong sense"""
 
 import argparse
@@ -47,21 +48,37 @@ class Untold(data.Pairs):
         return captions, pixels
 
 
+def image_ops(changes, all_ops=data.image_ops):
+    """data.image_ops with these changes."""
+    def moves(name):
+        return name.startswith(("Shear", "Translate", "Rotate"))
+
+    def changed(size):
+        ops = all_ops(size)
+        auto, trivial = ops["autoaugment"], ops["trivialaugment"]
+        if "moves" in changes:
+            auto._policies = [[step for step in policy if moves(step[0])] for policy in auto._policies]
+            trivial._AUGMENTATION_SPACE = {name: way for name, way in trivial._AUGMENTATION_SPACE.items() if moves(name) or name == "Identity"}
+        if "small" in changes:
+            trivial._AUGMENTATION_SPACE = {name: ((lambda *size, far=way[0]: far(*size) / 5), way[1]) if moves(name) else way for name, way in trivial._AUGMENTATION_SPACE.items()}
+        return ops
+    return changed
+
+
 def exchanged(changes):
     """The patches that make these changes."""
     patches = [mock.patch.object(data, "SelfView", self_view(changes))]
     if "untold" in changes:
         patches.append(mock.patch.object(data, "Pairs", Untold))
-    if "moves" in changes:
-        space = v2.TrivialAugmentWide._AUGMENTATION_SPACE
-        patches.append(mock.patch.dict(space, {name: way for name, way in space.items() if name.startswith(("Identity", "Shear", "Translate", "Rotate"))}, clear=True))
+    if {"moves", "small"} & set(changes):
+        patches.append(mock.patch.object(data, "image_ops", image_ops(changes)))
     if "senses" in changes:
         words = sorted(data.SYNONYM_OF)
         patches.append(mock.patch.dict(data.SYNONYM_OF, {word: data.SYNONYM_OF[other] for word, other in zip(words, random.Random(0).sample(words, len(words)))}))
     return patches
 
 
-CHANGES = {"colours", "crops", "untold", "moves", "senses"}
+CHANGES = {"colours", "crops", "untold", "moves", "small", "senses"}
 
 
 def known(text):
