@@ -196,7 +196,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "lcr2s, twice 4 epochs < best": part(0.25, 4).replace("tbps.py", "distill.py") + " tau=0.05"}),
     "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
-    **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()}) for share, common in PART.items()},
+    **{f"share-{share}": (common, {name + " < full fine-tuning" * (name != "full fine-tuning"): options for name, options in FEW.items()
+                                   if share in ("0.05", "0.1") or name not in ("TBPS-CLIP simplified", "best")}) for share, common in PART.items()},      # which methods and equal-time have
     "domains": (FINE_TUNE, {                                                # tested at home; tests/domains.py tests them abroad
         "toy": SIMPLIFIED,
         "fronts < toy": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + f" {SIMPLIFIED}",
@@ -357,7 +358,7 @@ def make_generic():
 def again(groups, seeds, number, jobs):
     """Markdown: what was recorded of some runs, and what comes out now. Those that need another run's folder are not drawn."""
     known, lines = recorded(), {command(group, name, seed) for group in groups for name in GROUPS[group][1] for seed in range(SEEDS.get(group, seeds))}
-    able = sorted(line for line in lines & known.keys() if "{" not in line)
+    able = sorted(line for line in lines & known.keys() if "{" not in line and "best.pt, text to image" in known[line])
     if number > len(able):
         raise ValueError(f"--again {number}: of these groups {len(able)} runs are recorded that need no other")
     make_generic()
