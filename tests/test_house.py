@@ -187,6 +187,20 @@ def test_best_is_what_was_measured():
     assert tbps.parse_args(["--dataset", "toy", "--method", "best"])[1] == tbps.parse_args(["--dataset", "toy", *ablations.BEST.split()])[1]
 
 
+def test_recorded_runs_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "make_generic", lambda: None)
+    monkeypatch.setattr(ablations, "start", lambda path, line, threads: (path.mkdir(), (path / "log.jsonl").write_text(json.dumps(dict(test={"best.pt, text to image": {"R@1": 51, "mAP": 52}})))))
+    (tmp_path / "tests").mkdir()
+    lines = [ablations.command("tricks", name, 0) for name in ablations.GROUPS["tricks"][1]][:3]
+    for line, what in zip(lines, ("best.pt, text to image", "best.pt, text to image", "held-out view: richer")):       # the last cannot be compared
+        ablations.record(line, {what: {"R@1": 50.123}})
+    rows = ablations.again(["tricks"], 1, 2, 1).splitlines()
+    assert {rows[2], rows[3]} == {f"| `{line}` | 50.12 | 51.00 | not recorded | 52.00 |" for line in lines[:2]} and len(rows) == 4
+    with pytest.raises(ValueError, match="--again 3: of these groups 2 runs"):
+        ablations.again(["tricks"], 1, 3, 1)
+
+
 def test_the_readme_holds_the_tables_of_the_records():
     text = (ROOT / "README.md").read_text()
     assert text.count("<!-- ablations: ") >= 5 and ablations.filled(text) == text, "python tests/ablations.py --readme"
