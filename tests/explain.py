@@ -6,7 +6,7 @@ colours    views for self-supervision keep their colours: no jitter, no grey
 crops      they show most of the person: crops of 80 % at least, instead of 20
 untold     captions of pictures that augmentation has made grey do not tell colours
 moves      TrivialAugment and AutoAugment move pictures only: no operations on colours
-small      TrivialAugment moves pictures by a fifth of what it does: 32 pixels of shift were meant for 224, and are 6.4 of 48
+small      TrivialAugment moves pictures by a fifth of what it does: turns of 27 degrees at most, shifts of 6.4 pixels, shears
 senses     synonyms are those of another word, as of a wrong sense"""
 
 import argparse
@@ -48,13 +48,15 @@ class Untold(data.Pairs):
         return captions, pixels
 
 
-def image_ops(changes, all_ops=data.image_ops):
+def image_ops(changes):
     """data.image_ops with these changes."""
+    original = data.image_ops
+
     def moves(name):
         return name.startswith(("Shear", "Translate", "Rotate"))
 
     def changed(size):
-        ops = all_ops(size)
+        ops = original(size)
         auto, trivial = ops["autoaugment"], ops["trivialaugment"]
         if "moves" in changes:
             auto._policies = [[step for step in policy if moves(step[0])] for policy in auto._policies]
