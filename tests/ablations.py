@@ -65,6 +65,7 @@ UIT_PARTS = {
     "UIT, all of it < SDM + ID": "--method uit",
     "IRRA, with MLM < SDM + ID": "--method irra",
 }
+LCR2S = f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"
 LCR2S_PARTS = {  # on frozen encoders, those of "plain"; students differ from plain in nothing but the losses that copy
     "plain": "--stage light --set affinity=0",
     "teacher": "--plain {plain}/light/best.pt --stage richer",
@@ -144,7 +145,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     }),
     "methods": (FINE_TUNE, {"CLIP": CLIP} | {f"{name} < CLIP": f"--method {name}" for name in ("tbps-clip-simplified", "tbps-clip", "irra", "uit", "ctlg")} | {
         "best < CLIP < tbps-clip-simplified": BEST,
-        "lcr2s < CLIP": f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05"}),
+        "lcr2s < CLIP": LCR2S}),
     "why-ss": (QUARTER, {                                                   # self-supervision costs: because its views hide what captions tell?
         "CLIP*, augmented": AUGMENTED,
         "SS of images < CLIP*, augmented": f"{AUGMENTED} ss=0.4",
@@ -237,7 +238,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "IRRA, with MLM": "--method irra",
         "IRRA, masked captions everywhere < IRRA, with MLM": "--method irra --set mask_all=1",
     }),
-    "lcr2s": (f"distill.py --dataset toy --clip {GENERIC}/best.pt --epochs 3 --set warmup=0.5 tau=0.05", LCR2S_PARTS | {
+    "lcr2s": (LCR2S, LCR2S_PARTS | {
         "plain, warm < plain": "--teacher {teacher}/richer/last.pt --set warm=1 affinity=0",
         "A-KD, warm < plain, warm < SELF, warm": "--teacher {teacher}/richer/last.pt --set warm=1",
         "SELF, warm < plain, warm": "--teacher {teacher}/richer/last.pt --set warm=1 target=self",
@@ -249,6 +250,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "A-KD, support 2 < A-KD": "--teacher {teacher, support 2}/richer/last.pt --set support=2",
         "teacher, end to end": "--method lcr2s-paper --stage richer",
         "P-KD, end to end < plain < P-KD": "--teacher {teacher, end to end}/richer/last.pt --set affinity=0 features=0.5 relations=0.2",
+    }),
+    "lcr2s-small": (LCR2S, {name: LCR2S_PARTS[name] for name in ("plain", "teacher")} | {                 # half of the depth, or of the width
         "half": "--teacher {teacher}/richer/last.pt --student half --set affinity=0",
         "half, A-KD < half < half, SELF": "--teacher {teacher}/richer/last.pt --student half",
         "half, SELF < half": "--teacher {teacher}/richer/last.pt --student half --set target=self",
@@ -378,8 +381,7 @@ def again(groups, seeds, number, jobs):
         f"| `{line}` | " + " | ".join("not recorded" if value is None else f"{value:.2f}" for value in values) + " |" for line, values in zip(drawn, pairs)])
 
 
-WAYS = {"R@1": ("best.pt, text to image", "R@1"), "mAP": ("best.pt, text to image", "mAP"),
-        "R@1, own": ("best.pt, text to other images", "R@1"), "mAP, own": ("best.pt, text to other images", "mAP")}
+WAYS = {"R@1": ("best.pt, text to image", "R@1"), "mAP": ("best.pt, text to image", "mAP"), "mAP, own": ("best.pt, text to other images", "mAP")}
 
 
 def mean(values):
