@@ -456,7 +456,7 @@ def table(group, seeds):
                 cells += ["", ""] if published is None else [f"{published:+.2f}", agrees(paired(row(name), base, *ways["mAP"]), published, told["mAP"]) if "mAP" in ways else ""]
             lines.append(f"| {' | '.join(cells)} |")
     if any(told.values()):
-        lines += ["", f"`{group}`, {seeds} seeds; more than noise, by all rows together: differences of " + ", ".join(f"{value:.1f} of {what}" for what, value in told.items() if value) + "."]
+        lines += ["", f"`{group}`, {max(map(len, found.values()))} seeds; more than noise, by all rows together: differences of " + ", ".join(f"{value:.1f} of {what}" for what, value in told.items() if value) + "."]
     if teachers:
         lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
         for what in next(iter(next(iter(teachers.values())).values())):
@@ -497,15 +497,23 @@ def as_html(markdown):
     return "".join(f"<table><tr>{cells(line)}</tr></table>" if line.startswith("|") else f"<p>{html.escape(line.replace('`', ''))}</p>" for line in lines if line).replace("</table><table>", "")
 
 
+def natural(text):
+    """A number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 1, 2, 3, ...")
+    return int(text)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups of runs (default: all)")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 0 ... N-1 (default: 3)")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, sharing the cores (default: 2)")
-    p.add_argument("--table", action="store_true", help="run nothing")
-    p.add_argument("--folders", action="store_true", help="make what is recorded, too, where its folder is not there: for its checkpoints")
-    p.add_argument("--readme", action="store_true", help="write the tables of what is recorded into README.md, where it has places for them")
-    p.add_argument("--again", type=int, metavar="N", help="run N of the recorded runs once more")
+    p.add_argument("--seeds", type=natural, default=3, help=f"seeds 0 ... N-1 (default: 3), but of {', '.join(f'{group} {n}' for group, n in SEEDS.items())}")
+    p.add_argument("--jobs", type=natural, default=2, help="runs at a time, sharing the cores (default: 2)")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--table", action="store_true", help="run nothing")
+    g.add_argument("--folders", action="store_true", help="make what is recorded, too, where its folder is not there: for its checkpoints")
+    g.add_argument("--readme", action="store_true", help="write the tables of what is recorded into README.md, where it has places for them")
+    g.add_argument("--again", type=natural, metavar="N", help="run N of the recorded runs once more")
     args = p.parse_args()
     if args.again:
         return print(again(args.only, args.seeds, args.again, args.jobs))

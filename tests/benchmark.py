@@ -318,7 +318,7 @@ def main():
         print(json.dumps(measure(make, arguments, times)))
         return
     if not any(args.only in row[0] for row in ROWS):
-        sys.exit(f"no row holds {args.only!r}; there are: " + "; ".join(row[0] for row in ROWS))
+        p.error(f"no row holds {args.only!r}; there are: " + "; ".join(row[0] for row in ROWS))
     print(f"{'':40}{'plain s':>9}{'ours s':>9}{'faster':>8}{'plain MB':>10}{'ours MB':>9}{'items/s':>9}{'of peak':>9}")
     for n, (name, plain, ours, times, items) in enumerate(ROWS):
         if args.only not in name or args.quick and name not in QUICK:

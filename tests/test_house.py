@@ -119,7 +119,19 @@ def test_exercises_fit_the_code(n, tmp_path):
 
 
 def test_exercises_are_applied_one_by_one():
-    assert "takes one exercise" in error("tests/tour.py", "1", "2", "--apply")
+    assert "takes one exercise" in error("tests/tour.py", "1", "2", "--apply") and "takes one exercise" in error("tests/tour.py", "--apply")
+    assert "there are 1 to 10" in error("tests/tour.py", "11")
+
+
+def test_without_a_number_all_exercises_are_tried(tmp_path, monkeypatch, capsys):
+    (tmp_path / tour.MAIN).mkdir(parents=True)
+    (tmp_path / tour.MAIN / "best.pt").touch()
+    monkeypatch.setattr(tour, "ROOT", tmp_path)
+    monkeypatch.setattr(tour, "score", lambda command, changes=(): (60.0 + len(changes), 50.0))
+    monkeypatch.setattr(sys, "argv", ["tour.py"])
+    tour.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + len(tour.EXERCISES) and lines[-1].endswith("| losses.py, tbps.py | 62.00 (+2.0) | 50.00 (+0.0) |")
 
 
 def test_an_applied_exercise_does_not_touch_the_main_job(tmp_path, monkeypatch, capsys):
@@ -128,6 +140,13 @@ def test_an_applied_exercise_does_not_touch_the_main_job(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["tour.py", "9", "--apply"])
     tour.main()
     assert capsys.readouterr().out == "9: python tbps.py --out runs/tour-9\n" and (tmp_path / "tbps.py").read_text() != (ROOT / "tbps.py").read_text()
+    with pytest.raises(ValueError, match="applied already"):
+        tour.main()
+
+
+@pytest.mark.parametrize("options", [["--again", "0"], ["--jobs", "0"], ["--seeds", "-2"]])
+def test_ablations_take_numbers_from_1_on(options):
+    assert "is not 1, 2, 3" in error("tests/ablations.py", *options)
 
 
 def test_ablation_tables(tmp_path, monkeypatch):

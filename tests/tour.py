@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data                                                             # noqa: E402
+
 MAIN = "runs/toy-tbps-clip-simplified-0"
 SCORE, TRAIN = f"eval.py --checkpoint {ROOT / MAIN}/best.pt", "tbps.py"
 EXERCISES = [  # what is asked, the command, [(file, old lines, new lines)]
@@ -56,7 +59,7 @@ def change(folder, changes):
     for file, old, new in changes:
         source = (folder / file).read_text()
         if source.count(old) != 1:
-            raise ValueError(f"{file} holds {source.count(old)} times: {old}")
+            raise ValueError(f"{file} should hold this once, and does {source.count(old)} times; is an exercise applied already? git checkout \"*.py\" takes it back\n  {old.strip()}")
         (folder / file).write_text(source.replace(old, new))
 
 
@@ -75,9 +78,16 @@ def score(command, changes=()):
     return float(r1), float(ap)
 
 
+def exercise(text):
+    """The number of an exercise, for argparse."""
+    if text not in map(str, range(1, len(EXERCISES) + 1)):
+        raise argparse.ArgumentTypeError(f"{text} is no exercise; there are 1 to {len(EXERCISES)}")
+    return int(text)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("numbers", nargs="*", type=int, choices=range(1, len(EXERCISES) + 1), metavar="N", help="exercises (default: all)")
+    p.add_argument("numbers", nargs="*", type=exercise, metavar="N", help="exercises (default: all)")
     p.add_argument("--apply", action="store_true", help="make the changes here instead")
     args = p.parse_args()
     chosen = [(n, *EXERCISES[n - 1]) for n in args.numbers or range(1, len(EXERCISES) + 1)]
@@ -99,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)
