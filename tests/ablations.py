@@ -153,7 +153,7 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "views show most of the person < SS of images < CLIP*, augmented": f"{explained('crops')} {AUGMENTED} ss=0.4",
         "both < SS of images < CLIP*, augmented": f"{explained('colours,crops')} {AUGMENTED} ss=0.4",
     }),
-    "why-images": (QUARTER, {                                               # grey pictures, AutoAugment and TrivialAugment cost: because captions tell what they hide?
+    "why-images": (QUARTER, {                                               # grey pictures and learned policies cost: because captions tell what they hide?
         "CLIP*": CLIP_STAR,
         "gray < CLIP*": f"{CLIP_STAR} image_aug=gray",
         "gray, and captions without colours then < gray < CLIP*": f"{explained('untold')} {CLIP_STAR} image_aug=gray",
@@ -162,6 +162,8 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "trivialaugment, small moves < trivialaugment < CLIP*": f"{explained('small')} {CLIP_STAR} image_aug=trivialaugment",
         "autoaugment < CLIP*": f"{CLIP_STAR} image_aug=autoaugment",
         "autoaugment, colours kept < autoaugment < CLIP*": f"{explained('moves')} {CLIP_STAR} image_aug=autoaugment",
+        "randaugment < CLIP*": f"{CLIP_STAR} image_aug=randaugment",
+        "randaugment, colours kept < randaugment < CLIP*": f"{explained('moves')} {CLIP_STAR} image_aug=randaugment",
     }),
     "why-texts": (QUARTER, {                                                # synonyms do no harm: because those of our table are right?
         "CLIP*": CLIP_STAR,

@@ -5,7 +5,7 @@
 colours    views for self-supervision keep their colours: no jitter, no grey
 crops      they show most of the person: crops of 80 % at least, instead of 20
 untold     captions of pictures that augmentation has made grey do not tell colours
-moves      TrivialAugment and AutoAugment move pictures only: no operations on colours
+moves      AutoAugment, RandAugment and TrivialAugment move pictures only: no operations on colours
 small      TrivialAugment moves pictures by a fifth of what it does: turns of 27 degrees at most, shifts of 6.4 pixels, shears
 senses     synonyms are those of another word, as of a wrong sense"""
 
@@ -57,10 +57,11 @@ def image_ops(changes):
 
     def changed(size):
         ops = original(size)
-        auto, trivial = ops["autoaugment"], ops["trivialaugment"]
+        auto, rand, trivial = (ops[f"{name}augment"] for name in ("auto", "rand", "trivial"))
         if "moves" in changes:
             auto._policies = [[step for step in policy if moves(step[0])] for policy in auto._policies]
-            trivial._AUGMENTATION_SPACE = {name: way for name, way in trivial._AUGMENTATION_SPACE.items() if moves(name) or name == "Identity"}
+            for augment in (rand, trivial):
+                augment._AUGMENTATION_SPACE = {name: way for name, way in augment._AUGMENTATION_SPACE.items() if moves(name) or name == "Identity"}
         if "small" in changes:
             trivial._AUGMENTATION_SPACE = {name: ((lambda *size, far=way[0]: far(*size) / 5), way[1]) if moves(name) else way for name, way in trivial._AUGMENTATION_SPACE.items()}
         return ops
