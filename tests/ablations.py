@@ -368,7 +368,7 @@ def make_generic():
 
 
 def again(groups, seeds, number, jobs):
-    """Markdown: what was recorded of some runs, and what comes out now. Those that need another run's folder are not drawn."""
+    """Markdown: what was recorded of some runs, and what comes out now. Those that need another run's folder, and richer models, are not drawn."""
     known, lines = recorded(), {command(group, name, seed) for group in groups for name in GROUPS[group][1] for seed in range(SEEDS.get(group, seeds))}
     able = sorted(line for line in lines & known.keys() if "{" not in line and "best.pt, text to image" in known[line])
     if number > len(able):
@@ -430,7 +430,7 @@ def agrees(pairs, published, least):
 def table(group, seeds):
     """Markdown: a row per name and row it is compared with: mean and standard deviation over seeds, and of the paired differences the mean and
     its interval; what the paper found for R@1, and whether mAP has the same sign here. The last line tells which differences from the first row
-    that a name is compared with are more than noise. Richer models have a table of their own, where there are several."""
+    that a name is compared with are more than noise. Richer models have a table of their own."""
     seeds, known, paper = SEEDS.get(group, seeds), recorded(), PAPER.get(group, {})
     found = {row(name): {s: r for s in range(seeds) if (r := known.get(command(group, name, s)))} for name in GROUPS[group][1]}
     teachers = {name: runs for name, runs in found.items() if any("held-out view: richer" in r for r in runs.values())}
@@ -459,7 +459,7 @@ def table(group, seeds):
             lines.append(f"| {' | '.join(cells)} |")
     if any(told.values()):
         lines += ["", f"`{group}`, {max(map(len, found.values()))} seeds; more than noise, by all rows together: differences of " + ", ".join(f"{value:.1f} of {what}" for what, value in told.items() if value) + "."]
-    if len(teachers) > 1:
+    if teachers:
         lines += ["", f"| {group}: R@1, mAP | {' | '.join(teachers)} |", "|---" * (1 + len(teachers)) + "|"]
         for what in next(iter(next(iter(teachers.values())).values())):
             lines.append(f"| {what} | " + " | ".join(", ".join(mean([r[what][metric] for r in runs.values()]) for metric in ("R@1", "mAP")) for runs in teachers.values()) + " |")

@@ -149,6 +149,10 @@ def test_ablations_take_numbers_from_1_on(options):
     assert "is not 1, 2, 3" in error("tests/ablations.py", *options)
 
 
+def test_ablations_do_one_thing():
+    assert "not allowed with" in error("tests/ablations.py", "--table", "--again", "3")
+
+
 def test_ablation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50.5, 51.5, 52.6), "soft labels": (50.5, 51.4, 52.8)}

@@ -78,18 +78,13 @@ def score(command, changes=()):
     return float(r1), float(ap)
 
 
-def exercise(text):
-    """The number of an exercise, for argparse."""
-    if text not in map(str, range(1, len(EXERCISES) + 1)):
-        raise argparse.ArgumentTypeError(f"{text} is no exercise; there are 1 to {len(EXERCISES)}")
-    return int(text)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("numbers", nargs="*", type=exercise, metavar="N", help="exercises (default: all)")
+    p.add_argument("numbers", nargs="*", type=int, metavar="N", help="exercises (default: all)")
     p.add_argument("--apply", action="store_true", help="make the changes here instead")
     args = p.parse_args()
+    if unknown := [n for n in args.numbers if not 1 <= n <= len(EXERCISES)]:            # choices= would refuse no number at all before Python 3.12
+        p.error(f"{unknown[0]} is no exercise; there are 1 to {len(EXERCISES)}")
     chosen = [(n, *EXERCISES[n - 1]) for n in args.numbers or range(1, len(EXERCISES) + 1)]
     if args.apply:
         if len(args.numbers) != 1:
