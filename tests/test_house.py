@@ -153,6 +153,10 @@ def test_ablations_do_one_thing():
     assert "not allowed with" in error("tests/ablations.py", "--table", "--again", "3")
 
 
+def test_the_benchmark_names_its_rows():
+    assert "no row holds 'nonsense'" in error("tests/benchmark.py", "--only", "nonsense")
+
+
 def test_ablation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50.5, 51.5, 52.6), "soft labels": (50.5, 51.4, 52.8)}
@@ -168,6 +172,9 @@ def test_ablation_tables(tmp_path, monkeypatch):
     assert cells["locked patches (over CLIP)"][-2:] == ["+0.60", "no"] and cells["soft labels (over N-ITC)"][-2:] == ["+0.86", "within the spread"]
     assert cells["N-ITC (over CLIP)"][-2:] == ["", ""] and len(cells) == 5                              # no run of "all of these"
     assert text.splitlines()[-1] == "`tricks`, 3 seeds; more than noise, by all rows together: differences of 0.1 of R@1, 0.1 of mAP."      # 2.306 * 0.108 / 3 ** 0.5
+    assert ablations.table("tricks", 5).splitlines()[-1] == text.splitlines()[-1] and "| dropout, 3 seeds (over CLIP) |" in ablations.table("tricks", 5)          # of those there are
+    ablations.record(ablations.command("lcr2s-few", "teacher", 0), {"held-out view: richer": {"R@1": 60, "mAP": 70}})
+    assert ablations.table("lcr2s-few", 3).splitlines()[-3:] == ["| lcr2s-few: R@1, mAP | teacher |", "|---|---|", "| held-out view: richer | 60.0, 70.0 |"]
     assert ablations.filled("a\n<!-- ablations: tricks -->\nold\n<!-- end -->\nb") == f"a\n<!-- ablations: tricks -->\n{text}\n<!-- end -->\nb"
     assert [round(ablations.student(df), 1) for df in (1, 3, 4, 8, 30)] == [12.7, 3.2, 2.8, 2.3, 2.0]
     assert ablations.bars("tricks", 3).count("<rect") == 5 and "47.9 ± 1.1" in ablations.bars("tricks", 3) and ablations.bars("images", 3) == ""
