@@ -59,6 +59,14 @@ def need(path, what, fix):
                             f"{f' and {len(seen) - 8} more' if len(seen) > 8 else ''}\n  {fix}")
 
 
+def progress_bar(*items, **options):
+    """tqdm. Without a terminal, as in a log file, it prints a line a minute instead of a bar."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}\n"
+        options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, bar_format=line)
+    return tqdm(*items, **options)
+
+
 def read(name, root="data", split="train", hold_out=True):
     """The records of one split ("train", "val", "test") of a data set; pids are the file's own.
 
@@ -226,7 +234,7 @@ def broken(records):
             return str(e)
 
     with ThreadPoolExecutor() as pool:
-        found = tqdm(pool.map(why, records), total=len(records), desc="decoding", leave=False)
+        found = progress_bar(pool.map(why, records), total=len(records), desc="decoding", leave=False)
         return [(record, reason) for record, reason in zip(records, found) if reason]
 
 
@@ -280,7 +288,7 @@ def cache(records, scale, file):
         def put(n):
             rows[n] = scale.fit(load_image(paths[n]))
         with ThreadPoolExecutor() as pool:
-            for _ in tqdm(pool.map(put, range(len(paths))), total=len(paths), unit=" images", desc="cache", disable=None):
+            for _ in progress_bar(pool.map(put, range(len(paths))), total=len(paths), unit=" images", desc="cache"):
                 pass
         rows.flush()
         del rows                                                        # some systems do not rename what is mapped

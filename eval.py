@@ -107,13 +107,21 @@ def show(scores):
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
 
+def progress_bar(*items, **options):
+    """tqdm. Without a terminal, as in a log file, it prints a line a minute instead of a bar."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}\n"
+        options |= dict(delay=60, mininterval=60, maxinterval=60, miniters=1, bar_format=line)
+    return tqdm(*items, **options)
+
+
 @torch.no_grad()
 def embed_images(model, images, device="cpu", workers=0, batch=256, progress=True):
     """A dataset of pixels (3, H, W) -> (G, D) fp32 features of unit length, on the CPU, in order."""
     loader = torch.utils.data.DataLoader(images, batch, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
     model.eval()
     return torch.cat([F.normalize(model.encode_image(pixels.to(device, non_blocking=True)).float(), dim=1).cpu()
-                      for pixels in tqdm(loader, desc="images", leave=False, disable=None if progress else True)])
+                      for pixels in progress_bar(loader, desc="images", leave=False, disable=not progress)])
 
 
 @torch.no_grad()
@@ -367,7 +375,7 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
         new = box[0]
     steps = [range(k, min(k + batch * ranks, len(new)))[rank::ranks] for k in range(0, len(new), batch * ranks)]
     loader = iter(torch.utils.data.DataLoader(Photos(folder, [path for path, *_ in new], view, size), batch_sampler=[rows for rows in steps if rows], num_workers=workers))
-    bar = tqdm(total=len(new), unit=" pictures", desc="embedding", disable=None if rank == 0 else True)
+    bar = progress_bar(total=len(new), unit=" pictures", desc="embedding", disable=rank > 0)
     for rows in steps:
         mine, parts = [], None
         if rows:
