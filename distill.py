@@ -317,8 +317,8 @@ def attention_pictures(heads, bank, records, size, number=6):
     captions, out = [c for r in records for c in r["captions"]], []
     able = ((bank.image_others[bank.own] >= 0).any(dim=1) & (bank.text_others >= 0).any(dim=1)).nonzero()[:, 0].tolist()
     for m in able[::max(1, len(able) // number)][:number]:
-        shown = "".join(f'<figure><img src="{evaluation.thumbnail(data.load_image(records[j]["image"]))}"><figcaption>{100 * w:.0f} %</figcaption></figure>'
-                        for j, w in look(heads["fuse_image"], bank.image, bank.image_others, int(bank.own[m])))
+        shown = "".join(evaluation.figure(data.load_image(records[j]["image"]), f"{'support' if n else 'the image itself'}, {100 * w:.0f} %", f"{100 * w:.0f} %")
+                        for n, (j, w) in enumerate(look(heads["fuse_image"], bank.image, bank.image_others, int(bank.own[m]))))
         said = "".join(f"<li><b>{100 * w:.0f} %</b> {html.escape(captions[j])}</li>" for j, w in look(heads["fuse_text"], bank.text, bank.text_others, m))
         out.append(f"<div class=row>{shown}<ul>{said}</ul></div>")
     return "<p>First the sample itself, then its supports; the share of attention is the mean over heads.</p>" + "".join(out)
@@ -508,7 +508,7 @@ def train_richer(args, recipe, splits, folder, plain):
     if not several:
         print("no person of the test split has two images: the richer model cannot be judged on it")
     for name, scores in rows.items():
-        print(f"{name:44}{evaluation.show(scores)}")
+        print(f"{name:44}{evaluation.format_scores(scores)}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [x for x in lines if "loss" in x]
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")})

@@ -21,6 +21,7 @@ import html
 import io
 import itertools
 import json
+import math
 import mmap
 import os
 import re
@@ -40,69 +41,96 @@ from tqdm import tqdm
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
-    """Ranks the gallery for each query by cosine and scores the ranking: {"R@1", "R@5", "R@10", "mAP", "mINP"}, in percent.
-
-    query (Q, D), gallery (G, D): features of any norm;  q_pid (Q,), g_pid (G,): who it is
-    own (Q,): the gallery index that each query was written for, left out of its ranking; queries that then have nobody left to
-        find are dropped, and counted as "dropped" in the result if there are any
-
-    R@k   share of queries with at least one right image among the first k
-    mAP   mean over queries of AP = 1/R sum_j j / rank_j, over the ranks rank_1 < ... < rank_R of its right images
-    mINP  mean over queries of R / rank_R: how deep one must look to find all of them (Ye et al., arXiv 2001.04193)
-
-    fp32; equal scores rank in gallery order. No ranking is built: for each right image, those that score higher are counted, by a
-    search in the sorted scores, in chunks of queries, so memory beyond the features is some megabytes. A query with no right
-    image in the gallery, or features that are not finite, raise ValueError."""
-    query, gallery = F.normalize(query.float(), dim=1), F.normalize(gallery.float(), dim=1)
-    q_pid, g_pid = (torch.as_tensor(p).to(query.device) for p in (q_pid, g_pid))
-    Q, G = len(query), len(gallery)
-    if not Q or not G:
-        raise ValueError(f"nothing to score: {Q} queries, {G} gallery images")
+def check_features(query, gallery):
+    if not len(query) or not len(gallery):
+        raise ValueError(f"nothing to score: {len(query)} queries, {len(gallery)} gallery images")
     if not (query.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("the features hold values that are not finite")
-    # right images of each person as a row of gallery indices, padded with -1
+
+
+def count_higher(score, correct):
+    """How many images rank before each correct one: score (chunk, G), gallery indices (chunk, R) -> (chunk, R)."""
+    G, mark = score.shape[1], score.gather(1, correct)
+    if score.device.type == "cpu":
+        ordered = torch.from_numpy(np.sort(score.numpy()))              # faster than torch's sort
+    else:
+        ordered = score.sort(dim=1).values
+    higher = G - torch.searchsorted(ordered, mark, right=True)
+    tied = G - torch.searchsorted(ordered, mark) > higher + 1
+    for i, k in tied.nonzero().tolist():                                # rare, so a loop is fast enough
+        higher[i, k] += (score[i, :correct[i, k]] == mark[i, k]).sum()
+    return higher
+
+
+def match_ranks(query, gallery, q_pid, g_pid, own=None):
+    """-> (Q, R): the ranks (1 = first) of each query's correct images, unsorted, filled up with infinity."""
+    G = len(gallery)
+    # The correct images of a person are a run order[start : start + number] of the gallery sorted by person
     order = torch.argsort(g_pid, stable=True)
-    pids, number = torch.unique_consecutive(g_pid[order], return_counts=True)
-    start = number.cumsum(0) - number                                                                   # (P,)
+    pids, number = torch.unique_consecutive(g_pid[order], return_counts=True)                           # (P,) each
+    start = number.cumsum(0) - number
     person = torch.searchsorted(pids, q_pid).clamp(max=len(pids) - 1)                                   # (Q,)
     if (lost := pids[person] != q_pid).any():
         i = int(lost.nonzero()[0])
-        raise ValueError(f"{int(lost.sum())} queries have no image of their person in the gallery, e.g. query {i} (pid {int(q_pid[i])})")
-    ranks = torch.full((Q, int(number.max())), torch.inf, device=query.device)                          # 1 = first
-    by_number = torch.argsort(number[person], stable=True)              # a chunk shares its number of right images
+        raise ValueError(f"{int(lost.sum())} queries have no image of their person in the gallery, "
+                         f"e.g. query {i} (pid {int(q_pid[i])})")
+    ranks = torch.full((len(query), int(number.max())), torch.inf, device=query.device)
+    by_number = torch.argsort(number[person], stable=True)              # a chunk has queries of similar R
     for rows in by_number.split(max(128, 2 ** 19 // G)):
         score = query[rows] @ gallery.T                                                                 # (chunk, G)
         many = number[person[rows], None]
         j = torch.arange(int(many.max()), device=query.device)
-        right = order[(start[person[rows], None] + j).clamp(max=G - 1)]                                 # (chunk, R) gallery indices
+        correct = order[(start[person[rows], None] + j).clamp(max=G - 1)]                               # (chunk, R)
+        valid = j < many
         if own is not None:
-            mine = torch.as_tensor(own).to(query.device)[rows, None]
-            score.scatter_(1, mine, -torch.inf)
-        mark = score.gather(1, right)                                                                   # (chunk, R) their scores
-        ordered = torch.from_numpy(np.sort(score.numpy())) if score.device.type == "cpu" else score.sort(dim=1).values       # numpy's is fast
-        before = G - torch.searchsorted(ordered, mark, right=True)                                      # how many score higher
-        tied = G - torch.searchsorted(ordered, mark) > before + 1
-        for i, k in tied.nonzero().tolist():                            # rare, so it may be slow
-            before[i, k] += (score[i, :right[i, k]] == mark[i, k]).sum()
-        able = (j < many) & (right != mine if own is not None else True)
-        ranks[rows, :len(j)] = torch.where(able, before + 1.0, torch.inf)
-    ranks = ranks.sort(dim=1).values
-    found = ranks.isfinite().sum(dim=1)                                                                 # (Q,) right images
+            score.scatter_(1, own[rows, None], -torch.inf)
+            valid &= correct != own[rows, None]
+        higher = count_higher(score, correct)
+        ranks[rows, :len(j)] = torch.where(valid, higher + 1.0, torch.inf)
+    return ranks
+
+
+@torch.no_grad()
+def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
+    """Rank the gallery for each query by cosine and score it, in percent -> {"R@1", "R@5", "R@10", "mAP", "mINP"}.
+
+    query (Q, D), gallery (G, D)   features of any norm, tensors or numpy arrays
+    q_pid (Q,), g_pid (G,)         person ids
+    own (Q,)                       gallery index of each query's source image, which is left out of its ranking. Queries
+                                   without another image of their person are dropped and counted as "dropped"
+
+    R@k    fraction of queries with at least one correct image among the first k
+    mAP    mean over queries of AP = 1/R sum_j j / rank_j, where rank_1 < ... < rank_R are the correct images' ranks
+    mINP   mean over queries of R / rank_R: how deep one must look to find all of them (Ye et al., arXiv 2001.04193)
+
+    Scores are fp32; ties rank in gallery order. No ranking is stored: for each correct image we count the images that
+    score higher, by a search in the sorted scores, in chunks of queries. Memory beyond the features is a few megabytes.
+    Raises ValueError if a query has no correct image in the gallery, or if features are not finite.
+    """
+    query, gallery = (F.normalize(torch.as_tensor(x).float(), dim=1) for x in (query, gallery))
+    q_pid, g_pid = (torch.as_tensor(p).to(query.device) for p in (q_pid, g_pid))
+    own = None if own is None else torch.as_tensor(own).to(query.device)
+    check_features(query, gallery)
+    ranks = match_ranks(query, gallery, q_pid, g_pid, own).sort(dim=1).values                           # (Q, R)
+    found = ranks.isfinite().sum(dim=1)                                                                 # (Q,)
+    dropped = int((found == 0).sum())
     ranks, found = ranks[found > 0], found[found > 0]
     if not len(ranks):
-        raise ValueError("no query has a right image besides its own")
+        raise ValueError("no query has a correct image besides its source image")
     ap = (torch.arange(1, ranks.shape[1] + 1, device=ranks.device) / ranks).sum(dim=1) / found          # j / inf = 0
     last = ranks.gather(1, found[:, None] - 1)[:, 0]
     scores = {f"R@{k}": 100 * (ranks[:, 0] <= k).double().mean().item() for k in (1, 5, 10)}
-    scores |= {"mAP": 100 * ap.double().mean().item(), "mINP": 100 * (found / last).double().mean().item()}
-    return scores | ({"dropped": Q - len(ranks)} if Q > len(ranks) else {})
+    scores["mAP"] = 100 * ap.double().mean().item()
+    scores["mINP"] = 100 * (found / last).double().mean().item()
+    return scores | ({"dropped": dropped} if dropped else {})
 
 
-def show(scores):
-    """Scores on a line: R@1 62.05 R@5 ..."""
-    return " ".join(f"{name} {value:.2f}" if name != "dropped" else f"({value} queries dropped)" for name, value in scores.items())
+def format_scores(scores):
+    """Scores on one line: R@1 62.05 R@5 ..."""
+    parts = [f"{name} {value:.2f}" for name, value in scores.items() if name != "dropped"]
+    if "dropped" in scores:
+        parts.append(f"({scores['dropped']} queries dropped)")
+    return " ".join(parts)
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
@@ -134,95 +162,158 @@ def embed_texts(model, tokens, batch=128):
     return text[torch.argsort(order)]
 
 
-# ---- the report page ------------------------------------------------------------------------------------------------
+# ---- report pages ---------------------------------------------------------------------------------------------------
+#
+# Every page is one self-contained HTML file. Nothing is told by colour alone, text has a contrast of at least 4.5 : 1,
+# and every picture has an alternative text.
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:78em;padding:0 1em;color:#222}h1{font-size:1.5em}h2{margin-top:2em;font-size:1.15em}
-table{border-collapse:collapse}td,th{padding:.2em .9em .2em 0;text-align:right}td:first-child,th:first-child{text-align:left}th{border-bottom:1px solid #999}
-.settings{columns:4;font:13px ui-monospace,monospace;color:#444}.row{margin:1.1em 0}.row p{margin:0 0 .3em}.row img{height:112px;margin-right:4px;border:4px solid #fff;border-radius:4px}
-.hits{display:flex;flex-wrap:wrap;gap:1em}.hit{width:9em;font-size:12px;overflow-wrap:anywhere}.hit img{max-width:9em;border-radius:4px}.row figure{margin-right:.8em}.row figcaption{font-size:13px}
-.row img.own{border-color:#bbb;margin-right:18px}.row img.right{border-color:#1a9641}.row img.wrong{border-color:#d7301f}figure{display:inline-block;margin:0;text-align:center}svg{margin-right:2em}svg text{font:12px system-ui;fill:#444}"""
-COLOURS = ["#1f6fb4", "#d7301f", "#1a9641", "#8a4fbe", "#e08214", "#555", "#c2569b"]
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em }
+body { color: #222; background: #fff }
+h1 { font-size: 1.5em; overflow-wrap: anywhere }
+h2 { margin-top: 2em; font-size: 1.15em; overflow-wrap: anywhere }
+table { border-collapse: collapse }
+td, th { padding: .2em .9em .2em 0; text-align: right; font-weight: normal }
+td:first-child, th:first-child { text-align: left }
+thead th { border-bottom: 1px solid #777; font-weight: 600 }
+.settings { columns: 4 16em; font: 13px ui-monospace, monospace; color: #444; overflow-wrap: anywhere }
+.row { margin: 1.1em 0 }
+.row p { margin: 0 0 .3em }
+figure { display: inline-block; margin: 0 .5em .5em 0; text-align: center; vertical-align: top; font-size: 13px }
+.row img { height: 112px; border: 4px solid transparent; border-radius: 4px }
+.row .large img { height: auto; max-width: 100% }
+.row .source { margin-right: 1.5em }
+.source img { border-color: #777 }
+.right img { border-color: #147a35 }
+.wrong img { border-color: #c62817; border-style: dashed }
+.hits { display: flex; flex-wrap: wrap; gap: 1em }
+.hit { width: 9.5em; text-align: left; overflow-wrap: anywhere }
+.hit img { max-width: 9.5em; border-radius: 4px }
+.ending { white-space: nowrap }
+.legend { color: #444 }
+svg { margin-right: 2em; max-width: 100% }
+svg text { font: 12px system-ui, sans-serif; fill: #444 }
+"""
+COLOURS = ["#1f6fb4", "#c62817", "#147a35", "#7a3fb0", "#9a5600", "#555", "#b0398a"]                    # of curves
+DASHES = ["", "6 3", "2 3", "8 3 2 3"]                                          # colour is not the only sign
 
 
 def thumbnail(image, height=112):
-    """PIL image -> data URI of a JPEG of this height; lower if the picture is more than four times as wide as high."""
-    buffer, scale = io.BytesIO(), min(height / image.height, 4 * height / image.width)
-    image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
+    """PIL image -> data URI of a JPEG of this height. An image wider than 4 heights gets the width 4 * height."""
+    scale = min(height / image.height, 4 * height / image.width)
+    size = [max(1, round(scale * side)) for side in image.size]
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def figure(image, alt, caption="", kind="", height=112):
+    """A PIL image as HTML, with its alternative text and, below it, a caption (HTML)."""
+    return (f'<figure class="{kind}"><img src="{thumbnail(image, height)}" alt="{html.escape(alt)}">'
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def round_ticks(low, high, steps=5):
+    """Axis ticks that enclose low ... high, about `steps` intervals of 1, 2 or 5 times a power of ten."""
+    span = (high - low) or 1.0
+    size = 10.0 ** math.floor(math.log10(span / steps))
+    size *= next(m for m in (1, 2, 5, 10) if span <= steps * m * size * 1.0001)
+    first, last = math.floor(low / size + 1e-6), math.ceil((low + span) / size - 1e-6)
+    return [k * size for k in range(first, last + 1)]
+
+
 def curve(title, series, width=480, height=240):
-    """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes; x is the epoch."""
+    """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes from 0 on; x is the epoch."""
     points = [p for line in series.values() for p in line]
     if not points:
         return ""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*points)]
-    x0, y0 = min(x0, 0), min(y0, 0)
-    x1, y1 = max(x1, x0 + 1e-9), max(y1, y0 + 1e-9)
-    left, right, top, bottom = 64, width - 96, 28, height - 32
+    xs, ys = (round_ticks(min(0, *v), max(0, *v)) for v in zip(*points))
+    left, right, top, bottom = 64, width - 112, 28, height - 42
 
-    def at(x, y):
-        return f"{left + (right - left) * (x - x0) / (x1 - x0):.1f},{bottom - (bottom - top) * (y - y0) / (y1 - y0):.1f}"
+    def place(x, y):
+        return (left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]),
+                bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0]))
 
-    out = [f'<svg width="{width}" height="{height}" role="img"><text x="{left}" y="16" style="font-weight:600">{html.escape(title)}</text>']
-    for k in range(5):
-        x, y = x0 + k / 4 * (x1 - x0), y0 + k / 4 * (y1 - y0)
-        px, py = at(x, y).split(",")
-        out.append(f'<line x1="{left}" x2="{right}" y1="{py}" y2="{py}" stroke="#ddd"/><text x="{left - 6}" y="{py}" dy="4" text-anchor="end">{y:.3g}</text>'
-                   f'<text x="{px}" y="{bottom + 18}" text-anchor="middle">{x:.3g}</text>')
+    name = html.escape(title)
+    out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+           f'aria-label="{name} by epoch"><text x="{left}" y="16" style="font-weight:600">{name}</text>'
+           f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">epoch</text>']
+    for y in ys:
+        py = place(xs[0], y)[1]
+        out.append(f'<line x1="{left}" x2="{right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#ddd"/>'
+                   f'<text x="{left - 6}" y="{py:.1f}" dy="4" text-anchor="end">{y:.6g}</text>')
+    for x in xs:
+        out.append(f'<text x="{place(x, ys[0])[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.6g}</text>')
     for n, (name, line) in enumerate(series.items()):
-        colour = COLOURS[n % len(COLOURS)]
-        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{" ".join(at(x, y) for x, y in line)}"/>'
-                   f'<text x="{right + 10}" y="{top + 8 + 17 * n}" style="fill:{colour}">{html.escape(name)}</text>')
+        pen = f'fill="none" stroke="{COLOURS[n % 7]}" stroke-width="1.8" stroke-dasharray="{DASHES[n % 4]}"'
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
+        y = top + 8 + 17 * n                                            # of the legend
+        out.append(f'<polyline {pen} points="{path}"/>'
+                   f'<line {pen} x1="{right + 8}" x2="{right + 30}" y1="{y}" y2="{y}"/>'
+                   f'<text x="{right + 36}" y="{y + 4}">{html.escape(name)}</text>')
     return "".join(out) + "</svg>"
 
 
 def table(rows):
     """{name: scores} -> an HTML table."""
+    def cell(value):
+        return f"<td>{f'{value:.2f}' if isinstance(value, float) else html.escape(str(value))}</td>"
+
     names = list(dict.fromkeys(k for scores in rows.values() for k in scores))
-    cells = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{s.get(k, ''):{'.2f' if isinstance(s.get(k), float) else ''}}</td>" for k in names)
-                    + "</tr>" for name, s in rows.items())
-    return f"<table><tr><th></th>{''.join(f'<th>{k}</th>' for k in names)}</tr>{cells}</table>"
+    head = "".join(f"<th scope=col>{html.escape(k)}</th>" for k in names)
+    body = "".join(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(cell(s.get(k, '')) for k in names)}</tr>"
+                   for name, s in rows.items())
+    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def retrieval_sheet(captions, text, image, q_pid, g_pid, own, load, number=12, top=10):
-    """HTML: some queries, evenly spread, each with the image it was written for (grey) and its top 10, right ones framed green,
-    wrong ones red. `load` turns a gallery index into a PIL image."""
+def retrieval_sheet(captions, text, image, pid, source, load, number=12, top=10):
+    """HTML: some queries, evenly spread, each with its source image and its top 10.
+
+    text (Q, D), image (G, D): features;  pid (G,);  source (Q,): index of the source image of each caption
+    load: gallery index -> PIL image
+    """
     rows = []
     for i in range(0, len(captions), max(1, len(captions) // number)):
         best = torch.argsort(image @ text[i], descending=True, stable=True)[:top].tolist()
-        shown = "".join(f'<img class="{"right" if g_pid[j] == q_pid[i] else "wrong"}" title="pid {int(g_pid[j])}" src="{thumbnail(load(j))}">' for j in best)
-        rows.append(f'<div class=row><p>{html.escape(captions[i])}</p><img class=own title="what the caption was written for" '
-                    f'src="{thumbnail(load(int(own[i])))}">{shown}</div>')
-    return "".join(rows[:number])
+        own = int(source[i])
+        shown = [figure(load(own), f"source image, person {int(pid[own])}", "source", "source")]
+        for rank, j in enumerate(best, start=1):
+            kind, sign = ("right", "✓") if pid[j] == pid[own] else ("wrong", "✗")
+            shown.append(figure(load(j), f"rank {rank}, {kind}, person {int(pid[j])}", f"{rank} {sign}", kind))
+        rows.append(f"<div class=row><p>{html.escape(captions[i])}</p>{''.join(shown)}</div>")
+    return ("<p class=legend>First the source image: the caption was written for it. Then the images that rank first: "
+            "✓ in a green frame is the same person, ✗ in a dashed red frame another one.</p>" + "".join(rows[:number]))
 
 
 def check_page(path):
-    """Raises ValueError if a page cannot be written here, or would take the place of anything but a page."""
+    """Raise ValueError if the page cannot be written, or if it would replace a file that is not a page."""
     path = Path(path)
     if not os.access(path.absolute().parent, os.W_OK):
         raise ValueError(f"{path.absolute().parent} cannot be written to; name another place with --page FILE")
-    if path.exists():
-        start = b""
-        if path.is_file():
-            with open(path, "rb") as f:
-                start = f.read(15)
-        if start != b"<!doctype html>":
-            raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
+    if not path.exists():
+        return
+    start = b""
+    if path.is_file():
+        with open(path, "rb") as f:
+            start = f.read(15)
+    if start != b"<!doctype html>":
+        raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
 
 
 def write_page(path, title, chapters):
-    """One self-contained HTML file: chapters are (heading, HTML) pairs, written as they come."""
+    """Write a self-contained HTML file. chapters: (heading, HTML) pairs, perhaps from a generator."""
     check_page(path)
     part = Path(f"{path}.part")
+    title = html.escape(title)
     try:
         with open(part, "w", encoding="utf-8") as f:
-            f.write(f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>")
+            f.write("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+                    f"<title>{title}</title><style>{STYLE}</style><main><h1>{title}</h1>")
             f.writelines(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
-            f.write("</html>")
+            f.write("</main></html>")
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)                                    # there only if a chapter failed
+        part.unlink(missing_ok=True)                                    # still there if a chapter failed
 
 
 # ---- an index of one's own pictures ---------------------------------------------------------------------------------
@@ -767,7 +858,7 @@ def compare(args):
             rows, sheet = tbps.evaluate(model, tokenizer, info, records, args.device, 0 if dataset.startswith("toy") else args.workers)
             print(f"{source} ({info['method']}, epoch {info['epoch']}) on {dataset} {args.split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
             for name, scores in rows.items():
-                print(f"{name:28}{show(scores)}", flush=True)
+                print(f"{name:28}{format_scores(scores)}", flush=True)
             table_rows[f"{source} on {dataset}"] = rows["text to image"]
             chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
             file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
@@ -777,7 +868,7 @@ def compare(args):
     if several:
         print("\ntext to image")
         for name, scores in table_rows.items():
-            print(f"{name:{max(map(len, table_rows))}}  {show(scores)}")
+            print(f"{name:{max(map(len, table_rows))}}  {format_scores(scores)}")
     print(f"page: {page}", flush=True)
 
 
@@ -921,9 +1012,9 @@ def score_features(file):
     if "own" in x and not ((x["own"] >= 0) & (x["own"] < G)).all():
         raise ValueError(f"{file}: own must be rows of the gallery, 0 to {G - 1}")
     print(f"{Q:,} queries, {G:,} gallery images, {D} numbers each")
-    print(f"text to image               {show(retrieval_metrics(x['query'], x['gallery'], x['q_pid'], x['g_pid']))}")
+    print(f"text to image               {format_scores(retrieval_metrics(x['query'], x['gallery'], x['q_pid'], x['g_pid']))}")
     if "own" in x:
-        print(f"text to other images        {show(retrieval_metrics(*(x[n] for n in ('query', 'gallery', 'q_pid', 'g_pid', 'own'))))}")
+        print(f"text to other images        {format_scores(retrieval_metrics(*(x[n] for n in ('query', 'gallery', 'q_pid', 'g_pid', 'own'))))}")
 
 
 if __name__ == "__main__":

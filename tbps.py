@@ -1055,7 +1055,7 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     rows["image to text"] = evaluation.retrieval_metrics(image, text, g_pid, g_pid[own])
     if any(n > 1 for n in collections.Counter(g_pid.tolist()).values()):
         rows["text to other images"] = evaluation.retrieval_metrics(text, image, g_pid[own], g_pid, own)
-    return rows, evaluation.retrieval_sheet(captions, text, image, g_pid[own], g_pid, own, lambda j: data.load_image(records[j]["image"]))
+    return rows, evaluation.retrieval_sheet(captions, text, image, g_pid, own, lambda j: data.load_image(records[j]["image"]))
 
 
 # ---- many processes -------------------------------------------------------------------------------------------------
@@ -1232,7 +1232,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
         if val:
             scores, _ = evaluate(model, tokenizer, info, val, device, args.workers, sheet=False, progress=False)
             state["scores"] = scores["text to image"]
-            line += f"  val {evaluation.show(state['scores'])}"
+            line += f"  val {evaluation.format_scores(state['scores'])}"
             log(at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
         bar.write(line) if not bar.disable else print(line, flush=True)
         if not val or state["scores"]["R@1"] > state["best"]:           # without a validation split the last epoch is the best
@@ -1512,8 +1512,8 @@ def conclude(args, recipe, records, out, minutes, *chapters):
         report(out, args, recipe, rows, sheet, minutes, *chapters)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
     if other := rows.get("best.pt, text to other images"):
-        print(f"test, without the image that a caption was written for, {evaluation.show(other)}")
-    print(f"test {evaluation.show(rows['best.pt, text to image'])}", flush=True)
+        print(f"test, without the image that a caption was written for, {evaluation.format_scores(other)}")
+    print(f"test {evaluation.format_scores(rows['best.pt, text to image'])}", flush=True)
 
 
 def main():
@@ -1552,12 +1552,14 @@ def restorations(model, tokenizer, info, records, recipe, number=8):
             painted.append(torch.where(dropped[..., None], restored, plain))
         seen = torch.where(dropped[..., None], plain.new_tensor([0.80, 0.75, 0.95]).repeat(patch ** 2), plain)
         shown = [grey(image), *(unpatchify(p, model.image.grid, patch) for p in (seen, *painted)), image]
-        names = ["grey", "what is left of it", "painted after the first caption", "after the second", "the image"]
-        rows.append(f"<div class=row><p>{html.escape(caption)}<br>{html.escape(changed)}</p>" + "".join(
-            f'<img title="{name}" src="{evaluation.thumbnail(data.load_image((255 * x[0].clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()), 192)}">'
-            for name, x in zip(names, shown)) + "</div>")
-    return "<p>From left to right: the grey image; what is left of it, dropped patches in violet; the dropped patches painted after the first caption; " \
-           "after the second, which has another first colour; the image itself.</p>" + "".join(rows) if rows else ""
+        names = ["grey image", "visible patches", "restored with caption 1", "restored with caption 2", "image"]
+        pictures = [data.load_image((255 * x[0].clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()) for x in shown]
+        figures = "".join(evaluation.figure(x, name, name, "large", 192) for name, x in zip(names, pictures))
+        rows.append(f"<div class=row><p>1: {html.escape(caption)}<br>2: {html.escape(changed)}</p>{figures}</div>")
+    if not rows:
+        return ""
+    return ("<p class=legend>The grey image; its visible patches, with the dropped ones in violet; the dropped patches "
+            "restored with caption 1; with caption 2, which names another first colour; the image.</p>" + "".join(rows))
 
 
 def report(out, args, recipe, rows, sheet, minutes, *chapters):

@@ -531,7 +531,7 @@ def test_e1_a_richer_model_knows_more(tmp_path):
     plain = learn(people, 0, 1000)
     heads, _ = teach(plain, people, tmp_path)
     rows = distill.judge(heads, features_of(plain, test), size=3)
-    print(*(f"{name:44}{evaluation.show(scores)}" for name, scores in rows.items()), sep="\n")
+    print(*(f"{name:44}{evaluation.format_scores(scores)}" for name, scores in rows.items()), sep="\n")
     single, richer, wrong = (rows[f"held-out view: {way}"] for way in ("single images", "richer", "wrong donors"))
     assert richer["R@1"] >= single["R@1"] + 2 and richer["mAP"] >= single["mAP"] + 12 and wrong["R@1"] < 6
     assert rows["held-out view: mean instead of fusion"]["R@1"] >= single["R@1"] + 2
@@ -547,7 +547,7 @@ def gains(tmp_path, related):
         rich, own = (learn(people, seed, 1000, functools.partial(distill.targets, bank, heads, target, 4)) for target in ("richer", "self"))
         (p, px), (r, rx), (s, sx) = (scores_of(model, test) for model in (plain, rich, own))
         rows.append((rx["mAP"] - px["mAP"], rx["mAP"] - sx["mAP"], r["R@1"] - p["R@1"]))
-        print(seed, *(evaluation.show(x) for x in (p, px, r, rx, s, sx)), sep="\n")
+        print(seed, *(evaluation.format_scores(x) for x in (p, px, r, rx, s, sx)), sep="\n")
     print(np.array(rows))
     return np.array(rows)
 
@@ -573,5 +573,5 @@ def test_e3_few_people_make_distillation_harmful(tmp_path):
     heads, bank = teach(plain, people, tmp_path)
     teacher = functools.partial(distill.targets, bank, heads, "richer", 4)
     (p, _), (kl, _), (relations, _) = (scores_of(model, test) for model in (plain, learn(people, 0, 400, teacher, pair=0.0), learn(people, 0, 400, teacher, affinity=0.0, relations=0.2)))
-    print(*(evaluation.show(x) for x in (p, kl, relations)), sep="\n")
+    print(*(evaluation.format_scores(x) for x in (p, kl, relations)), sep="\n")
     assert kl["R@1"] < p["R@1"] and relations["mAP"] > p["mAP"] - 0.5

@@ -494,8 +494,8 @@ def test_features_of_another_model(tmp_path):
     x = dict(query=torch.randn(20, 8, generator=g), gallery=torch.randn(10, 8, generator=g), q_pid=torch.arange(20) % 5, g_pid=torch.arange(10) % 5, own=torch.arange(20) % 10)
     np.savez(tmp_path / "f.npz", **{k: v.numpy() for k, v in x.items()})
     said = run("eval.py", "--features", tmp_path / "f.npz")
-    assert evaluation.show(evaluation.retrieval_metrics(*(x[k] for k in ("query", "gallery", "q_pid", "g_pid")))) in said
-    assert evaluation.show(evaluation.retrieval_metrics(*x.values())) in said
+    assert evaluation.format_scores(evaluation.retrieval_metrics(*(x[k] for k in ("query", "gallery", "q_pid", "g_pid")))) in said
+    assert evaluation.format_scores(evaluation.retrieval_metrics(*x.values())) in said
     np.savez(tmp_path / "g.npz", query=x["query"].numpy())
     assert "lacks g_pid, gallery, q_pid" in error("eval.py", "--features", tmp_path / "g.npz")
     np.savez(tmp_path / "h.npz", **{k: v.numpy()[:9] for k, v in x.items()} | dict(query=x["query"].numpy()))

@@ -187,11 +187,11 @@ def test_a_run(trained):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [x for x in lines if "loss" in x]
     assert len(steps) == 8 and sum("val" in x for x in lines) == 2                                       # 2 epochs of 32 / 8 steps
-    assert len(lines) == 11 and evaluation.show(lines[-1]["test"]["best.pt, text to image"]) in said
+    assert len(lines) == 11 and evaluation.format_scores(lines[-1]["test"]["best.pt, text to image"]) in said
     for x in steps:
         assert x["loss"] == pytest.approx(sum(x[k] for k in ("nitc", "ritc", "citc", "ss", "ss_text")), rel=1e-4)
     page = (out / "report.html").read_text()
-    assert page.count("<polyline") == 6 + 5 + 2 and page.count('class="right"') > 0 and "http://" not in page and "<script" not in page
+    assert page.count("<polyline") == 6 + 5 + 2 and page.count('class="right"') > 0 and page.count("✓") > 1 and "http://" not in page and "<script" not in page
 
 
 def test_the_checkpoint_is_all_that_evaluation_needs(trained, cuhk, tmp_path):
