@@ -245,7 +245,9 @@ def curve(title, series, width=480, height=240):
     for x in xs:
         out.append(f'<text x="{place(x, ys[0])[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.6g}</text>')
     for n, (name, line) in enumerate(series.items()):
-        pen = f'fill="none" stroke="{COLOURS[n % 7]}" stroke-width="1.8" stroke-dasharray="{DASHES[n % 4]}"'
+        pen = (f'fill="none" stroke="{COLOURS[n % 7]}" stroke-width="1.8" stroke-linecap="round" '
+               f'stroke-dasharray="{DASHES[n % 4]}"')
+        line = line if len(line) > 1 else 2 * line                      # so that a single point is drawn, as a dot
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         y = top + 8 + 17 * n                                            # of the legend
         out.append(f'<polyline {pen} points="{path}"/>'
