@@ -1,4 +1,4 @@
-"""Data: readers and their checker, CLIP's tokenizer, augmentation, samplers, and the built-in toy people.
+"""Data: readers and their checker, CLIP's tokenizer, augmentation, and batches.
 
     python data.py --dataset cuhk --data-root DIR      counts beside the published ones, missing and broken files, a sample sheet
 
@@ -7,8 +7,8 @@ Every data set is a list of records, one per image:
     dict(image=path or uint8 array (H, W, 3), captions=[str, ...], pid=int)      and perhaps captions_bt, source, scores
 
 The file follows the way of a pair: it is read, its caption cleaned, varied and cut into tokens, its image varied and scaled,
-and both end up in a batch. The last chapter draws the toy people. Needs torch, torchvision, numpy, tokenizers and Pillow; imports
-nothing of ours. Drawing the 2,004 toy test images takes 2 seconds; checking CUHK-PEDES means decoding its 40,206 images once."""
+and both end up in a batch. The data sets toy, toy-few and toy-generic are drawn by lab/people.py. Needs torch, torchvision,
+numpy, tokenizers and Pillow. Checking CUHK-PEDES means decoding its 40,206 images once."""
 
 import argparse
 import base64
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from tokenizers import Regex, Tokenizer as BPETokenizer, models, pre_tokenizers, trainers
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -78,7 +78,8 @@ def read(name, root="data", split="train", hold_out=True):
     if name not in DATASETS:
         raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
     if name.startswith("toy"):
-        return toy("few" if name == "toy-few" and split == "train" else split, domain="generic" if name == "toy-generic" else "people")
+        return synthetic_pedestrians().draw("few" if name == "toy-few" and split == "train" else split,
+                                            domain="generic" if name == "toy-generic" else "people")
     rows = {"csv": read_csv, "reid": read_reid, "pairs": read_pairs}.get(name, functools.partial(read_json, name))(Path(root))
     if unknown := sorted({str(r["split"]) for r in rows} - {"train", "val", "test"}):
         raise ValueError(f"{name} in {root} has rows of the split {unknown[0]!r}; the splits are train, val and test")
@@ -93,6 +94,15 @@ def read(name, root="data", split="train", hold_out=True):
     for folder in sorted({r["image"].parent for r in records}):
         need(folder, f"a folder of images that the {split} split of {name} uses", "unpack the rest of the archive, or " + ASK)
     return records
+
+
+def synthetic_pedestrians():
+    """The module lab/people.py, which draws the data sets toy, toy-few and toy-generic. Imported only when it is used,
+    so that this file works alone."""
+    need(Path(__file__).parent / "lab" / "people.py", "the code that draws the synthetic pedestrians",
+         "copy it beside this file, or name another data set")
+    from lab import people
+    return people
 
 
 def read_json(name, root):
@@ -843,450 +853,6 @@ def batches(sampler, pids, batch, seed, images=None, drop_last=True):
     return chunks[:-1] if drop_last and chunks and len(chunks[-1]) < batch else chunks
 
 
-# ---- toy people -----------------------------------------------------------------------------------------------------
-#
-# The built-in data set: a laboratory in which the claims of the papers can be tested in minutes. An identity is a dict of
-# attributes; an image is one *view* of it, drawn in the flat colours of PART; a caption says what this view shows, leaving
-# things out. Persons come in families of three, each two of them alike but for exactly two attributes. Because what is drawn
-# is known, so is what can be known: `toy_oracle` is the score of somebody who sees perfectly and reads every word.
-
-TOY_VERSION = 1                                     # a change below makes a new laboratory, and old numbers worthless
-TOY_SIZE = (96, 48)                                 # height, width of an image
-TOY_PERSONS = {"train": 1500, "few": 150, "val": 300, "test": 501}      # `few`: the first tenth of train
-TOY_VIEWS = 4                                       # images per person, two captions each
-
-PEOPLE = dict(                                      # the main domain: attribute -> {value: how often}
-    sex={"man": 5, "woman": 5}, build={"slim": 3, "medium": 4, "heavy": 3},
-    hair={"short": 4, "long": 4, "ponytail": 2}, hair_colour={"black": 4, "brown": 3, "blond": 2, "grey": 2},
-    hat={"none": 7, "cap": 2, "woolly hat": 2}, hat_colour=dict.fromkeys(["black", "white", "red", "blue", "green", "purple"], 1),
-    glasses={"none": 7, "glasses": 3},
-    top={"t-shirt": 4, "shirt": 3, "hoodie": 3, "jacket": 3, "coat": 3}, sleeves={"short": 5, "long": 5},
-    top_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "pink", "brown", "beige"], 1),
-    pattern={"plain": 5, "striped": 3, "checked": 3}, logo={"none": 7, "logo": 3},
-    bottom={"trousers": 5, "shorts": 4, "skirt": 3},
-    bottom_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "brown", "beige"], 1),
-    shoes={"black": 3, "white": 3, "grey": 2, "red": 2, "blue": 1, "brown": 2, "yellow": 1},
-    bag={"none": 5, "backpack": 4, "handbag": 3, "shoulder bag": 3, "suitcase": 2}, bag_size={"small": 5, "large": 5},
-    bag_side={"left": 5, "right": 5}, bag_colour={"black": 3, "red": 2, "orange": 2, "blue": 2, "green": 2, "pink": 2, "brown": 2, "white": 2})
-GENERIC = PEOPLE | dict(                            # the domain for pre-training: other garments, more colours, other bags
-    top={"t-shirt": 3, "vest": 3, "sweater": 3, "raincoat": 3, "jacket": 2}, bottom={"leggings": 3, "trousers": 3, "long skirt": 3},
-    top_colour=dict.fromkeys(["black", "white", "grey", "red", "blue", "navy", "green", "yellow", "orange", "purple", "pink", "beige",
-                              "brown", "turquoise"], 1),
-    bottom_colour=dict.fromkeys(["black", "white", "grey", "blue", "red", "green", "purple", "brown", "beige", "turquoise"], 1),
-    bag={"none": 5, "backpack": 3, "handbag": 3, "shoulder bag": 3}, hat={"none": 6, "cap": 2, "woolly hat": 2, "straw hat": 2})
-
-PALETTE = dict(black=(30, 30, 32), white=(242, 242, 240), grey=(136, 138, 142), red=(204, 30, 36), blue=(48, 104, 214), navy=(24, 26, 92),
-               green=(34, 142, 66), yellow=(244, 212, 40), orange=(242, 124, 22), purple=(124, 50, 160), pink=(248, 150, 190),
-               brown=(118, 72, 36), beige=(216, 192, 150), turquoise=(40, 190, 190), blond=(226, 190, 104))
-SKIN = [(250, 214, 186), (232, 180, 144), (196, 138, 98), (140, 92, 62), (98, 64, 44)]
-
-# how a garment is cut: sleeve (0 none, 1 short, 2 long, None: the attribute says), where it ends (100 = the soles), details
-TOPS = {"t-shirt": (None, 53, ""), "shirt": (None, 54, "buttons collar"), "hoodie": (2, 54, "hood pocket"), "jacket": (2, 51, "zip band"),
-        "coat": (2, 74, "zip collar"), "vest": (0, 52, ""), "sweater": (2, 54, "band"), "raincoat": (2, 66, "hood buttons")}
-BOTTOMS = {"trousers": ("legs", 93, 3.9), "shorts": ("legs", 69, 4.6), "leggings": ("legs", 92, 2.8), "skirt": ("skirt", 69, 0), "long skirt": ("skirt", 88, 0)}
-
-# every pixel is first one of these parts; colour, light and noise come after, so a mask per garment costs nothing
-PARTS = ["wall", "deco", "ground", "skin", "face", "hair", "hat", "hat_trim", "glasses", "top", "top_arm", "top_pattern", "top_trim", "logo",
-         "bottom", "bottom_trim", "shoes", "bag", "bag_trim", "occluder"]
-PART = {name: i for i, name in enumerate(PARTS)}
-REGIONS = dict(hair=["hair"], hat=["hat", "hat_trim"], glasses=["glasses"], top=["top", "top_arm", "top_pattern", "top_trim", "logo"], logo=["logo"],
-               pattern=["top_pattern"], bottom=["bottom", "bottom_trim"], shoes=["shoes"], bag=["bag", "bag_trim"])
-
-
-def toy(split="train", seed=0, persons=None, domain="people"):
-    """The toy people of one split: records as everywhere, dict(image, captions, pid), with the truth beside them:
-
-        attributes   {name: value} of the person, e.g. top="shirt", top_colour="red"
-        visible      names of the attributes that this view shows
-        parts        (H, W) uint8, which of PARTS each pixel is;  toy_mask(record, "top") makes a mask of it
-        mentions     per caption, {name: value} of what it says
-
-    `persons` is a multiple of three (families). The same arguments give the same pixels, on any machine."""
-    if split not in TOY_PERSONS:
-        raise ValueError(f"toy people have the splits {', '.join(TOY_PERSONS)}, not {split!r}")
-    persons = TOY_PERSONS[split] if persons is None else persons
-    if persons % 3:
-        raise ValueError(f"toy persons come in families of three: {persons} is not a multiple of 3")
-    first = {"train": 0, "few": 0, "val": 100_000, "test": 200_000}[split]
-    records = []
-    for family in range(persons // 3):
-        rng = random.Random(f"toy {seed} {domain} {first + 3 * family}")          # a string: neighbouring families share nothing
-        for member, person in enumerate(toy_family(rng, domain)):
-            for view in range(TOY_VIEWS):
-                record = dict(pid=first + 3 * family + member, attributes=person)
-                record |= toy_view(rng, person, back=view % 2 == 1, domain=domain)
-                said = [toy_caption(rng, person, record["visible"], domain, heldout=split in ("val", "test")) for _ in range(2)]
-                records.append(record | dict(captions=[s[0] for s in said], mentions=[s[1] for s in said]))
-    return records
-
-
-def toy_mask(record, region):
-    """(H, W) bool: the pixels of "top", "bottom", "shoes", "bag", "hat" or "hair" in a toy record."""
-    return np.isin(record["parts"], [PART[p] for p in REGIONS[region]])
-
-
-def toy_applies(person, name):
-    """Whether an attribute means anything for this person: no bag, no colour of the bag."""
-    return not (name == "hat_colour" and person["hat"] == "none" or name.startswith("bag_") and person["bag"] == "none"
-                or name == "bag_side" and person["bag"] == "backpack" or name == "sleeves" and TOPS[person["top"]][0] is not None)
-
-
-# what members of a family differ in, and how often: mostly not the colours of the garments, or reading colours would be enough
-FAMILY = dict(top=10, top_colour=14, bottom=10, bottom_colour=14, pattern=8, logo=2, sleeves=3, shoes=8, bag=8, bag_colour=7, bag_side=4, bag_size=1,
-              hair=2, hair_colour=4, hat=5, hat_colour=4, glasses=2, sex=6, build=1)
-
-
-def toy_family(rng, domain):
-    """Three persons; each two differ in exactly two attributes: A, B = A with x and y changed, C = A with x (as B) and z."""
-    table = PEOPLE if domain == "people" else GENERIC
-    while True:
-        a = {name: rng.choices(list(values), list(values.values()))[0] for name, values in table.items()}
-        able = [name for name in FAMILY if toy_applies(a, name)]
-        x, y, z = (rng.choices(able, [FAMILY[n] for n in able])[0] for _ in range(3))
-        if len({x, y, z}) < 3:
-            continue
-        new = {name: rng.choice([v for v in table[name] if v != a[name]]) for name in (x, y, z)}
-        b, c = a | {x: new[x], y: new[y]}, a | {x: new[x], z: new[z]}
-        if all(toy_applies(p, name) for p in (a, b, c) for name in (x, y, z)):
-            return [a, b, c]
-
-
-def toy_view(rng, person, back, domain):
-    """Draws one view: dict(image (H, W, 3) uint8, parts (H, W) uint8, visible set of names)."""
-    H, W = TOY_SIZE
-    two = 2                                                             # drawn twice as large and averaged: smooth edges
-    canvas = Image.new("L", (two * W, two * H), PART["wall"])
-    draw = ImageDraw.Draw(canvas)
-    unit = two * H * rng.uniform(0.84, 0.95) / 100                      # a person is 100 units tall and fills the frame, as detectors crop them
-    cx, y0 = two * W * rng.uniform(0.45, 0.55), two * H * 0.98 - 98 * unit - two * rng.uniform(0, 2)
-    wide = {"slim": 0.82, "medium": 1.0, "heavy": 1.24}[person["build"]]
-    man = person["sex"] == "man"
-    side = -1 if back else 1                                            # the person's left hand is right in the picture, from the front
-
-    def at(x, y):
-        return cx + x * unit, y0 + y * unit
-
-    def poly(part, *points):
-        draw.polygon([at(*p) for p in points], PART[part])
-
-    def line(part, width, *points):
-        draw.line([at(*p) for p in points], PART[part], max(1, round(width * unit)), joint="curve")
-
-    def oval(part, x, y, rx, ry):
-        draw.ellipse([*at(x - rx, y - ry), *at(x + rx, y + ry)], PART[part])
-
-    def box(part, x0, y0, x1, y1):
-        draw.rectangle([*at(min(x0, x1), y0), *at(max(x0, x1), y1)], PART[part])
-
-    # the place: a wall with a few posts or windows, and the ground
-    for _ in range(rng.randrange(3)):
-        x, w, y = rng.randrange(two * W), rng.randrange(4, 30), rng.randrange(two * H // 2)
-        draw.rectangle([x, y, x + w, y + rng.randrange(20, 90)], PART["deco"])
-    draw.rectangle([0, two * H * rng.uniform(0.74, 0.86), two * W, two * H], PART["ground"])
-
-    # the body: shoulders, waist and hips say man or woman, `wide` says slim or heavy
-    shoulder, waist, hip = [wide * w for w in ((13.2, 10.2, 9.6) if man else (10.2, 7.0, 11.2))]
-    stride, swing = rng.uniform(0.5, 4.5), [rng.uniform(0, 4.5), rng.uniform(0, 4.5)]
-    hands = {-1: (-shoulder - 1.5 - swing[0], 54), 1: (shoulder + 1.5 + swing[1], 54)}        # by side of the picture
-    feet = {s: s * (4.6 * wide + stride) for s in (-1, 1)}
-    for s in (-1, 1):
-        line("skin", 5.6 * wide ** 0.5, (s * 4.6 * wide, 52), (feet[s], 95))
-        oval("shoes", feet[s] + s * 0.8, 95.5, 4.3, 3.0)
-        if domain == "people":
-            box("shoes", feet[s] - 2.6, 91.5, feet[s] + 2.6, 95)
-
-    cut, end, loose = BOTTOMS[person["bottom"]]
-    if cut == "legs":
-        poly("bottom", (-waist, 47), (waist, 47), (hip, 56), (-hip, 56))
-        for s in (-1, 1):
-            line("bottom", 2 * loose * wide ** 0.7, (s * hip * 0.52, 54), (s * hip * 0.52 + (feet[s] - s * hip * 0.52) * (end - 54) / 41, end))
-        line("bottom_trim", 0.9, (0, 55), (0, 62))
-    else:
-        flare = hip + (4.5 if end < 75 else 6)
-        poly("bottom", (-waist, 47), (waist, 47), (hip, 54), (flare, end), (-flare, end), (-hip, 54))
-        for x in (-0.45, 0.1, 0.6):
-            line("bottom_trim", 0.7, (x * hip, 58), (x * flare, end - 1))
-
-    # hair that falls behind the shoulders is drawn before the garment, from the back after it
-    long_hair = [(-6.4, 8), (6.4, 8), (7.6, 29), (-7.6, 29)]
-    if person["hair"] == "long" and not back:
-        poly("hair", *long_hair)
-    sleeve, hem, details = TOPS[person["top"]]
-    if sleeve is None:
-        sleeve = 1 if person["sleeves"] == "short" else 2
-    flare = hip + (2.2 if hem > 60 else 0.6)
-    for s in (-1, 1):                                                   # arms under the edge of the garment, then the garment
-        line("skin", 4.2 * wide ** 0.5, (s * (shoulder - 2), 21), hands[s])
-        oval("skin", *hands[s], 2.4, 2.6)
-        if sleeve:
-            x, y = s * (shoulder - 2), 21
-            t = 0.36 if sleeve == 1 else 0.93
-            line("top_arm", 5.4 * wide ** 0.5, (x, y), (x + t * (hands[s][0] - x), y + t * (hands[s][1] - y)))
-    body = [(-4, 17), (4, 17), (shoulder, 20.5), (waist + 0.8, 42), (flare, hem), (-flare, hem), (-waist - 0.8, 42), (-shoulder, 20.5)]
-    line("skin", 5.0, (0, 12), (0, 18))
-    if sleeve == 0:
-        body[2], body[7] = (shoulder - 2.5, 20), (-shoulder + 2.5, 20)
-    poly("top", *body)
-    if person["pattern"] != "plain":
-        before = np.asarray(canvas)
-        for y in range(23, hem, 6):
-            box("top_pattern", -40, y, 40, y + 2.2)
-        if person["pattern"] == "checked":
-            for x in range(-36, 40, 6):
-                box("top_pattern", x, 17, x + 1.8, hem)
-        drawn = np.where(np.isin(before, [PART["top"], PART["top_arm"]]), np.asarray(canvas), before)     # only on the garment
-        canvas.paste(Image.fromarray(drawn))
-    if "band" in details:
-        poly("top_trim", (flare + 0.4, hem - 3), (flare + 0.4, hem), (-flare - 0.4, hem), (-flare - 0.4, hem - 3))
-    if not back:
-        if "zip" in details:
-            line("top_trim", 1.3, (0, 18), (0, hem))
-        if "buttons" in details:
-            for y in range(23, hem - 1, 5):
-                oval("top_trim", 0, y, 1.0, 1.0)
-        if "pocket" in details:
-            poly("top_trim", (-4.5, 41), (4.5, 41), (6, 48), (-6, 48))
-        if "collar" in details:
-            poly("top_trim", (-5, 16.5), (0, 21.5), (5, 16.5), (6.5, 18.5), (1.2, 24), (0, 22.5), (-1.2, 24), (-6.5, 18.5))
-        if person["logo"] == "logo":
-            oval("logo", 0, 30, 4.2, 3.8)
-
-    # the bag: on the back, in a hand, over a shoulder, or rolling beside; `side` turns the person's left into the picture's
-    bag, s = person["bag"], side * (1 if person["bag_side"] == "left" else -1)
-    large = person["bag_size"] == "large"
-    hx, hy = hands[s]
-    if bag == "backpack" and back:
-        w, bottom = (9.4, 49) if large else (6.6, 38)
-        draw.rounded_rectangle([*at(-w, 20), *at(w, bottom)], 3 * unit, PART["bag"])
-        box("bag_trim", -w + 2, bottom - 9, w - 2, bottom - 7.6)
-    elif bag == "backpack":
-        for x in (-1, 1):
-            line("bag", 4.0, (x * shoulder * 0.62, 19), (x * shoulder * 0.66, 40))
-    elif bag == "handbag":
-        w, h = (8.2, 15) if large else (5.4, 10)
-        line("bag_trim", 1.3, (hx - 3, hy + 5), (hx, hy), (hx + 3, hy + 5))
-        box("bag", hx - w, hy + 4, hx + w, hy + 4 + h)
-    elif bag == "shoulder bag":
-        w, h = (7.4, 17) if large else (5.2, 11)
-        x = s * (shoulder + 1.0)
-        line("bag_trim", 1.7, (s * shoulder * 0.66, 19), (x, 40))
-        box("bag", x - w, 38, x + w, 38 + h)
-    elif bag == "suitcase":
-        w, h = (7.4, 33) if large else (5.8, 22)
-        x = hx + s * 2.0
-        line("bag_trim", 1.4, (hx, hy), (x, 97 - h))
-        draw.rounded_rectangle([*at(x - w, 97 - h), *at(x + w, 97)], 1.5 * unit, PART["bag"])
-
-    # the head last: hair, face, hat
-    if "hood" in details:
-        oval("top_trim", 0, 17.5, 7.2 if back else 6.6, 4.6 if back else 3.0)
-    oval("hair" if back else "skin", 0, 9, 5.6, 7.2)
-    if not back:
-        draw.pieslice([*at(-6.2, 0.6), *at(6.2, 14)], 180, 360, PART["hair"])
-        if person["hair"] != "short":
-            for x in (-1, 1):
-                line("hair", 1.9, (x * 5.4, 6), (x * 5.6, 15 if person["hair"] == "ponytail" else 22))
-        for x in (-2.2, 2.2):
-            oval("face", x, 9.2, 0.9, 0.9)
-        line("face", 0.8, (-1.6, 13.2), (1.6, 13.2))
-        if person["glasses"] == "glasses":
-            for x in (-2.6, 2.6):
-                oval("glasses", x, 9.4, 2.2, 1.8)
-            line("glasses", 0.9, (-5.2, 8.8), (5.2, 8.8))
-    elif person["hair"] == "long":
-        poly("hair", *long_hair)
-    elif person["hair"] == "ponytail":
-        line("hair", 3.4, (0, 12), (0, 31))
-        oval("hair", 0, 31, 1.8, 2.6)
-    if person["hat"] == "cap":
-        draw.pieslice([*at(-6.6, -1.5), *at(6.6, 14)], 180, 360, PART["hat"])
-        if not back:
-            poly("hat_trim", (-8.2, 5.4), (8.2, 5.4), (6.0, 8.0), (-6.0, 8.0))
-    elif person["hat"] == "woolly hat":
-        draw.pieslice([*at(-7.0, -2.5), *at(7.0, 15)], 180, 360, PART["hat"])
-        box("hat_trim", -7.0, 4.6, 7.0, 7.4)
-        oval("hat", 0, -2.4, 2.8, 2.4)
-    elif person["hat"] == "straw hat":
-        oval("hat", 0, 4.8, 11.0, 2.4)
-        draw.pieslice([*at(-5.6, -2.5), *at(5.6, 11)], 180, 360, PART["hat"])
-        box("hat_trim", -5.6, 2.6, 5.6, 4.2)
-    if rng.random() < 0.12:                                             # something in front: a post, or a box at the feet
-        if rng.random() < 0.5:
-            x = cx + two * rng.choice([-1, 1]) * rng.uniform(5, 12)
-            draw.rectangle([x, 0, x + two * rng.uniform(3, 6), two * H], PART["occluder"])
-        else:
-            draw.rectangle([0, two * H * rng.uniform(0.68, 0.86), two * W, two * H], PART["occluder"])
-
-    index = np.asarray(canvas)
-    parts = index[1::two, 1::two].copy()
-    return dict(image=toy_paint(rng, index, person, domain), parts=parts, visible=toy_visible(person, parts, back))
-
-
-def toy_paint(rng, index, person, domain):
-    """Colours the parts and adds the day: light, its tint and direction, noise. (2H, 2W) part numbers -> (H, W, 3) uint8."""
-    def shade(colour, factor):
-        return tuple(factor * c for c in colour)
-
-    def other(colour, name):                                            # white details, dark ones on something light
-        return (70, 70, 76) if name in ("white", "beige", "yellow", "pink") else (236, 236, 232)
-
-    c = {name: PALETTE[person[name + "_colour"]] for name in ("hair", "hat", "top", "bottom", "bag")}
-    c["shoes"], skin = PALETTE[person["shoes"]], SKIN[rng.randrange(len(SKIN))]
-    gray, vivid = rng.uniform(85, 195), 55 if domain == "generic" else 28
-    wall = tuple(gray + rng.uniform(-vivid, vivid) for _ in range(3))
-
-    def trim(colour):                                                   # seams, zips, pockets: darker, or on something dark lighter
-        return shade(colour, 0.55) if sum(colour) > 330 else tuple(70 + 0.8 * v for v in colour)
-
-    table = dict(wall=wall, deco=shade(wall, rng.uniform(0.7, 1.2)), ground=shade((128, 124, 118), rng.uniform(0.6, 1.2)), skin=skin,
-                 face=shade(skin, 0.45), hair=c["hair"], hat=c["hat"], hat_trim=trim(c["hat"]), glasses=(16, 16, 18), top=c["top"],
-                 top_arm=trim(c["top"]) if domain == "generic" else shade(c["top"], 0.88), top_pattern=other(c["top"], person["top_colour"]),
-                 top_trim=trim(c["top"]), logo=other(c["top"], person["top_colour"]), bottom=c["bottom"], bottom_trim=trim(c["bottom"]),
-                 shoes=c["shoes"], bag=c["bag"], bag_trim=trim(c["bag"]), occluder=tuple(rng.uniform(40, 150) for _ in range(3)))
-    colours = np.array([table[p] for p in PARTS], np.float32)
-    if domain == "generic":                                             # another camera: paler, shifted towards green
-        colours = 30 + 0.78 * colours + np.float32([-8, 10, 0])
-    gain = rng.uniform(0.84, 1.08) * np.float32([rng.uniform(0.97, 1.03) for _ in range(3)])
-    image = (colours * gain)[index]                                                                        # (2H, 2W, 3)
-    H, W = TOY_SIZE
-    image = image.reshape(H, 2, W, 2, 3).mean(axis=(1, 3))
-    image *= np.linspace(1 + (tilt := rng.uniform(-0.12, 0.12)), 1 - tilt, W, dtype=np.float32)[None, :, None]
-    noise = np.random.default_rng(rng.getrandbits(64)).normal(0, rng.uniform(2, 6), (H, W, 3)).astype(np.float32)
-    return (image + noise).clip(0, 255).astype(np.uint8)
-
-
-def toy_visible(person, parts, back):
-    """Names of the attributes one can tell from this view, by the pixels that are left of each."""
-    count = np.bincount(parts.ravel(), minlength=len(PARTS))
-    seen = {region: sum(count[PART[p]] for p in names) for region, names in REGIONS.items()}
-    visible = {"sex", "build"}
-    if seen["top"] > 90:
-        visible |= {"top", "top_colour", "sleeves", "pattern"}
-        visible |= {"logo"} if not back and (seen["logo"] >= 4 or person["logo"] == "none") else set()
-    if seen["bottom"] > 50:
-        visible |= {"bottom", "bottom_colour"}
-    visible |= {"shoes"} if seen["shoes"] > 10 else set()
-    visible |= {"hair_colour"} if seen["hair"] > 8 else set()
-    visible |= {"hair"} if seen["hair"] > 8 and (back or person["hair"] != "ponytail") else set()
-    visible |= {"hat", "hat_colour"} if seen["hat"] > 10 or person["hat"] == "none" else set()
-    visible |= {"glasses"} if not back and (seen["glasses"] > 4 or person["glasses"] == "none") else set()
-    if seen["bag"] > 12:                                                # a backpack's size shows from behind only
-        visible |= {"bag", "bag_colour", "bag_side"} | ({"bag_size"} if back or person["bag"] != "backpack" else set())
-    return {name for name in visible if toy_applies(person, name)}
-
-
-# Words per value: before the bar what everybody says, after it what only val, test and the generic domain say.
-WORDS = {"man": "man, male, guy | gentleman", "woman": "woman, female, lady | girl", "slim": "slim, thin | skinny", "heavy": "heavy, stout | big",
-         "t-shirt": "t-shirt | tee", "shirt": "shirt, button-up shirt | dress shirt", "hoodie": "hoodie, hooded sweatshirt | hooded top",
-         "jacket": "jacket | windbreaker", "coat": "coat, long coat | overcoat", "vest": "vest, tank top", "sweater": "sweater, jumper",
-         "trousers": "trousers, pants | slacks", "leggings": "leggings, tights",
-         "cap": "cap | baseball cap", "woolly hat": "beanie, woolly hat | knitted hat", "backpack": "backpack, rucksack | knapsack",
-         "handbag": "handbag | purse", "shoulder bag": "shoulder bag, satchel", "suitcase": "suitcase, trolley | rolling case",
-         "shoes": "shoes, sneakers | trainers", "glasses": "glasses | spectacles", "striped": "striped | stripy", "checked": "checked, plaid",
-         "logo": "logo, print | emblem", "small": "small | little", "large": "large, big", "grey": "grey, gray", "navy": "navy, dark blue",
-         "beige": "beige, tan", "purple": "purple, violet", "red": "red | crimson"}
-
-
-def toy_caption(rng, person, visible, domain, heldout):
-    """One description of a view: (caption, {attribute: value} that it mentions). Leaves things out, varies words and order;
-    `heldout` lets in words and sentence plans that the training captions of the main domain never show."""
-    said, fresh = {}, heldout or domain == "generic"
-
-    def says(name, chance):
-        """The value of an attribute if the caption is to mention it, else None."""
-        if name in visible and person[name] not in ("none", "medium") and rng.random() < chance:
-            said[name] = person[name]
-        return said.get(name)
-
-    def word(value):
-        if value is None:
-            return ""
-        usual, _, new = WORDS.get(value, value).partition(" | ")
-        return rng.choice((new if new and fresh and rng.random() < 0.05 else usual).split(", "))
-
-    def join(*phrases):
-        return " ".join(p for p in phrases if p)
-
-    def a(phrase):
-        return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-    def thing(noun, colour, *more):
-        """The noun with its adjectives: "striped red shirt", now and then "striped shirt in red"."""
-        more = rng.sample(more, len(more))
-        return join(*more, noun, "in", word(colour)) if colour and rng.random() < 0.12 else join(*more, word(colour), noun)
-
-    def pair(phrase):
-        return "a pair of " + phrase if rng.random() < 0.15 else phrase
-
-    sex, build = says("sex", 0.9), says("build", 0.5)
-    subject = join(word(build), word(sex) if sex else rng.choice(["person", "pedestrian"]))
-    he, his = {"man": ("he", "his"), "woman": ("she", "her"), None: ("the person", "the")}[sex]
-
-    worn, pattern, sleeves = [], says("pattern", 0.85 if person["pattern"] != "plain" else 0.12), says("sleeves", 0.45)
-    top, colour, logo = says("top", 0.93), says("top_colour", 0.95), says("logo", 0.7)
-    if top or colour:
-        phrase = a(thing(word(top) if top else "top", colour, word(pattern), sleeves and sleeves + "-sleeved"))
-        worn.append(phrase + (f" with {a(word(logo))} on the chest" if logo else ""))
-    else:
-        [said.pop(name, None) for name in ("pattern", "sleeves", "logo")]
-    bottom, colour = says("bottom", 0.9), says("bottom_colour", 0.92)
-    if bottom or colour:
-        phrase = thing(word(bottom) if bottom else "bottoms", colour)
-        worn.append(a(phrase) if bottom and "skirt" in bottom else pair(phrase))
-    if shoes := says("shoes", 0.8):
-        worn.append(pair(thing(word("shoes"), shoes)))
-    if hat := says("hat", 0.9):
-        worn.append(a(thing(word(hat), says("hat_colour", 0.9))))
-    if glasses := says("glasses", 0.85):
-        worn.append(word(glasses))
-    if rng.random() < 0.3:                                              # hat first; in the fresh captions any order
-        worn = worn[::-1] if not fresh else rng.sample(worn, len(worn))
-    worn = ", ".join(worn[:-1]) + " and " + worn[-1] if len(worn) > 1 else "".join(worn) or "plain clothes"
-
-    style, colour, hair = says("hair", 0.6), says("hair_colour", 0.65), ""
-    if style or colour:
-        tail = style == "ponytail" and rng.choice(["in a ponytail", "tied back"])
-        hair = " with " + join(not tail and style, word(colour), "hair", tail)
-    if bag := says("bag", 0.93):
-        size, colour, on = says("bag_size", 0.4), says("bag_colour", 0.9), says("bag_side", 0.9)
-        where = {"backpack": f"on {his} back", "shoulder bag": f"over {his} {on} shoulder" if on else "over one shoulder"}
-        bag = a(thing(word(bag), colour, word(size))) + " " + where.get(bag, f"in {his} {on} hand" if on else "in one hand")
-
-    has, carries = hair.replace(" with", "has"), "carries " + bag if bag else ""
-    plan = rng.randrange(6 if fresh and rng.random() < 0.4 else 4)
-    if plan == 0:
-        caption = f"{a(subject)}{hair} is wearing {worn}." + (f" {he} {carries}." if bag else "")
-    elif plan == 1:
-        more = " and ".join(p for p in (has, carries) if p)
-        caption = f"{a(subject)} wears {worn}." + (f" {he} {more}." if more else "")
-    elif plan == 2:
-        more = [p for p in (has, f"is dressed in {worn}", carries) if p]
-        caption = f"the {subject} " + " and ".join([", ".join(more[:-1])] * (len(more) > 1) + more[-1:]) + "."
-    elif plan == 3:
-        caption = f"this {subject} in {worn} {has or 'walks by'}." + (f" there is {bag}." if bag else "")
-    elif plan == 4:
-        caption = f"dressed in {worn}, {a(subject)}{hair} {carries or 'stands there'}."
-    else:
-        caption = (f"carrying {bag}, " if bag else "") + f"{a(subject)}{hair} walks along in {worn}."
-    return ". ".join(s[:1].upper() + s[1:] for s in caption.split(". ")), said
-
-
-def toy_oracle(records, names=None):
-    """R@1 in percent of a reader who sees every visible attribute and understands every word, over the captions of `records`
-    against their images; ties count by chance. `names` limits it to some attributes, e.g. ["top_colour", "bottom_colour"]."""
-    names = list(names or PEOPLE)
-    codes = {name: {v: i for i, v in enumerate(sorted({r["attributes"][name] for r in records}))} for name in names}
-    shows = np.array([[codes[n][r["attributes"][n]] if n in r["visible"] else -1 for n in names] for r in records])           # (G, names)
-    says = np.array([[codes[n][m[n]] if n in m else -1 for n in names] for r in records for m in r["mentions"]])              # (Q, names)
-    g_pid = np.array([r["pid"] for r in records])
-    q_pid = np.array([r["pid"] for r in records for _ in r["mentions"]])
-    wrong = np.zeros((len(says), len(shows)), np.int8)
-    for said, shown in zip(says.T, shows.T):
-        wrong += (said[:, None] >= 0) & (said[:, None] != shown[None, :])
-    best = wrong == wrong.min(axis=1, keepdims=True)
-    return 100 * float(((best & (q_pid[:, None] == g_pid)).sum(axis=1) / best.sum(axis=1)).mean())
-
-
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 def command(main, stopped="stopped"):
@@ -1342,8 +908,10 @@ def check(name, root, sheet):
             persons[clean_caption(caption)].add(r["pid"])
     shared = sorted((c for c in persons if len(persons[c]) > 1), key=lambda c: -len(persons[c]))
     if name.startswith("toy"):
-        oracles = [toy_oracle(splits["test"], n) for n in (None, ["top", "top_colour", "bottom", "bottom_colour"], ["top_colour", "bottom_colour"])]
-        print("laboratory version {}: oracle R@1 on test {:.1f}, knowing only the two garments {:.1f}, only their colours {:.1f}".format(TOY_VERSION, *oracles))
+        people, garments, colours = synthetic_pedestrians(), ["top", "bottom"], ["top_colour", "bottom_colour"]
+        oracles = [people.oracle_score(splits["test"], names) for names in (None, garments + colours, colours)]
+        print("synthetic benchmark version {}: oracle R@1 on test {:.1f}, with garment types and colours {:.1f}, with colours "
+              "alone {:.1f}".format(people.VERSION, *oracles))
     lengths = [len(c.split()) for r in records for c in r["captions"]]
     print(f"captions: {np.mean(lengths):.1f} words on average, {max(lengths)} at most; {len(persons.get('', ()))} persons with an empty one; "
           f"{len(shared)} texts are shared by different persons (label noise)" + "".join(f"\n  {len(persons[c])} persons: {c[:100]}" for c in shared[:3]))

@@ -32,6 +32,7 @@ import data                                                             # noqa: 
 import eval as evaluation                                               # noqa: E402
 import losses                                                           # noqa: E402
 import tbps                                                             # noqa: E402
+from lab.people import draw                                             # noqa: E402
 
 
 # ---- ranking metrics ------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def method_step(method, batch=8, size=(384, 128), patch_drop=0.0):
 
 def toy_step(patch_drop=0.0):
     torch.manual_seed(0)
-    people = data.toy("train", persons=48)
+    people = draw("train", persons=48)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]])
     recipe = tbps.SIMPLIFIED | tbps.TOY | tbps.SCRATCH
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
@@ -208,7 +209,7 @@ def generation(which, sources=4):
     as published; ours: all in one batch, directly, two pairs from one inversion."""
     import generate
     torch.manual_seed(0)
-    people = data.toy("train", persons=30)
+    people = draw("train", persons=30)
     recipe = generate.TOY | dict(inversion="null" if which == "plain" else "direct")
     model = generate.toy_model([c for r in people for c in r["captions"]], recipe["steps"], "cpu")
     todo = generate.plan(people, model.tokenizer, 0, 2 * sources, 2, False)

@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import data                                                             # noqa: E402
+from lab.people import draw                                             # noqa: E402
 
 
 def pytest_configure(config):
@@ -63,7 +63,7 @@ def error(script, *options):
 @pytest.fixture(scope="session")
 def people():
     """A few toy people: 6 persons, 24 images, 48 captions."""
-    return data.toy("train", persons=6)
+    return draw("train", persons=6)
 
 
 def cuhk_rows(records):

@@ -17,13 +17,14 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import ablations                                                        # noqa: E402
 import data                                                             # noqa: E402
+import lab.people                                                       # noqa: E402
 import tbps                                                             # noqa: E402
 
-PAINT, CAPTION, READ = data.toy_paint, data.toy_caption, data.read
+PAINT, CAPTION, READ = lab.people.paint, lab.people.write_caption, data.read
 SETS = {  # name: (data set, what is drawn otherwise, which views)
     "toy": ("toy", {}, slice(None)),
-    "usual-words": ("toy", dict(toy_caption=lambda rng, person, visible, domain, heldout: CAPTION(rng, person, visible, domain, False)), slice(None)),
-    "other-camera": ("toy", dict(toy_paint=lambda rng, index, person, domain: PAINT(rng, index, person, "generic")), slice(None)),
+    "usual-words": ("toy", dict(write_caption=lambda rng, person, visible, domain, heldout: CAPTION(rng, person, visible, domain, False)), slice(None)),
+    "other-camera": ("toy", dict(paint=lambda rng, index, person, domain: PAINT(rng, index, person, "generic")), slice(None)),
     "fronts": ("toy", {}, slice(0, None, 2)),
     "backs": ("toy", {}, slice(1, None, 2)),
     "toy-generic": ("toy-generic", {}, slice(None)),
@@ -33,7 +34,7 @@ SETS = {  # name: (data set, what is drawn otherwise, which views)
 def people(name, split):
     """The records of a split of one of SETS."""
     dataset, drawn, views = SETS[name]
-    with mock.patch.dict(vars(data), drawn):
+    with mock.patch.dict(vars(lab.people), drawn):
         return READ(dataset, "", split)[views]
 
 

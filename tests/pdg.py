@@ -15,10 +15,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
 import generate                                                         # noqa: E402
+from lab import people                                                  # noqa: E402
 
 REGION = {"coat": "top", "shirt": "top", "trousers": "bottom", "shorts": "bottom", "skirt": "bottom", "shoes": "shoes", "hat": "hat", "bag": "bag", "suitcase": "bag"}
-NAMES = list(data.PEOPLE["top_colour"])
-COLOURS = np.float32([data.PALETTE[c] for c in NAMES])
+NAMES = list(people.PEOPLE["top_colour"])
+COLOURS = np.float32([people.PALETTE[c] for c in NAMES])
 
 
 def colour_of(record, region):
@@ -28,7 +29,7 @@ def colour_of(record, region):
 
 def plain(record, region):
     """Where the region shows its colour plainly: no pattern, trim or logo."""
-    return record["parts"] == data.PART[region]
+    return record["parts"] == people.PART[region]
 
 
 def nearest(image, where, gain):
@@ -40,12 +41,12 @@ def judge(entry, picture, records):
     record = records[int(entry["source_image"].rsplit(" ", 1)[1])]
     source, region = record["image"].astype(np.float32), REGION[generate.GARMENT_OF[entry["edit"]["noun"]]]
     seen = [r for r in ("hair", "hat", "top", "bottom", "shoes", "bag") if plain(record, r).sum() >= 10]
-    true = np.concatenate([np.broadcast_to(np.float32(data.PALETTE[colour_of(record, r)]), (plain(record, r).sum(), 3)) for r in seen])
+    true = np.concatenate([np.broadcast_to(np.float32(people.PALETTE[colour_of(record, r)]), (plain(record, r).sum(), 3)) for r in seen])
     shown = np.concatenate([source[plain(record, r)] for r in seen])
     gain = (shown * true).sum() / (true * true).sum()                   # the light of this picture
-    reached = region in seen and data.PALETTE[nearest(picture, plain(record, region), gain)] == data.PALETTE[entry["edit"]["new"]]
+    reached = region in seen and people.PALETTE[nearest(picture, plain(record, region), gain)] == people.PALETTE[entry["edit"]["new"]]
     kept = all(nearest(picture, plain(record, r), gain) == nearest(source, plain(record, r), gain) for r in seen if r != region)
-    return reached, kept, float(np.abs(picture - source)[~data.toy_mask(record, region)].mean() / 255)
+    return reached, kept, float(np.abs(picture - source)[~people.mask(record, region)].mean() / 255)
 
 
 def score(folder, wanted=()):

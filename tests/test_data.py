@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 from conftest import ROOT, bpe_file, error, needs_bpe, run
+from lab.people import draw
 
 # ---- readers --------------------------------------------------------------------------------------------------------
 
@@ -480,7 +481,7 @@ def test_prune_caption(caption, left):
 
 def test_masking(people):
     """Frequencies over 3,000 captions: nouns and adjectives at 0.30, others at 0.05; of the chosen 80 % masked, 10 % random, 10 % kept."""
-    captions = [c for r in data.toy("train", persons=375) for c in r["captions"]]
+    captions = [c for r in draw("train", persons=375) for c in r["captions"]]
     tokenizer = data.train_tokenizer(captions, mask=True)
     chosen, kinds, became = {True: 0, False: 0}, {True: 0, False: 0}, dict(mask=0, same=0, other=0)
     for n, caption in enumerate(captions):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import generate
+import lab.people
 import pdg
 import tbps
 from conftest import error, run
@@ -486,7 +487,7 @@ def test_nothing_is_overwritten(made, folder, cuhk, tmp_path):
 def test_the_whole_chain_on_toy_people(people, tmp_path, monkeypatch):
     """A model of the toy people is trained, stopped and gone on with, makes pairs in pixels, a checkpoint judges them, training reads them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "toy", lambda split, **_: people[:8] if split in ("train", "few") else people[8:24])
+    monkeypatch.setattr(lab.people, "draw", lambda split, **_: people[:8] if split in ("train", "few") else people[8:24])
     tiny = ["train_epochs=2", "train_batch=4", "steps=2"]
     save = tbps.save
     monkeypatch.setattr(tbps, "save", lambda *a: save(*a) or (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -557,8 +558,8 @@ def test_mistakes(folder, tmp_path, model):
 
 def test_the_oracle(tmp_path, monkeypatch):
     """Pairs painted by hand: the right colour is reached, an untouched picture is not, a repainted rest is noticed."""
-    records = data.toy("few", persons=30)
-    monkeypatch.setattr(data, "toy", lambda *_, **__: records)
+    records = lab.people.draw("few", persons=30)
+    monkeypatch.setattr(lab.people, "draw", lambda *_, **__: records)
     (tmp_path / "imgs").mkdir()
     entries, kinds = [], ["right", "untouched", "all over"]
     able = [i for i, r in enumerate(records) if {"top", "bottom"} <= r["visible"] and r["attributes"]["top_colour"] not in ("green", "black")
@@ -566,9 +567,9 @@ def test_the_oracle(tmp_path, monkeypatch):
     for n, i in enumerate(able[:30]):
         r, kind = records[i], kinds[n % 3]
         picture = r["image"].astype(float)
-        light = picture[pdg.plain(r, "bottom")].mean() / np.mean(data.PALETTE[r["attributes"]["bottom_colour"]])
+        light = picture[pdg.plain(r, "bottom")].mean() / np.mean(lab.people.PALETTE[r["attributes"]["bottom_colour"]])
         for region in dict(right=["top"], untouched=[]).get(kind, ["top", "bottom"]):
-            picture[pdg.plain(r, region)] = light * np.array(data.PALETTE["green"])
+            picture[pdg.plain(r, region)] = light * np.array(lab.people.PALETTE["green"])
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(tmp_path / f"imgs/{n}.png")
         entries.append(dict(image=f"{n}.png", pid=n, split="train", captions=["x"], source_image=f"toy-few {i}", scores=dict(kind=kinds.index(kind)),
                             edit=dict(what="colour", noun="shirt", old=r["attributes"]["top_colour"], new="green")))

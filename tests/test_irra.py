@@ -16,6 +16,7 @@ import data
 import losses
 import tbps
 from conftest import error, run
+from lab.people import draw
 from test_model import made_up_merges
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
@@ -372,5 +373,5 @@ def test_colours_names_what_it_needs(tmp_path, cuhk):
     model, tokenizer, info = colours.with_heads(tmp_path / "r/last.pt")
     moved, nearer, number = colours.follow(model, tokenizer, info, number=20)
     assert 0 <= moved <= 100 and 0 <= nearer <= 100 and 15 <= number <= 20
-    for record, caption, changed, old, new in colours.cases(data.toy("test", persons=6), random.Random(0)):
+    for record, caption, changed, old, new in colours.cases(draw("test", persons=6), random.Random(0)):
         assert caption != changed and new in changed and old == record["attributes"]["top_colour"] != new

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import lab.people
 import domains
 import explain
 import probes
@@ -97,7 +98,7 @@ def test_the_commands(cuhk, tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_people(monkeypatch):
-    monkeypatch.setattr(data, "TOY_PERSONS", dict.fromkeys(data.TOY_PERSONS, 12))
+    monkeypatch.setattr(lab.people, "PERSONS", dict.fromkeys(lab.people.PERSONS, 12))
 
 
 def test_domains_differ_in_one_thing(few_people):
@@ -112,7 +113,7 @@ def test_domains_differ_in_one_thing(few_people):
     assert [r["pid"] for r in found["fronts"]] == [r["pid"] for r in found["backs"]] == [r["pid"] for r in toy[::2]]
     assert not any("glasses" in r["visible"] for r in found["backs"]) and any("glasses" in r["visible"] for r in found["fronts"])
     assert {r["attributes"]["top"] for r in found["toy-generic"]} != {r["attributes"]["top"] for r in toy}
-    assert data.toy_paint is domains.PAINT                              # nothing stays exchanged
+    assert lab.people.paint is domains.PAINT                              # nothing stays exchanged
 
 
 def test_the_table_of_domains(few_people, tmp_path):
@@ -155,7 +156,7 @@ def test_explain(few_people, tmp_path):
 
 def test_explained_augmentations():
     mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS["imagenet"])
-    records, colours = data.toy("train", persons=3), re.compile(rf"\b({'|'.join(data.COLOURS)})\b", re.I)
+    records, colours = lab.people.draw("train", persons=3), re.compile(rf"\b({'|'.join(data.COLOURS)})\b", re.I)
 
     def vary():
         """Of many draws: (whether the picture is grey, how many of its caption's colours are left out)."""

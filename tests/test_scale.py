@@ -18,6 +18,7 @@ import distill
 import losses
 import tbps
 from conftest import ROOT, error
+from lab.people import draw
 from test_distill import TINY
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
@@ -166,7 +167,7 @@ def rank_of_two(rank, file, out, micro):
     """One of two processes: a step of every method with its half of the batch; rank 0 writes losses and gradients."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    people, found = data.toy("train", persons=6), {}
+    people, found = draw("train", persons=6), {}
     with pytest.MonkeyPatch.context() as patch:
         same_draws(patch, rank, 2)
         for name in STEPS:

@@ -23,6 +23,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import tbps
+from lab.people import mask
 import why
 from conftest import ROOT, error, run, start
 from test_model import openai_tiny
@@ -272,10 +273,10 @@ def test_a_word_is_explained_by_the_part_it_is_about():
 
 
 def test_the_judge_of_maps_knows_the_garments(checkpoint, people, monkeypatch, capsys):
-    record = next(r for r in people if data.toy_mask(r, "bottom").sum() > 30 and data.toy_mask(r, "top").sum() > 30)
+    record = next(r for r in people if mask(r, "bottom").sum() > 30 and mask(r, "top").sum() > 30)
     found = {(word, kind): mask for word, kind, mask in why.cases(record, "a man in a red jacket, blue shorts and glasses")}
     assert found.keys() == {("red", "colour"), ("jacket", "noun"), ("blue", "colour"), ("shorts", "noun")}
-    assert (found["red", "colour"] == data.toy_mask(record, "top")).all() and (found["shorts", "noun"] == data.toy_mask(record, "bottom")).all()
+    assert (found["red", "colour"] == mask(record, "top")).all() and (found["shorts", "noun"] == mask(record, "bottom")).all()
     assert {word for word, *_ in why.cases(record, "a red jacket and red shorts")} == {"jacket", "shorts"}       # which red?
     monkeypatch.setattr(data, "read", lambda *_: people)
     monkeypatch.setattr(sys, "argv", ["why.py", str(checkpoint)])

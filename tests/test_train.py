@@ -17,6 +17,7 @@ import eval as evaluation
 import losses
 import tbps
 from conftest import ROOT, error, run, start, write_images
+from lab.people import draw
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
 SMALL = ["--size", "toy", "--clip", "none", "--workers", "0", "--set", "height=96", "width=48", "batch=8", "epochs=2"]
@@ -358,7 +359,7 @@ def test_amp_bf16(cuhk, tmp_path):
 def test_what_the_objective_learns():
     """A few steps on one fixed batch bring every loss down: the signs are right, and gradients reach both towers."""
     torch.manual_seed(0)
-    people = data.toy("train", persons=6)[::2]
+    people = draw("train", persons=6)[::2]
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600)
     recipe = tbps.TBPS_CLIP | dict(lr=1e-3)
     pairs = data.Pairs(people, (96, 48), views=2, self_views=2)

@@ -19,6 +19,7 @@ import eval as evaluation                                               # noqa: 
 import generate                                                         # noqa: E402
 import pdg                                                              # noqa: E402
 import tbps                                                             # noqa: E402
+from lab import people                                                  # noqa: E402
 
 
 def cases(record, caption):
@@ -27,7 +28,7 @@ def cases(record, caption):
     words, found = [caption[a:b] for a, b, _ in tagged], []
     for noun, colours in generate.mentions(words, [kind for *_, kind in tagged])[0]:
         region = pdg.REGION.get(generate.GARMENT_OF[words[noun]])       # glasses have no colour, nor the room for one
-        if region and (mask := data.toy_mask(record, region)).sum() >= 30:
+        if region and (mask := people.mask(record, region)).sum() >= 30:
             found += [(words[n], kind, mask) for kind, ns in (("noun", [noun]), ("colour", colours)) for n in ns if words.count(words[n]) == 1]
     return found
 
