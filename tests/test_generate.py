@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import data
 import generate
 import lab.people
-import pdg
+from lab import check_generated
 import tbps
 from conftest import error, run
 from test_model import TOKENS, hugging_face, openai_tiny
@@ -567,18 +567,18 @@ def test_the_oracle(tmp_path, monkeypatch):
     for n, i in enumerate(able[:30]):
         r, kind = records[i], kinds[n % 3]
         picture = r["image"].astype(float)
-        light = picture[pdg.plain(r, "bottom")].mean() / np.mean(lab.people.PALETTE[r["attributes"]["bottom_colour"]])
+        light = picture[check_generated.plain(r, "bottom")].mean() / np.mean(lab.people.PALETTE[r["attributes"]["bottom_colour"]])
         for region in dict(right=["top"], untouched=[]).get(kind, ["top", "bottom"]):
-            picture[pdg.plain(r, region)] = light * np.array(lab.people.PALETTE["green"])
+            picture[check_generated.plain(r, region)] = light * np.array(lab.people.PALETTE["green"])
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(tmp_path / f"imgs/{n}.png")
         entries.append(dict(image=f"{n}.png", pid=n, split="train", captions=["x"], source_image=f"toy-few {i}", scores=dict(kind=kinds.index(kind)),
                             edit=dict(what="colour", noun="shirt", old=r["attributes"]["top_colour"], new="green")))
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, entries)))
     assert len(entries) == 30
-    everything = pdg.score(tmp_path)
+    everything = check_generated.score(tmp_path)
     assert everything["reach the colour, %"] == pytest.approx(66.7, abs=4) and everything["the rest keeps its colours, %"] == pytest.approx(66.7, abs=7)
     assert everything["both, %"] == pytest.approx(33.3, abs=4) and everything["pairs"] == 30
-    worst = pdg.score(tmp_path, ["kind=2"])
+    worst = check_generated.score(tmp_path, ["kind=2"])
     assert worst["pass the gate, %"] == pytest.approx(33.3, abs=0.1) and worst["both, %"] < 10 and worst["change outside, % of the range"] > 1
 
 

@@ -10,12 +10,11 @@ import sys
 import pytest
 import torch
 
-import ablations
 import data
 import distill
 import generate
 import tbps
-import tour
+from lab import ablations, tour
 from conftest import ROOT, error, run, start
 
 TREE = {"losses": set(), "data": set(), "eval": set(),            # leaves: no project imports
@@ -96,7 +95,7 @@ def test_ablations_are_commands(group):
     paths = {}
     for name, options in rows.items():
         script, *options = f"{'' if '.py ' in options else common} {options.format_map(paths)}".split()
-        if script in (more := {"tests/probes.py": 2, "tests/domains.py": 3, "tests/explain.py": 1}):       # words before what tbps.py takes
+        if script in (more := {"lab/probes.py": 2, "lab/domain_shift.py": 3, "lab/train_variants.py": 1}):       # words before what tbps.py takes
             script, options = "tbps.py", options[more[script]:]
         {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}[script].parse_args(options)
         assert set(name.split(" < ")[1:]) <= {ablations.row(n) for n in rows}
@@ -119,8 +118,8 @@ def test_exercises_fit_the_code(n, tmp_path):
 
 
 def test_exercises_are_applied_one_by_one():
-    assert "takes one exercise" in error("tests/tour.py", "1", "2", "--apply") and "takes one exercise" in error("tests/tour.py", "--apply")
-    assert "there are 1 to 10" in error("tests/tour.py", "11")
+    assert "takes one exercise" in error("lab/tour.py", "1", "2", "--apply") and "takes one exercise" in error("lab/tour.py", "--apply")
+    assert "there are 1 to 10" in error("lab/tour.py", "11")
 
 
 def test_without_a_number_all_exercises_are_tried(tmp_path, monkeypatch, capsys):
@@ -146,21 +145,21 @@ def test_an_applied_exercise_does_not_touch_the_main_job(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("options", [["--again", "0"], ["--jobs", "0"], ["--seeds", "-2"]])
 def test_ablations_take_numbers_from_1_on(options):
-    assert "is not 1, 2, 3" in error("tests/ablations.py", *options)
+    assert "is not 1, 2, 3" in error("lab/ablations.py", *options)
 
 
 def test_ablations_do_one_thing():
-    assert "not allowed with" in error("tests/ablations.py", "--table", "--again", "3")
+    assert "not allowed with" in error("lab/ablations.py", "--table", "--again", "3")
 
 
 def test_the_benchmark_names_its_rows():
-    assert "no row holds 'nonsense'" in error("tests/benchmark.py", "--only", "nonsense")
+    assert "no row holds 'nonsense'" in error("lab/benchmark.py", "--only", "nonsense")
 
 
 def test_ablation_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     scores = {"CLIP": (50, 51, 52), "dropout": (51, 52.1, 53.2), "locked patches": (49, 50.1, 51.2), "N-ITC": (50.5, 51.5, 52.6), "soft labels": (50.5, 51.4, 52.8)}
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "lab").mkdir()
     names = {ablations.row(n): n for n in ablations.GROUPS["tricks"][1]}
     for name, values in scores.items():
         for seed, value in enumerate(values):
@@ -193,7 +192,7 @@ def test_ablation_queue(tmp_path, monkeypatch):
         path.mkdir(parents=True)
         (path / "log.jsonl").write_text(json.dumps({"test": {"best.pt, text to image": {"R@1": 50.004, "mAP": len(made)}}}) + "\n")
     monkeypatch.setattr(ablations, "start", start)
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "lab").mkdir()
     runs = [("a", "student < teacher", 0), ("a", "teacher", 0), ("b", "same", 0)]
     ablations.queue(runs, 2)
     teacher, student = "tbps.py --x 1 --seed 0", "tbps.py --teacher {teacher}/best.pt --seed 0"
@@ -222,7 +221,7 @@ def test_best_is_what_was_measured():
 
 def test_the_readme_holds_the_tables_of_the_records():
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- ablations: ") >= 5 and ablations.filled(text) == text, "python tests/ablations.py --readme"
+    assert text.count("<!-- ablations: ") >= 5 and ablations.filled(text) == text, "python lab/ablations.py --readme"
     front = [line.strip("| ").split(" | ") for line in re.findall(r"^\| [`L].*±.*", text.split("## Two commands")[0], re.M)]        # written by hand
     for column, group in (1, "methods"), (2, "equal-time"):
         rows = [line.strip("| ").split(" | ") for line in ablations.table(group, 3).splitlines() if "±" in line]

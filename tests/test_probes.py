@@ -1,4 +1,4 @@
-"""The probes of tests/probes.py: what they remove, rewind, freeze and drop; the test sets of tests/domains.py, the changes of tests/explain.py."""
+"""The probes of lab/probes.py: what they remove, rewind, freeze and drop; the test sets of lab/domain_shift.py, the changes of lab/train_variants.py."""
 
 import json
 import random
@@ -12,10 +12,8 @@ from PIL import Image
 
 import data
 import lab.people
-import domains
-import explain
-import probes
 import tbps
+from lab import domain_shift, probes, train_variants
 from conftest import run
 
 
@@ -82,18 +80,18 @@ def test_the_commands(cuhk, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:                            # the command replaces it in this process
             patch.setattr(tbps, "build", tbps.build)
             patch.setattr(tbps, "parse_args", tbps.parse_args)
-            assert "test R@1" in run("tests/probes.py", how, "0", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how)
+            assert "test R@1" in run("lab/probes.py", how, "0", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how)
         with monkeypatch.context() as patch:
             patch.setattr(tbps, "build", tbps.build)
             patch.setattr(tbps, "parse_args", tbps.parse_args)
-            assert f"layers: '{how} [0]' then, '{how} [1]' now" in run("tests/probes.py", how, "1", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how, "--resume", code=2)
+            assert f"layers: '{how} [0]' then, '{how} [1]' now" in run("lab/probes.py", how, "1", *base, "--clip", tmp_path / "a/best.pt", "--out", tmp_path / how, "--resume", code=2)
         a, b = (torch.load(tmp_path / f"{n}/best.pt", weights_only=True) for n in ("a", how))
         assert b["arch"]["text_layers"] == layers
         same = {n: torch.equal(w, b["weights"][n]) for n, w in a["weights"].items() if n.startswith("text.blocks.0.") and n in b["weights"]}
         assert all(same.values()) == (how == "freeze")
-    said = run("tests/probes.py", "modules", "--checkpoint", tmp_path / "freeze/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "p.html")
+    said = run("lab/probes.py", "modules", "--checkpoint", tmp_path / "freeze/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "p.html")
     assert said.count("C1 ") == 12 and (tmp_path / "p.html").read_text().count("<tr>") == 5
-    assert "another architecture" in run("tests/probes.py", "modules", "--checkpoint", tmp_path / "drop/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "q.html", code=2)
+    assert "another architecture" in run("lab/probes.py", "modules", "--checkpoint", tmp_path / "drop/best.pt", "--before", tmp_path / "a/best.pt", "--page", tmp_path / "q.html", code=2)
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def few_people(monkeypatch):
 
 
 def test_domains_differ_in_one_thing(few_people):
-    found = {name: domains.people(name, "test") for name in domains.SETS}
+    found = {name: domain_shift.records(name, "test") for name in domain_shift.SETS}
     toy, camera, usual = (found[name] for name in ("toy", "other-camera", "usual-words"))
     for a, b in zip(toy, camera, strict=True):
         assert a["captions"] == b["captions"] and a["attributes"] == b["attributes"] and np.array_equal(a["parts"], b["parts"])
@@ -113,19 +111,19 @@ def test_domains_differ_in_one_thing(few_people):
     assert [r["pid"] for r in found["fronts"]] == [r["pid"] for r in found["backs"]] == [r["pid"] for r in toy[::2]]
     assert not any("glasses" in r["visible"] for r in found["backs"]) and any("glasses" in r["visible"] for r in found["fronts"])
     assert {r["attributes"]["top"] for r in found["toy-generic"]} != {r["attributes"]["top"] for r in toy}
-    assert lab.people.paint is domains.PAINT                              # nothing stays exchanged
+    assert lab.people.paint is domain_shift.PAINT                              # nothing stays exchanged
 
 
 def test_the_table_of_domains(few_people, tmp_path):
     for seed in (0, 1):
-        said = run("tests/domains.py", "--only", "fronts", "--train", "--dataset", "toy", "--out", tmp_path / f"some_name-{seed}", "--seed", seed, "--workers", 0,
+        said = run("lab/domain_shift.py", "--only", "fronts", "--train", "--dataset", "toy", "--out", tmp_path / f"some_name-{seed}", "--seed", seed, "--workers", 0,
                    "--set", "epochs=1", "batch=16", "warmup=0")
         assert "test R@1" in said
     assert '"at": [0, 3], "epoch": 1.0' in (tmp_path / "some_name-0/log.jsonl").read_text()                # 48 captions of 12 persons, 2 views each
-    said = run("tests/domains.py", *(tmp_path / f"some_name-{seed}/best.pt" for seed in (0, 1)), "--only", "toy", "toy-generic")
+    said = run("lab/domain_shift.py", *(tmp_path / f"some_name-{seed}/best.pt" for seed in (0, 1)), "--only", "toy", "toy-generic")
     assert "| R@1 | seeds | toy | toy-generic |" in said and "| some name | 2 |" in said and said.count("±") == 2
-    assert "| some name | 1 |" in run("tests/domains.py", tmp_path / "some_name-0/best.pt", "--only", "toy")
-    assert "takes one set" in run("tests/domains.py", "--train", "--dataset", "toy", code=2) and "name checkpoints" in run("tests/domains.py", code=2)
+    assert "| some name | 1 |" in run("lab/domain_shift.py", tmp_path / "some_name-0/best.pt", "--only", "toy")
+    assert "takes one set" in run("lab/domain_shift.py", "--train", "--dataset", "toy", code=2) and "name checkpoints" in run("lab/domain_shift.py", code=2)
 
 
 def test_explain(few_people, tmp_path):
@@ -135,7 +133,7 @@ def test_explain(few_people, tmp_path):
         """Of 40 views the most green, the least and the largest share of red."""
         torch.manual_seed(0)
         mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS["imagenet"])
-        seen = [255 * (explain.self_view(changes)((96, 48))(halves) * std + mean) for _ in range(40)]
+        seen = [255 * (train_variants.self_view(changes)((96, 48))(halves) * std + mean) for _ in range(40)]
         red = [(v[0] > v[2]).float().mean().item() for v in seen]
         return max(v[1].max().item() for v in seen), min(red), max(red)
     green, least, most = views()
@@ -149,9 +147,9 @@ def test_explain(few_people, tmp_path):
         """The first logged loss of self-supervision."""
         run(*script, "--dataset", "toy", "--workers", 0, "--out", tmp_path / out, "--set", "epochs=1", "batch=16", "warmup=0", "ss=0.4")
         return json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[0])["ss"]
-    assert first("a", "tests/explain.py", "colours,crops") != first("b", "tbps.py") == first("c", "tbps.py")              # and nothing stays exchanged
+    assert first("a", "lab/train_variants.py", "colours,crops") != first("b", "tbps.py") == first("c", "tbps.py")              # and nothing stays exchanged
     assert tbps.read_file(tmp_path / "a/last.pt")["args"]["changes"] == "colours,crops"                                   # or --resume would not notice
-    assert "name changes" in run("tests/explain.py", "--dataset", "toy", code=2)
+    assert "name changes" in run("lab/train_variants.py", "--dataset", "toy", code=2)
 
 
 def test_explained_augmentations():
@@ -171,7 +169,7 @@ def test_explained_augmentations():
         return torch.stack([data.image_ops((96, 48))[name](red) for _ in range(100)])
     assert {left for _, left in vary()} == {0}
     with ExitStack() as stack:
-        for patch in explain.exchanged(["untold", "moves", "senses"]):
+        for patch in train_variants.exchanged(["untold", "moves", "senses"]):
             stack.enter_context(patch)
         told = list(vary())
         assert {left for grey, left in told if not grey} == {0} and max(left for grey, left in told if grey) > 1
@@ -179,7 +177,7 @@ def test_explained_augmentations():
         assert {tuple(sorted({name for name, *_ in policy})) for policy in data.image_ops((96, 48))["autoaugment"]._policies} == {(), ("Rotate",), ("ShearX",)}
         assert not views("trivialaugment")[:, 1:].any() and not views("randaugment")[:, 1:].any()                      # red and black
     with ExitStack() as stack:
-        for patch in explain.exchanged(["moves", "small"]):
+        for patch in train_variants.exchanged(["moves", "small"]):
             stack.enter_context(patch)
         assert 0.75 < (views("trivialaugment")[:, 0] > 0).float().mean(dim=(1, 2)).min() < 1
     assert data.vary_caption("man", random.Random(0), deletion=0, synonym=1) in ("male", "guy", "gentleman")          # and nothing stays exchanged

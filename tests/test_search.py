@@ -24,7 +24,7 @@ import data
 import eval as evaluation
 import tbps
 from lab.people import mask
-import why
+from lab import check_word_maps
 from conftest import ROOT, error, run, start
 from test_model import openai_tiny
 
@@ -274,13 +274,13 @@ def test_a_word_is_explained_by_the_part_it_is_about():
 
 def test_the_judge_of_maps_knows_the_garments(checkpoint, people, monkeypatch, capsys):
     record = next(r for r in people if mask(r, "bottom").sum() > 30 and mask(r, "top").sum() > 30)
-    found = {(word, kind): mask for word, kind, mask in why.cases(record, "a man in a red jacket, blue shorts and glasses")}
+    found = {(word, kind): mask for word, kind, mask in check_word_maps.cases(record, "a man in a red jacket, blue shorts and glasses")}
     assert found.keys() == {("red", "colour"), ("jacket", "noun"), ("blue", "colour"), ("shorts", "noun")}
     assert (found["red", "colour"] == mask(record, "top")).all() and (found["shorts", "noun"] == mask(record, "bottom")).all()
-    assert {word for word, *_ in why.cases(record, "a red jacket and red shorts")} == {"jacket", "shorts"}       # which red?
+    assert {word for word, *_ in check_word_maps.cases(record, "a red jacket and red shorts")} == {"jacket", "shorts"}       # which red?
     monkeypatch.setattr(data, "read", lambda *_: people)
-    monkeypatch.setattr(sys, "argv", ["why.py", str(checkpoint)])
-    why.main()
+    monkeypatch.setattr(sys, "argv", ["check_word_maps.py", str(checkpoint)])
+    check_word_maps.main()
     said = capsys.readouterr().out
     assert said.count("point at their garment; by chance") == 2
 
@@ -330,7 +330,7 @@ def test_the_page(server):
     like = get(port, "/?like=3&q=a+man&top=5")[2]
     assert like.count("class=hit>") == 5 and "<b>1</b> 1.000<br>03.png" in like
     why = get(port, "/?why=3&q=a+man+in+a+red+coat")[2]
-    assert "What in 03.png answers to the words" in why and why.count("<figcaption>") >= 3
+    assert "What in 03.png answers to the words" in why and check_word_maps.count("<figcaption>") >= 3
     status, headers, _ = get(port, "/photo?row=3")
     assert status == 200 and headers["Content-Type"] == "image/jpeg"
     one, two, both = (get(port, "/?" + urllib.parse.urlencode(dict(q=q, top=200)))[2] for q in ("a man", "a red coat", "a man\na red coat"))

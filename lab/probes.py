@@ -1,8 +1,8 @@
 """Which parts of the two encoders matter (the compression probe of TBPS-CLIP), and what training is without some of them.
 
-    python tests/probes.py modules --checkpoint runs/X/best.pt --before runs/ablations/generic/best.pt     C1, C2 of every module
-    python tests/probes.py freeze 0,1 --dataset toy --method baseline ...      as tbps.py, but these text layers do not learn
-    python tests/probes.py drop 1 --dataset toy --method baseline ...          as tbps.py, but these text layers are left out
+    python lab/probes.py modules --checkpoint runs/X/best.pt --before runs/ablations/generic/best.pt     C1, C2 of every module
+    python lab/probes.py freeze 0,1 --dataset toy --method baseline ...      as tbps.py, but these text layers do not learn
+    python lab/probes.py drop 1 --dataset toy --method baseline ...          as tbps.py, but these text layers are left out
 
 C1: how much R@1 (validation split) falls when a module's output is left out of the residual stream, over the largest such fall. C2: how much
 of what fine-tuning did to a module is needed: the smallest share a of it, in tenths, such that weights (1 - a) before + a after cost less

@@ -1,6 +1,6 @@
 """Does restoration follow the words? Toy people, whose garments and their colours are known.
 
-    python tests/colours.py runs/toy-uit-0/last.pt
+    python lab/check_restoration.py runs/toy-uit-0/last.pt
 
 A view of the test split whose caption names the colour of the top is restored twice from the same grey patches: with its caption, and
 with the colour exchanged for another. Over the dropped pixels of the top, the mean colour must move from the old colour towards the

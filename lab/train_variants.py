@@ -1,6 +1,6 @@
 """Why does a table say no? Training with one thing otherwise than the program, or the paper, has it.
 
-    python tests/explain.py colours,crops --dataset toy --method baseline --set ss=0.4 ...      as tbps.py, with these changes:
+    python lab/train_variants.py colours,crops --dataset toy --method baseline --set ss=0.4 ...      as tbps.py, with these changes:
 
 colours    views for self-supervision keep their colours: no jitter, no grey
 crops      they show most of the person: crops of 80 % at least, instead of 20

@@ -1,8 +1,8 @@
 """Ten exercises: a few lines to change, a command, and what comes out. For the README and whoever teaches from it.
 
-    python tests/tour.py            tries them all in copies of the scripts, about 25 minutes on 2 cores, and prints what the README's table holds
-    python tests/tour.py 3 7        these alone
-    python tests/tour.py 3 --apply  changes the scripts here, to be looked at with git diff; take it back with git checkout before the next
+    python lab/tour.py            tries them all in copies of the scripts, about 25 minutes on 2 cores, and prints what the README's table holds
+    python lab/tour.py 3 7        these alone
+    python lab/tour.py 3 --apply  changes the scripts here, to be looked at with git diff; take it back with git checkout before the next
 
 Exercises 1 to 5 only score a trained model, that of `python tbps.py`, which is trained first if it is not there; 6 to 10 train it again."""
 
@@ -67,8 +67,9 @@ def score(command, changes=()):
     """Text-to-image R@1 and mAP on the test split, of a command in a changed copy of the scripts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for script in ROOT.glob("*.py"):
-            shutil.copy(script, folder)
+        for script in (*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")):
+            (folder / script.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+            shutil.copy(script, folder / script.relative_to(ROOT))
         change(folder, changes)
         extra = ["--page", folder / "page.html"] if "eval.py" in command else ["--out", folder / "run"]
         done = subprocess.run([sys.executable, *command.split(), *extra], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

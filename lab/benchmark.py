@@ -1,8 +1,8 @@
 """Speed and memory, as ratios within one run: ours against the plain way to do the same.
 
-    python tests/benchmark.py                  every row, about 12 minutes on 2 cores
-    python tests/benchmark.py --quick          some of them, in a minute
-    python tests/benchmark.py --only metric    rows whose name holds this word
+    python lab/benchmark.py                  every row, about 12 minutes on 2 cores
+    python lab/benchmark.py --quick          some of them, in a minute
+    python lab/benchmark.py --only metric    rows whose name holds this word
 
 Each side of a row runs in a process of its own: a warm-up, then medians; memory is what its peak adds to what stood before the first
 call (of a search all that is its own, without what is mapped). Share of peak: floating-point operations of the step (counted by torch)

@@ -1,7 +1,7 @@
 """Do generated toy people show what their captions say? The truth about their sources is known; whoever made the pairs never saw it.
 
-    python tests/pdg.py runs/pdg-toy-0
-    python tests/pdg.py runs/pdg-toy-0 --min-score words=0.02      of those that pass the gate
+    python lab/check_generated.py runs/pdg-toy-0
+    python lab/check_generated.py runs/pdg-toy-0 --min-score words=0.02      of those that pass the gate
 
 Of each pair: does the edited garment now have the colour that the caption names, the nearest in the palette once the light of the source is taken
 out; do all other garments, the hair and the bag still have theirs; and how far do pixels outside the garment differ from the source's."""

@@ -1,6 +1,6 @@
 """Does the map of a word (eval.py --explain) point at the garment that the word is about? The truth about toy people is known.
 
-    python tests/why.py runs/toy-tbps-clip-simplified-0/best.pt
+    python lab/check_word_maps.py runs/toy-tbps-clip-simplified-0/best.pt
 
 Of words that occur once in a caption and belong to a garment in sight: in how many cases lies the hottest patch on the garment (a quarter
 of it at least), and what share of all patches does."""
@@ -13,13 +13,12 @@ import numpy as np
 import torch.nn.functional as F
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
 import eval as evaluation                                               # noqa: E402
 import generate                                                         # noqa: E402
-import pdg                                                              # noqa: E402
 import tbps                                                             # noqa: E402
-from lab import people                                                  # noqa: E402
+from lab import check_generated, people                                 # noqa: E402
 
 
 def cases(record, caption):
@@ -27,7 +26,7 @@ def cases(record, caption):
     tagged = data.tag_words(caption)
     words, found = [caption[a:b] for a, b, _ in tagged], []
     for noun, colours in generate.mentions(words, [kind for *_, kind in tagged])[0]:
-        region = pdg.REGION.get(generate.GARMENT_OF[words[noun]])       # glasses have no colour, nor the room for one
+        region = check_generated.REGION.get(generate.GARMENT_OF[words[noun]])       # glasses have no colour, nor the room for one
         if region and (mask := people.mask(record, region)).sum() >= 30:
             found += [(words[n], kind, mask) for kind, ns in (("noun", [noun]), ("colour", colours)) for n in ns if words.count(words[n]) == 1]
     return found

@@ -1,13 +1,13 @@
 """What each part is worth: runs on the toy people, and their table.
 
-    python tests/ablations.py                        every run that is not recorded yet, then the tables
-    python tests/ablations.py --only uit --seeds 1   one group, one seed
-    python tests/ablations.py --table                the tables of what is recorded
-    python tests/ablations.py --only uit --again 5   five of the recorded runs once more, drawn at random: what was recorded, and what comes out now
-    python tests/ablations.py --only uit --folders   recorded runs, too, for their checkpoints
-    python tests/ablations.py --readme               the tables into README.md
+    python lab/ablations.py                        every run that is not recorded yet, then the tables
+    python lab/ablations.py --only uit --seeds 1   one group, one seed
+    python lab/ablations.py --table                the tables of what is recorded
+    python lab/ablations.py --only uit --again 5   five of the recorded runs once more, drawn at random: what was recorded, and what comes out now
+    python lab/ablations.py --only uit --folders   recorded runs, too, for their checkpoints
+    python lab/ablations.py --readme               the tables into README.md
 
-A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; its scores are a line of tests/results.jsonl, which is kept with the program, and whoever
+A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; its scores are a line of lab/results.jsonl, which is kept with the program, and whoever
 has the same command in another group need not run it. A run that was cut off goes on where it stopped. Ablations fine-tune, as the papers do, from a model
 that was trained on the generic toy domain (runs/ablations/generic, made first, 5 minutes). "{NAME}" in a command is the folder of that run of the same
 seed, for which it waits. In the tables "own" means that the image a caption was written for is left out; differences are paired by seed, against the rows that the name after '<' tells; the interval holds 95 % of them if they
@@ -50,7 +50,7 @@ QUARTER = PART["0.25"]                     # a model learns so few pairs by hear
 
 def explained(changes):
     """A quarter of the persons, with these changes."""
-    return QUARTER.replace("tbps.py", f"tests/explain.py {changes}")
+    return QUARTER.replace("tbps.py", f"lab/train_variants.py {changes}")
 
 
 SDM_ID = "--method irra --set mlm=0"
@@ -204,13 +204,13 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
         "TBPS-CLIP simplified < best": SIMPLIFIED,
     } | {f"{name}, {epochs} epochs < best": part(0.25, epochs).replace("tbps.py", f"tbps.py --method {name}") for name, epochs in (("tbps-clip", 3), ("irra", 4), ("uit", 4), ("ctlg", 8))} | {
         "lcr2s, twice 4 epochs < best": part(0.25, 4).replace("tbps.py", "distill.py") + " tau=0.05"}),
-    "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"tests/probes.py {verb} {layers}") + f" {CLIP}"
+    "layers": (FINE_TUNE, {"all text layers": CLIP} | {f"{how} {layers} < all text layers": FINE_TUNE.replace("tbps.py", f"lab/probes.py {verb} {layers}") + f" {CLIP}"
                                                        for how, verb in (("frozen", "freeze"), ("dropped", "drop")) for layers in ("0", "1")}),
     **{f"share-{share}": (PART[share], FEW) for share in ("0.05", "0.1")},
     **{f"share-{share}": (PART[share], FROZEN) for share in ("0.25", "1")},
-    "domains": (FINE_TUNE, {                                                # tested at home; tests/domains.py tests them abroad
+    "domains": (FINE_TUNE, {                                                # tested at home; lab/domain_shift.py tests them abroad
         "toy": SIMPLIFIED,
-        "fronts": FINE_TUNE.replace("tbps.py", "tests/domains.py --only fronts --train").replace("--epochs 3", "--epochs 6") + f" {SIMPLIFIED}",
+        "fronts": FINE_TUNE.replace("tbps.py", "lab/domain_shift.py --only fronts --train").replace("--epochs 3", "--epochs 6") + f" {SIMPLIFIED}",
     }),
     "why-few": (PART["0.1"], {                                              # with few persons TBPS-CLIP simplified loses: by its losses, or by what it does to pictures and captions?
         "full fine-tuning": CLIP,
@@ -322,7 +322,7 @@ def command(group, name, seed):
 
 def recorded():
     """{command: test scores} of all runs that were ever made."""
-    path = ROOT / "tests/results.jsonl"
+    path = ROOT / "lab/results.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {run["command"]: run["test"] for run in map(json.loads, lines)}
 
@@ -330,7 +330,7 @@ def recorded():
 def record(line, scores):
     """Writes the scores of a run down, of best.pt alone."""
     scores = {what: {metric: round(value, 2) for metric, value in values.items()} for what, values in scores.items() if not what.startswith("last.pt")}
-    with open(ROOT / "tests/results.jsonl", "a") as f:
+    with open(ROOT / "lab/results.jsonl", "a") as f:
         f.write(json.dumps(dict(command=line, torch=torch.__version__, test=scores)) + "\n")
 
 

@@ -1,7 +1,7 @@
 """What is a model worth on people unlike those it learned from? The truth about toy people is known, so one thing can differ at a time.
 
-    python tests/domains.py CHECKPOINT ...           text-to-image R@1 of each on every test set below; of several seeds (X-0/best.pt, X-1/best.pt) the mean
-    python tests/domains.py --only fronts --train --dataset toy ...      as tbps.py, where all persons are seen from the front
+    python lab/domain_shift.py CHECKPOINT ...           text-to-image R@1 of each on every test set below; of several seeds (X-0/best.pt, X-1/best.pt) the mean
+    python lab/domain_shift.py --only fronts --train --dataset toy ...      as tbps.py, where all persons are seen from the front
 
 Captions of val and test hold words and plans of sentences that those of train never show; usual-words has none of them. toy-generic has other garments, colours,
 shoes and another camera at once. With two of four views the gallery is half as large: compare the models on a set, not the sets."""
@@ -14,13 +14,12 @@ from unittest import mock
 
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import ablations                                                        # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
-import lab.people                                                       # noqa: E402
 import tbps                                                             # noqa: E402
+from lab import ablations, people                                       # noqa: E402
 
-PAINT, CAPTION, READ = lab.people.paint, lab.people.write_caption, data.read
+PAINT, CAPTION, READ = people.paint, people.write_caption, data.read
 SETS = {  # name: (data set, what is drawn otherwise, which views)
     "toy": ("toy", {}, slice(None)),
     "usual-words": ("toy", dict(write_caption=lambda rng, person, visible, domain, heldout: CAPTION(rng, person, visible, domain, False)), slice(None)),
@@ -31,10 +30,10 @@ SETS = {  # name: (data set, what is drawn otherwise, which views)
 }
 
 
-def people(name, split):
+def records(name, split):
     """The records of a split of one of SETS."""
     dataset, drawn, views = SETS[name]
-    with mock.patch.dict(vars(lab.people), drawn):
+    with mock.patch.dict(vars(people), drawn):
         return READ(dataset, "", split)[views]
 
 
@@ -52,15 +51,15 @@ def main():
     if args.train is not None:
         if len(args.only) != 1:
             p.error("--train takes one set: --only NAME")
-        with mock.patch.object(data, "read", lambda dataset, root, split, hold_out: people(args.only[0], split)), mock.patch.object(sys, "argv", ["tbps.py", *args.train]):
+        with mock.patch.object(data, "read", lambda dataset, root, split, hold_out: records(args.only[0], split)), mock.patch.object(sys, "argv", ["tbps.py", *args.train]):
             return tbps.main()
     if not args.checkpoints:
         p.error("name checkpoints")
-    sets, found = {name: people(name, "test") for name in args.only}, {}
+    sets, found = {name: records(name, "test") for name in args.only}, {}
     for path in tqdm(args.checkpoints, unit=" checkpoints"):
         model, tokenizer, info = tbps.load_checkpoint(path)
-        for name, records in sets.items():
-            found.setdefault(named(path), {}).setdefault(name, []).append(tbps.evaluate(model, tokenizer, info, records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"])
+        for name, found_records in sets.items():
+            found.setdefault(named(path), {}).setdefault(name, []).append(tbps.evaluate(model, tokenizer, info, found_records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"])
     print(f"| R@1 | seeds | {' | '.join(sets)} |\n" + "|---" * (2 + len(sets)) + "|")
     for row, scores in found.items():
         print(f"| {row.replace('_', ' ')} | {len(scores[args.only[0]])} | {' | '.join(map(ablations.mean, scores.values()))} |")
