@@ -496,13 +496,13 @@ def delete_words(words, rate, rng):
     return [w for w in words if rng.random() >= rate] or [rng.choice(words)] if words else []
 
 
-def approximate_caption(caption, rng):
+def approximate_caption(caption, rng, protect=True):
     """CTLG's approximate text: one of three operations on a fifth of the N words and punctuation marks, at least 1, at most 10: a synonym
     instead, any of them left out, or as many in a row. Colours and garments are what a caption is about: they are neither replaced nor left
-    out, but a row may contain them. No words left: unchanged."""
+    out, but a row may contain them; with protect=False, as in the official code, they may be. No words left: unchanged."""
     found = list(WORD.finditer(caption))
     operation, n = rng.choice(["synonym", "crop", "delete"]), max(1, min(10, -(-len(found) // 5)))
-    able = [k for k, m in enumerate(found) if m[0][0].isalnum() and m[0].lower() not in PROTECTED]
+    able = [k for k, m in enumerate(found) if m[0][0].isalnum() and not (protect and m[0].lower() in PROTECTED)]
     if operation == "crop":
         start = rng.randrange(max(1, len(found) - n + 1))
         changed = dict.fromkeys(range(start, start + n), "")
@@ -519,12 +519,13 @@ def approximate_caption(caption, rng):
 TEXT_OPS = {"synonym": replace_synonyms, "insertion": insert_synonyms, "swap": swap_words, "deletion": delete_words}
 
 
-def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0):
+def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
+                 protect=True):
     """The text augmentations of TBPS-CLIP's study by their rates (0 = off); its recipe is deletion alone. `eda` is one of the
     four at random, as in EDA (arXiv 1901.11196); `prune` is the chance of UIT's text pruning, `approximate` that of CTLG's approximate text,
     which come first. White space is collapsed; a caption with words keeps at least one."""
     caption = prune_caption(caption) if prune and rng.random() < prune else caption
-    words = (approximate_caption(caption, rng) if approximate and rng.random() < approximate else caption).split()
+    words = (approximate_caption(caption, rng, protect) if approximate and rng.random() < approximate else caption).split()
     for name, rate in dict(synonym=synonym, insertion=insertion, swap=swap, deletion=deletion).items():
         words = TEXT_OPS[name](words, rate, rng) if rate else words
     return " ".join(TEXT_OPS[rng.choice(list(TEXT_OPS))](words, eda, rng) if eda else words)

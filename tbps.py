@@ -612,7 +612,7 @@ def load_checkpoint(path, device="cpu", make_heads=None):
 COMMON = dict(  # what every method has
     # optimisation: a rise, then a cosine, per iteration; AdamW
     epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98,
-    muon=0.0, lr_bias=1.0, lr_new=1.0, lr_named=False, sampler="random",
+    muon=0.0, lr_bias=1.0, lr_new=1.0, sampler="random",
     # images and captions
     height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
     # augmentation
@@ -633,23 +633,22 @@ SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
     epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5, coupled=True, eps=1e-3, beta2=0.999,
     lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip", eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0,
     deletion=0.0, tau=0.02, text_dropout=0.0, lock_patch=False,
-    itc=0.0, sdm=1.0, cmpm=0.0, id=1.0, triplet=0.0, hardest=False)
+    itc=0.0, sdm=1.0, cmpm=0.0, id=1.0, triplet=0.0)
 IRRA = SDM_ID | dict(
-    restoration=0.0, mlm=1.0, mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, released_drop=False, padding=False)
+    restoration=0.0, mlm=1.0, mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, official=False, half_weights=False)
 UIT = IRRA | dict(batch=128, sampler="random-count", triplet=10.0, restoration=10.0, mlm=0.0, prune=0.2, mask_content=0.3, mask_other=0.05, mask_all=True)
 CTLG = COMMON | dict(
     epochs=70, batch=256, lr=1e-4, lr_start=1e-5, lr_end=0.0, warmup=9.0, per_epoch=True, decay_every=20, weight_decay=0.0, beta2=0.999,
     height=384, width=128, stride=12, resize="bicubic", clean=False, image_aug="shift", back_translation=0.0, deletion=0.0, approximate=0.5,
     tau=0.005, text_dropout=0.0, lock_patch=False,
-    itc=1.0, same="pair", mixup=0.5, feature_mixup=0.0)
+    itc=1.0, same="pair", mixup=0.5, feature_mixup=0.0, official=False)
 KEYS = dict(  # what --help says of each key
     epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
     lr_end="at the last step", warmup="epochs of linear rise", per_epoch="the rate changes between epochs only",
     decay_every="epochs after which the rate falls to a tenth, each time; 0: half a cosine instead", weight_decay="of matrices",
     coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", muon="factor of the rate of "
     "the blocks' matrices, whose steps Muon makes; 0: as all others", lr_bias="factor of the rate of biases",
-    lr_new="factor of the rate of layers that CLIP does not have", lr_named="the factors by layers' names, as released: lr_new for cross attention, "
-    "blocks and classifiers alone, lr_bias for the former's biases", sampler="random, pk, random-count or views (data.batches)",
+    lr_new="factor of the rate of layers that CLIP does not have", sampler="random, pk, random-count or views (data.batches)",
     height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
     resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
     image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), shift (reid without erasing), none, or one of " + ", ".join(data.IMAGE_AUG[5:]),
@@ -667,11 +666,11 @@ KEYS = dict(  # what --help says of each key
     teacher_pass="the teacher's texts get a dropout mask of their own",
     prompt="CoOp: words before every caption, which alone learn", adapter="CLIP-Adapter: share of an image feature that comes from layers which alone learn",
     sdm="weight: similarity distribution matching", cmpm="weight: projection matching", id="weight: classifying persons",
-    triplet="weight: nearest of other persons, margin 0.05", hardest="its positive is the person's farthest, not the pair's other half",
+    triplet="weight: nearest of other persons, margin 0.05",
     restoration="weight: dropped patches from a grey image and the caption", mlm="weight: masked words from the image",
     mask_content="chance of nouns and adjectives to be masked", mask_other="of other words", mask_all="the masked captions are used in all losses",
-    depth="blocks of the restorer and of the word guesser", drop="share of patches dropped", released_drop="one patch more is dropped than scored, as released",
-    padding="restorer and guesser see the padding of captions too, as released",
+    depth="blocks of the restorer and of the word guesser", drop="share of patches dropped",
+    official="the quirks of the official code, see OFFICIAL in tbps.py", half_weights="fp16 weights without fp32 copies, as the official code trains",
     same="which captions are right for an image in itc: of its pair, image or person", mixup="chance of a pair to be mixed with another: mean pixels, both captions",
     feature_mixup="alpha of the Beta distribution that tells how pairs are mixed after the first block; 0: they are not")
 
@@ -822,10 +821,10 @@ def grey(pixels):
 
 
 def visible_patches(model, recipe):
-    """How many patches the restorer sees. As released, of 192 patches 56 are visible, but 57 are taken for visible in the loss, so
-    that one of those dropped is missing there; else 57 and 57."""
-    N, share = math.prod(model.image.grid), 1 - recipe["drop"]
-    return int((N + 1) * share + 1e-6) - 1 if recipe["released_drop"] else int(N * share + 1e-6)
+    """The number of patches that the restorer sees. Of 192 patches 57 are visible; with official=1 56, and the loss still leaves out
+    the first 57, so one dropped patch is not scored."""
+    N, visible = math.prod(model.image.grid), 1 - recipe["drop"]
+    return int((N + 1) * visible + 1e-6) - 1 if recipe["official"] else int(N * visible + 1e-6)
 
 
 def id_heads(recipe, model, persons):
@@ -852,7 +851,7 @@ def pair_losses(image, text, pid, scale, heads, recipe, autocast):
             who = heads["id"](image), heads["id"](text)                                                 # (B, P)
         out["id"] = r["id"] * losses.id_loss(*who, pid)
     if r["triplet"]:
-        out["triplet"] = r["triplet"] * losses.triplet(image, text, pid, hardest_positive=r["hardest"])
+        out["triplet"] = r["triplet"] * losses.triplet(image, text, pid)
     return out
 
 
@@ -866,10 +865,17 @@ def irra_heads(recipe, model, persons):
         if arch["stride"] != arch["patch"]:
             raise ValueError("restoration needs patches that do not overlap: stride=0")
         N, K = math.prod(model.image.grid), visible_patches(model, recipe)
-        if not 0 < K < N - recipe["released_drop"]:
+        if not 0 < K < N - recipe["official"]:
             raise ValueError(f"drop={recipe['drop']} leaves {max(K, 0)} of {N} patches visible: some must be, and some not")
         heads["restoration"] = Restorer(*size, model.image.grid, arch["patch"])
+        if recipe["official"]:
+            nn.init.zeros_(heads["restoration"].mask)
     return heads
+
+
+def masks_all_losses(recipe):
+    """Whether the losses of the features see masked captions too, and not MLM alone."""
+    return recipe.get("mask_all") or recipe.get("official") and "mlm" in recipe
 
 
 def irra_losses(model, batch, recipe, epoch, autocast):
@@ -877,27 +883,27 @@ def irra_losses(model, batch, recipe, epoch, autocast):
 
     batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77)."""
     r, pid, pixels = recipe, batch["pid"], batch["pixels"][0]
-    restorer, guesser = r["restoration"], r["mlm"]
-    tokens = batch["masked"] if r["mask_all"] else batch["tokens"][0]
+    restorer, guesser, mask_all = r["restoration"], r["mlm"], masks_all_losses(r)
+    tokens = batch["masked"] if mask_all else batch["tokens"][0]
     eot = tokens.argmax(dim=1)                                          # the same in masked captions
-    seen = None if r["padding"] else (torch.arange(int(eot.max()) + 1) <= eot[:, None]).to(pid.device)            # (B, T)
+    seen = None if r["official"] else (torch.arange(int(eot.max()) + 1) <= eot[:, None]).to(pid.device)            # (B, T)
     with autocast():
         image_tokens = model.image_tokens(pixels) if guesser else model.encode_image(pixels)[:, None]   # (B, S, D), or the class token
-        if restorer or guesser and r["mask_all"]:
-            text_tokens = model.text_tokens(tokens, cut=not r["padding"])                               # (B, T, D)
+        if restorer or guesser and mask_all:
+            text_tokens = model.text_tokens(tokens, cut=not r["official"])                               # (B, T, D)
             text = pick(text_tokens, eot.to(pid.device))[:, 0]                                          # (B, D)
         else:
             text = model.encode_text(tokens)
         image = image_tokens[:, 0]                                                                      # (B, D)
         if guesser:
-            words = text_tokens if r["mask_all"] else model.text_tokens(batch["masked"], cut=not r["padding"])
+            words = text_tokens if mask_all else model.text_tokens(batch["masked"], cut=not r["official"])
             asked = batch["asked"][:, :words.shape[1]].to(pid.device)
             guessed = model.heads["mlm"](words, image_tokens, asked >= 0, seen)                         # (M, vocab)
         if restorer:
             restored, dropped = restore(model, pixels, text_tokens, seen, r)
     out = pair_losses(*map(losses.gather, (image, text, pid)), model.scale(), model.heads, r, autocast)
     if guesser:
-        out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0]) * losses.share(len(guessed))
+        out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0]) * losses.rank_weight(len(guessed))
     if restorer:
         out["restoration"] = restorer * losses.restoration(restored, patchify(pixels, model.arch["patch"]), dropped)
     return out
@@ -909,7 +915,7 @@ def restore(model, pixels, text_tokens, seen, recipe, generator=None):
     K = visible_patches(model, recipe)
     order = torch.rand(len(pixels), math.prod(model.image.grid), generator=generator, device=pixels.device).argsort(dim=1)       # (B, N)
     visible = model.image_tokens(grey(pixels), keep=order[:, :K])                                       # (B, 1+K, D)
-    dropped = order.argsort(dim=1) >= K + recipe["released_drop"]                                       # (B, N)
+    dropped = order.argsort(dim=1) >= K + recipe["official"]                                       # (B, N)
     return model.heads["restoration"](visible, order, text_tokens, seen), dropped
 
 
@@ -929,6 +935,17 @@ def ctlg_losses(model, batch, recipe, epoch, autocast):
     return {"itc": recipe["itc"] * losses.nitc(image, text, right, model.scale())}                      # N-ITC of numbers that differ is ITC
 
 
+# official=1 reproduces what the official code does where it differs from the paper, or from what one would expect:
+#
+#   IRRA, UIT   learning rates by layer names: new layers outside of cross-attention, its blocks and classifiers learn at CLIP's rate (lr_factor)
+#   IRRA, UIT   the MLM head and the restorer also attend to the padding after a caption (irra_losses)
+#   IRRA        all losses see the masked captions, not MLM alone; UIT does so anyway (masks_all_losses)
+#   IRRA, UIT, CTLG   the last, smaller batch of an epoch is used (train)
+#   UIT         one patch more is dropped than scored (visible_patches), and the mask token starts at zero (irra_heads)
+#   CTLG        approximate text may also replace and delete colours and garments (data.approximate_caption)
+#
+# TBPS-CLIP and the baseline have no such key: their recipes are what the official code does. half_weights=1 (IRRA, UIT) is a key of its own:
+# see HalfAdam.
 METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
@@ -965,12 +982,46 @@ def lr_at(it, n, recipe):
 
 
 def lr_factor(name, recipe):
-    """Factor of a parameter's learning rate: lr_new for layers that CLIP does not have, lr_bias for CLIP's biases. With lr_named as in
-    the released code, which went by names: the restorer's ends and norms stay at the rate of CLIP."""
+    """Factor of a parameter's learning rate: lr_new for layers that CLIP does not have, lr_bias for CLIP's biases. With official=1 by
+    names: lr_new for cross-attention, its blocks and classifiers only, and lr_bias for the biases of the former two."""
     new, bias = name.startswith("heads."), name.endswith("bias")
-    if recipe["lr_named"] and not re.match(r"heads\.(id|mlm\.(fc|ln|out))\.", name):
+    if recipe.get("official") and not re.match(r"heads\.(id|mlm\.(fc|ln|out))\.", name):
         new = new and not bias and re.search(r"\.(cross|blocks)\.", name)
     return recipe["lr_new"] if new else recipe["lr_bias"] if bias else 1.0
+
+
+class HalfAdam(torch.optim.Adam):
+    """Adam on weights in pure fp16, as the official code of IRRA and UIT trains: gradient, both moments and the step are rounded to
+    fp16, and there is no fp32 copy that would add up steps too small for fp16. At a rate of 1e-5 weights above 0.03 then never move:
+    half of the distance to the next fp16 number is more than a step.
+
+    parameters: as torch.optim.Adam takes them. halves: those held in fp16; the model keeps them as fp32 numbers that fp16 can hold."""
+
+    def __init__(self, groups, halves, **options):
+        self.copies = {p: p.detach().half() for p in halves}
+        groups = [group | dict(params=[self.copies.get(p, p) for p in group["params"]]) for group in groups]
+        super().__init__(groups, **options, foreach=False)              # the plain loop: the same roundings on any device
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self):
+        for p, half in self.copies.items():
+            p.copy_(half)
+
+    def step(self, closure=None):
+        for p, half in self.copies.items():
+            half.copy_(p.detach())                                      # the same unless a checkpoint was loaded
+            half.grad = None if p.grad is None else p.grad.half()
+        super().step(closure)
+        self.write_back()
+
+
+def held_in_half(model):
+    """The parameters that OpenAI's convert_weights turns to fp16: weights and biases of linear layers and convolutions, and the two
+    projections. Norms, embeddings and single tokens stay in fp32."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    found = [p for layer in layers for p in layer.parameters()] + [model.image.proj, model.text.proj]
+    return [p for p in found if p.requires_grad]
 
 
 def make_optimizers(model, recipe, fused):
@@ -979,15 +1030,18 @@ def make_optimizers(model, recipe, fused):
     are then orthogonal: a model that starts from nothing needs fewer of them. Each group has a `factor` of the learning rate."""
     groups, matrices = {}, []
     for name, p in model.named_parameters():
-        if p.requires_grad and recipe["muon"] and p.ndim == 2 and re.match(r"(image|text)\.blocks\.", name):
+        if p.requires_grad and recipe["muon"] and not recipe.get("half_weights") and p.ndim == 2 and re.match(r"(image|text)\.blocks\.", name):
             matrices.append(p)
         elif p.requires_grad:
             decays = not name.endswith("bias") if recipe["coupled"] else p.ndim >= 2
             groups.setdefault((lr_factor(name, recipe), decays), []).append(p)
     groups = [dict(params=params, factor=factor, weight_decay=recipe["weight_decay"] if decays else 0.0)
               for (factor, decays), params in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))]
+    options = dict(lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"])
+    if recipe.get("half_weights"):
+        return [HalfAdam(groups, held_in_half(model), **options)]
     kind = torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW
-    optimizers = [kind(groups, lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"], fused=fused)]
+    optimizers = [kind(groups, **options, fused=fused)]
     if matrices:
         matrices = [dict(params=matrices, factor=recipe["muon"])]
         optimizers.append(torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw"))
@@ -1149,7 +1203,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
         model.image.compile()
         model.text.compile()
     optimizers = make_optimizers(model, recipe, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not recipe.get("half_weights"))
     state = dict(epoch=0, step=0, best=-1.0, scores={})                 # step: batches done in this epoch
     if args.resume:
         saved = read_file(out / "last.pt")
@@ -1165,7 +1219,8 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
 
     log = functools.partial(write_log, out)
 
-    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0), pairs.images))
+    drop_last = not recipe.get("official")
+    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0), pairs.images, drop_last))
     if n == 0:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
     bar = tqdm(total=recipe["epochs"] * n * recipe["batch"], initial=(state["epoch"] * n + state["step"]) * recipe["batch"], unit=" pairs",
@@ -1173,7 +1228,8 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     saved_at = time.time()
     while state["epoch"] < recipe["epochs"]:
         epoch, done = state["epoch"], state["step"]
-        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch), pairs.images)
+        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch), pairs.images, drop_last)
+        order = [items for items in order if len(items) >= ranks]       # a smaller batch cannot be shared
         if recipe.get("triplet") and (alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order)):
             print(f"{alone} of {len(order)} batches show one person only: nothing to be told from, the triplet loss is 0 there")
         pairs.epoch = epoch
@@ -1332,6 +1388,8 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError("height and width go up to 4096 pixels, stride from 0")
     if zero := [k for k in ("eps", "ritc_eps", "depth") if recipe.get(k, 1) <= 0]:
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be above 0")
+    if recipe.get("half_weights") and (not recipe["coupled"] or recipe["eps"] < 6e-8):
+        raise ValueError(f"half_weights=1 trains with Adam and an eps that fp16 can hold: set coupled=1 eps=1e-3 too, not {recipe['coupled']:d} and {recipe['eps']:g}")
     if recipe["beta2"] >= 1:
         raise ValueError(f"beta2={recipe['beta2']} must be below 1")
     if masks(recipe) == (0, 0):
@@ -1360,7 +1418,8 @@ def settle(args, recipe, choices=CHOICES):
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
     if args.amp == "auto":
-        args.amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if args.device.startswith("cuda") else "off"
+        half = recipe.get("half_weights") or not torch.cuda.is_bf16_supported()
+        args.amp = ("fp16" if half else "bf16") if args.device.startswith("cuda") else "off"
     return recipe
 
 
@@ -1378,7 +1437,7 @@ LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "
 
 def masks(recipe):
     """The rates at which words are masked, or None where the recipe has no use for masked captions."""
-    return (recipe["mask_content"], recipe["mask_other"]) if recipe.get("mlm") or recipe.get("mask_all") else None
+    return (recipe["mask_content"], recipe["mask_other"]) if recipe.get("mlm") or masks_all_losses(recipe) else None
 
 
 def differences(recipe, base):
@@ -1482,7 +1541,7 @@ def prepare(args, recipe, records, make_heads):
         records = data.cache(records, data.Scale(size, r["resize"]), args.cache)
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
     pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
-                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG}, aware=r["aware"], mixup=r.get("mixup", 0.0))
+                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")), aware=r["aware"], mixup=r.get("mixup", 0.0))
     if args.tokenizer or args.clip != "none":
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
     else:
@@ -1546,7 +1605,7 @@ def restorations(model, tokenizer, info, records, recipe, number=8):
         image = pixels * std + mean                                     # in [0, 1], to look at
         plain = patchify(grey(image), patch)
         for words in (caption, changed):
-            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]), cut=not recipe["padding"])
+            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]), cut=not recipe["official"])
             restored, dropped = restore(model, pixels, text, None, recipe, torch.Generator(device).manual_seed(len(rows)))
             restored = patchify(unpatchify(restored, model.image.grid, patch) * std + mean, patch)
             painted.append(torch.where(dropped[..., None], restored, plain))

@@ -232,10 +232,6 @@ GROUPS = {  # group: (what all its runs have, {name: options}); a name's first w
     "uit-choices": (FINE_TUNE, {
         "UIT, all of it": "--method uit",
         "UIT, new layers x5 < UIT, all of it": "--method uit --set lr_new=5 lr_bias=2",
-        "UIT, x5 as released < UIT, new layers x5": "--method uit --set lr_new=5 lr_bias=2 lr_named=1",
-        "UIT, drop as released < UIT, all of it": "--method uit --set released_drop=1",
-        "UIT, hardest positive < UIT, all of it": "--method uit --set hardest=1",
-        "UIT, padding seen < UIT, all of it": "--method uit --set padding=1",
         "UIT, clean captions < UIT, all of it": "--method uit --set mask_all=0",
         "IRRA, with MLM": "--method irra",
         "IRRA, masked captions everywhere < IRRA, with MLM": "--method irra --set mask_all=1",

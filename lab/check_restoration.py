@@ -56,7 +56,7 @@ def follow(model, tokenizer, info, number=1000, shuffled=False):
     for n, ((r, _, _, old, new), pair) in enumerate(zip(found, texts)):
         pixels, colours = view(r["image"])[None], []
         for caption in pair:
-            text = model.text_tokens(tokenizer([data.clean_caption(caption) if info["clean"] else caption]), cut=not info["recipe"]["padding"])
+            text = model.text_tokens(tokenizer([data.clean_caption(caption) if info["clean"] else caption]), cut=not info["recipe"]["official"])
             restored, dropped = tbps.restore(model, pixels, text, None, info["recipe"], torch.Generator().manual_seed(n))
             image = 255 * (tbps.unpatchify(restored, model.image.grid, model.arch["patch"])[0] * std + mean)
             where = tbps.unpatchify(dropped[..., None].expand_as(restored).float(), model.image.grid, model.arch["patch"])[0, 0] > 0

@@ -77,7 +77,7 @@ def test_uit_at_full_size():
 def test_what_is_dropped(released, visible, scored, monkeypatch):
     """Of 24 x 8 patches at 0.7: all that are dropped are scored, or, as released, one is neither visible nor scored."""
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_size=(192, 64), vocab=100, image_layers=1))
-    with_heads(model, recipe := tbps.UIT | dict(released_drop=released, depth=1, id=0.0), 3)
+    with_heads(model, recipe := tbps.UIT | dict(official=released, depth=1, id=0.0), 3)
     seen, whole = [], model.image_tokens
     monkeypatch.setattr(model, "image_tokens", lambda pixels, keep: seen.append(keep) or whole(pixels, keep))
     restored, dropped = tbps.restore(model, torch.randn(2, 3, 192, 64), torch.randn(2, 5, 128), None, recipe)
@@ -169,8 +169,12 @@ def test_masked_captions_everywhere_or_for_guessing_only(setting):
     assert values[False]["sdm"].item() == pytest.approx(clean.item())
 
 
-def test_padding_counts_for_nothing_unless_asked(setting):
-    """The parts of a caption do not depend on how long the others are; as released (padding=1) 77 positions are seen."""
+def restore_without_official_drop(restore, model, pixels, text_tokens, seen, recipe):
+    return restore(model, pixels, text_tokens, seen, recipe | dict(official=False))
+
+
+def test_padding_counts_for_nothing_unless_asked(setting, monkeypatch):
+    """The parts of a caption do not depend on how long the others are; with official=1 all 77 positions are attended to."""
     model, recipe, batch = setting
     pixels, tokens = batch["pixels"][0][:1], batch["masked"][:1]
     length = int(tokens.argmax(1)) + 1
@@ -180,9 +184,10 @@ def test_padding_counts_for_nothing_unless_asked(setting):
     long = tbps.restore(model, pixels, model.text_tokens(tokens, cut=False), seen[None], recipe, torch.Generator().manual_seed(0))[0]
     torch.testing.assert_close(short, long)
     calls = []
-    for padding in (False, True):
+    monkeypatch.setattr(tbps, "restore", functools.partial(restore_without_official_drop, tbps.restore))
+    for official in (False, True):
         torch.manual_seed(1)
-        calls.append(tbps.irra_losses(model, batch, recipe | dict(padding=padding), 0.0, NO_AMP))
+        calls.append(tbps.irra_losses(model, batch, recipe | dict(official=official), 0.0, NO_AMP))
     for k in calls[0]:
         assert (calls[0][k] != calls[1][k]) == (k in ("mlm", "restoration")) or calls[0][k].item() == pytest.approx(calls[1][k].item(), rel=1e-9), k
 
@@ -267,7 +272,7 @@ def test_learning_rates_of_layers():
         group, bias = group_of[id(p)], name.endswith("bias")
         assert group["factor"] == (5 if name.startswith("heads.") else 2 if bias else 1), name
         assert group["weight_decay"] == (0 if bias else 4e-5), name
-    named = {name: tbps.lr_factor(name, recipe | dict(lr_named=True)) for name, _ in model.named_parameters()}
+    named = {name: tbps.lr_factor(name, recipe | dict(official=True)) for name, _ in model.named_parameters()}
     assert {named["heads.restoration." + n] for n in ("look.cross.q.weight", "look.blocks.0.fc1.weight", "look.blocks.0.ln1.weight")} == {5}
     assert {named["heads.restoration." + n] for n in ("look.cross.q.bias", "look.blocks.1.attn.qkv.bias", "embed.bias", "ln.bias", "look.ln_post.bias")} == {2}
     assert {named["heads.restoration." + n] for n in ("embed.weight", "pixels.weight", "mask", "ln.weight", "look.ln_mid.weight", "look.ln_query.weight")} == {1}
@@ -276,7 +281,7 @@ def test_learning_rates_of_layers():
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(drop=0.0), "leaves 72 of 72"), (dict(drop=0.99), "leaves 0 of 72"), (dict(drop=0.01, released_drop=True), "leaves 71 of 72")])
+    (dict(drop=0.0), "leaves 72 of 72"), (dict(drop=0.99), "leaves 0 of 72"), (dict(drop=0.01, official=True), "leaves 71 of 72")])
 def test_some_patches_are_visible_and_some_not(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.irra_heads(tbps.UIT | bad, tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100)), 3)
@@ -318,11 +323,11 @@ def test_a_run(method, cuhk, tmp_path):
 
 
 
-@pytest.mark.parametrize("method", ["uit", "irra"])
-def test_resume_is_exact(method, cuhk, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method, keys", [("uit", []), ("irra", []), ("irra", ["official=1", "half_weights=1"])])
+def test_resume_is_exact(method, keys, cuhk, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch and resumed: the same weights, heads included, bit for bit."""
     def command(out):
-        return ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", method, "--out", tmp_path / out, *SMALL]
+        return ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", method, "--out", tmp_path / out, *SMALL, *keys]
     run(*command("a"))
     at = [json.loads(line)["at"] for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     calls, sdm = [], losses.sdm
