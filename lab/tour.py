@@ -42,14 +42,14 @@ EXERCISES = [  # what is asked, the command, [(file, old lines, new lines)]
     ("Describe a picture by the mean of its tokens instead of the class token.", TRAIN, [
         ("tbps.py", "self.image.project(self.image(pixels, at=cls, mix=mix)[:, 0])", "self.image.project(self.image(pixels, mix=mix).mean(dim=1))")]),
     ("A loss of your own, the sigmoid of SigLIP (arXiv 2303.15343): each pair of the batch is right or wrong by itself.", f"{TRAIN} --set ritc=0", [
-        ("losses.py", "# ---- contrast: which text belongs to which image", '''@full_precision
+        ("losses.py", "# ---- contrastive losses: which text belongs to which image", '''@full_precision
 def sigmoid(image, text, pid, scale, bias=-5.0):
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
     same = (pid[:, None] == pid[None, :]).float()
     return F.binary_cross_entropy_with_logits(logits, same, reduction="sum") / len(pid)
 
 
-# ---- contrast: which text belongs to which image'''),
+# ---- contrastive losses: which text belongs to which image'''),
         ("tbps.py", "losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u])", "losses.sigmoid(image[v], text[u], pid, scale)")]),
 ]
 
