@@ -5,7 +5,7 @@
     python lab/ablations.py --table                the tables of what is recorded
     python lab/ablations.py --only uit --again 5   five of the recorded runs once more, drawn at random: what was recorded, and what comes out now
     python lab/ablations.py --only uit --folders   recorded runs, too, for their checkpoints
-    python lab/ablations.py --readme               the tables into README.md
+    python lab/ablations.py --results              the tables into lab/RESULTS.md
 
 A run is a command line and ends in runs/ablations/GROUP/NAME-SEED/; its scores are a line of lab/results.jsonl, which is kept with the program, and whoever
 has the same command in another group need not run it. A run that was cut off goes on where it stopped. Ablations fine-tune, as the papers do, from a model
@@ -510,13 +510,13 @@ def main():
     g = p.add_mutually_exclusive_group()
     g.add_argument("--table", action="store_true", help="run nothing")
     g.add_argument("--folders", action="store_true", help="make what is recorded, too, where its folder is not there: for its checkpoints")
-    g.add_argument("--readme", action="store_true", help="write the tables of what is recorded into README.md, where it has places for them")
+    g.add_argument("--results", action="store_true", help="write the tables of what is recorded into lab/RESULTS.md, where it has places for them")
     g.add_argument("--again", type=natural, metavar="N", help="run N of the recorded runs once more")
     args = p.parse_args()
     if args.again:
         return print(again(args.only, args.seeds, args.again, args.jobs))
-    if args.readme:
-        (ROOT / "README.md").write_text(filled((ROOT / "README.md").read_text()))
+    if args.results:
+        (ROOT / "lab/RESULTS.md").write_text(filled((ROOT / "lab/RESULTS.md").read_text()))
         return
     known = recorded()
     todo = [(group, name, seed) for group in args.only for name in GROUPS[group][1] for seed in range(SEEDS.get(group, args.seeds))
