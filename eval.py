@@ -16,6 +16,7 @@ queries x 3,074 images) takes it 0.25 s on 2 cores."""
 import argparse
 import array
 import base64
+import collections
 import hashlib
 import html
 import io
@@ -25,6 +26,7 @@ import math
 import mmap
 import os
 import re
+import stat
 import sys
 import threading
 import zipfile
@@ -134,6 +136,13 @@ def format_scores(scores):
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------
+
+def process():
+    """(rank, number) of the processes of torchrun; (0, 1) without it."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
 
 def progress_bar(*items, **options):
     """tqdm. Without a terminal, as in a log file, it prints a line a minute instead of a bar."""
@@ -287,6 +296,11 @@ def retrieval_sheet(captions, text, image, pid, source, load, number=12, top=10)
             "✓ in a green frame is the same person, ✗ in a dashed red frame another one.</p>" + "".join(rows[:number]))
 
 
+def part(path):
+    """The name under which a file is written before it replaces the old one."""
+    return Path(f"{path}.part")
+
+
 def check_page(path):
     """Raise ValueError if the page cannot be written, or if it would replace a file that is not a page."""
     path = Path(path)
@@ -305,40 +319,165 @@ def check_page(path):
 def write_page(path, title, chapters):
     """Write a self-contained HTML file. chapters: (heading, HTML) pairs, perhaps from a generator."""
     check_page(path)
-    part = Path(f"{path}.part")
     title = html.escape(title)
     try:
-        with open(part, "w", encoding="utf-8") as f:
+        with open(part(path), "w", encoding="utf-8") as f:
             f.write("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
                     f"<title>{title}</title><style>{STYLE}</style><main><h1>{title}</h1>")
             f.writelines(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
             f.write("</main></html>")
-        part.replace(path)
+        part(path).replace(path)
     finally:
-        part.unlink(missing_ok=True)                                    # still there if a chapter failed
+        part(path).unlink(missing_ok=True)                                    # still there if a chapter failed
 
 
-# ---- an index of one's own pictures ---------------------------------------------------------------------------------
+# ---- the index of a gallery -----------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+OTHER_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".tif", ".tiff"}       # counted, not read
 
 
-def photos_in(folder):
-    """Yields [path below the folder, bytes, time of change in ns] of its pictures, at any depth, in order. Hidden ones, links that lead out of the
-    folder or nowhere, and what is no file (a pipe would be waited for) are left out."""
+def gallery_files(folder, skipped, failed):
+    """Yield [path below the folder, bytes, modification time in ns] of each image file, at any depth, in order.
+
+    Hidden files, symlinks that leave the folder, broken symlinks and anything but regular files are ignored.
+    skipped: a Counter, receives the number of images per ending that is not read
+    failed: a list, receives the OSError of each folder that cannot be listed and of each file that cannot be examined
+    """
     root = Path(folder).resolve()
-    for where, folders, files in os.walk(folder):
+    for where, folders, files in os.walk(folder, onerror=failed.append):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        below = Path(where).relative_to(folder)
-        for name in sorted(f for f in files if not f.startswith(".") and os.path.splitext(f)[1].lower() in SUFFIXES):
-            path = os.path.join(where, name)                            # strings: a million Path objects take half a minute
-            if os.path.isfile(path) and (not os.path.islink(path) or Path(path).resolve().is_relative_to(root)):
+        below = os.path.relpath(where, folder)
+        for name in sorted(f for f in files if not f.startswith(".")):
+            ending = os.path.splitext(name)[1].lower()
+            if ending not in SUFFIXES:
+                skipped.update([ending] if ending in OTHER_SUFFIXES else [])
+                continue
+            path = os.path.join(where, name)                            # not Path: a million of them take half a minute
+            try:
                 state = os.stat(path)
-                yield [os.path.join(below, name) if below.name else name, state.st_size, state.st_mtime_ns]
+            except FileNotFoundError:                                   # a broken symlink
+                continue
+            except OSError as e:
+                failed.append(e)
+                continue
+            inside = not os.path.islink(path) or Path(path).resolve().is_relative_to(root)
+            if stat.S_ISREG(state.st_mode) and inside:
+                yield [name if below == "." else os.path.join(below, name), state.st_size, state.st_mtime_ns]
+
+
+class Index:
+    """Embeddings of the images of a folder, in two files that other programs can read in one line each:
+
+    FILE.f16     np.fromfile("FILE.f16", np.float16).reshape(-1, D)                 row n: a feature of unit length
+    FILE.jsonl   [json.loads(line) for line in open("FILE.jsonl")][1:]              row n: [path, bytes, time in ns]
+
+    The first line of FILE.jsonl is {"weights": ..., "width": D}: embeddings of other weights are replaced. Rows are
+    appended batch by batch, so an interrupted run loses nothing; opening cuts both files to the shorter one. In memory
+    are only the positions of the lines: 8 bytes per image. Raises ValueError for files that are not an index.
+    """
+
+    def __init__(self, file, weights, width):
+        self.rows_file, self.list_file = Path(f"{file}.f16"), Path(f"{file}.jsonl")
+        self.width, self.head = width, self.line(dict(weights=weights, width=width))
+        self.starts, self.end = array.array("q"), 0                     # byte positions of the lines, and of the end
+        if not self.rows_file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.rows_file.parent} for the index; make it, or name another"
+                                    " file with --index")
+        if part(self.list_file).exists() and not part(self.rows_file).exists():                         # see `keep`
+            part(self.list_file).replace(self.list_file)
+        if not self.list_file.exists():
+            if self.rows_file.exists():
+                self.refuse(self.rows_file)
+            return
+        with open(self.list_file, "rb") as f:
+            head = f.readline(1000)
+        if not re.match(rb'\{"weights": "[^"]*"', head):
+            self.refuse(self.list_file)
+        if head == self.head:
+            self.open()
+
+    @staticmethod
+    def refuse(path):
+        raise ValueError(f"{path} exists and is no index of pictures; remove it, or name another file with --index")
+
+    @staticmethod
+    def line(entry):
+        return (json.dumps(entry) + "\n").encode()
+
+    def open(self):
+        """Find the lines, and cut both files to the shorter one."""
+        size = self.rows_file.stat().st_size if self.rows_file.exists() else 0
+        with open(self.list_file, "rb") as f:
+            self.end = len(f.readline())
+            for line in itertools.islice(f, size // (2 * self.width)):
+                if line.endswith(b"\n"):
+                    self.add(line)
+        if (self.list_file.stat().st_size, size) != (self.end, 2 * self.width * len(self.starts)):
+            os.truncate(self.list_file, self.end)
+            if self.rows_file.exists():
+                os.truncate(self.rows_file, 2 * self.width * len(self.starts))
+
+    def add(self, line):
+        self.starts.append(self.end)
+        self.end += len(line)
+
+    def lines(self):
+        """Iterate over the lines of the rows, in bytes."""
+        if self.end:
+            with open(self.list_file, "rb") as f:
+                f.readline()
+                yield from itertools.islice(f, len(self.starts))
+
+    def features(self):
+        """(N, D) float16, mapped: only what is used is read. There must be a row."""
+        return np.memmap(self.rows_file, np.float16, "c", shape=(len(self.starts), self.width))
+
+    def check_writable(self):
+        """Raise PermissionError, with advice, if the index cannot be written. A finished index may be read-only."""
+        places = [self.rows_file.absolute().parent] + [p for p in (self.rows_file, self.list_file) if p.exists()]
+        if not all(os.access(p, os.W_OK) for p in places):
+            raise PermissionError(f"the index cannot be written to {places[0]}; --index FILE puts it elsewhere")
+
+    def append(self, rows, entries):
+        """Append rows, float16 (n, D), and their [path, bytes, time]: first the rows, then what makes them count."""
+        if not self.end:                                                # new, or of other weights
+            self.keep(())
+        if self.list_file.stat().st_size != self.end:
+            raise ValueError(f"{self.list_file} has changed meanwhile: is another search filling the same index?")
+        with open(self.rows_file, "r+b") as f:
+            f.seek(2 * self.width * len(self.starts))
+            f.write(rows.tobytes())
+            f.truncate()
+        lines = [self.line(e) for e in entries]
+        with open(self.list_file, "ab") as f:
+            f.writelines(lines)
+        for line in lines:
+            self.add(line)
+
+    def keep(self, wanted):
+        """Keep only the rows with wanted (N,) True. Both files are written anew, then replaced: first the rows.
+
+        If the program ends between the two, FILE.jsonl.part is there alone, and opening replaces the second file."""
+        numbers, old = np.flatnonzero(wanted), self.features() if len(self.starts) else None
+        with open(part(self.rows_file), "wb") as f:
+            for some in np.array_split(numbers, len(numbers) // 4096 + 1):
+                f.write(old[some].tobytes() if len(some) else b"")
+        kept = itertools.compress(self.lines(), wanted)
+        starts, end = array.array("q"), len(self.head)
+        with open(part(self.list_file), "wb") as f:
+            f.write(self.head)
+            for line in kept:
+                starts.append(end)
+                end += f.write(line)
+        del old                                                         # some systems do not replace a mapped file
+        part(self.rows_file).replace(self.rows_file)
+        part(self.list_file).replace(self.list_file)
+        self.starts, self.end = starts, end
 
 
 class Photos(torch.utils.data.Dataset):
-    """Files as the encoder takes them: (pixels (3, H, W), True), or (zeros, False) for one that cannot be read."""
+    """Files of a folder as the encoder takes them: (view(path), True), or (zeros, False) if a file cannot be read."""
 
     def __init__(self, folder, paths, view, size):
         self.folder, self.paths, self.view, self.size = Path(folder), paths, view, size
@@ -349,156 +488,93 @@ class Photos(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             return self.view(self.folder / self.paths[i]), True
-        except (OSError, ValueError):
+        except (OSError, ValueError, Image.DecompressionBombError):
             return torch.zeros(3, *self.size), False
 
 
-class Index:
-    """Embeddings of the pictures of a folder, in two files that anything can read: FILE.npy, float16 (N, D), rows of unit length, and
-    FILE.jsonl, a line that tells whose embeddings they are, then for each row [path, bytes, time of change in ns].
+def find_changes(index, folder):
+    """Compare a folder with its index, and drop the rows of files that are gone. What cannot be listed is not gone.
 
-    Rows are appended, so what an interrupted run made is kept. Other weights begin anew. Of the list only the places of its lines are kept
-    in memory: a million pictures take 8 MB."""
+    -> entries to embed, Counter of skipped endings, [OSError] of what cannot be listed"""
+    new, skipped, failed = [], collections.Counter(), []
+    gone = set(map(hash, index.lines()))                                # 64 bits each: a million do not collide
+    for entry in gallery_files(folder, skipped, failed):
+        line = hash(index.line(entry))
+        if line in gone:
+            gone.remove(line)
+        else:
+            new.append(entry)
+    hidden = [os.path.relpath(e.filename, folder) for e in failed]
+    if "." in hidden:
+        raise ValueError(f"{folder} cannot be listed: {failed[0].strerror}")
 
-    def __init__(self, file, weights, width):
-        self.npy, self.list, self.head, self.width = Path(f"{file}.npy"), Path(f"{file}.jsonl"), dict(weights=weights), width
-        if not self.npy.absolute().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.npy.parent} for the index; make it, or name another file with --index")
-        if self.part(self.list).exists() and not self.part(self.npy).exists():                          # cut off at the end of `keep`
-            self.part(self.list).replace(self.list)
-        if len(there := [p for p in (self.npy, self.list) if p.exists()]) == 1:
-            raise ValueError(f"{there[0]} exists and is no index of pictures, which has two files, {self.npy.name} and {self.list.name}; remove it, or name "
-                             "another file with --index")
-        rows = 0
-        try:
-            head = json.loads(next(self.lines(head=True), b"0")) if self.npy.exists() else self.head
-            if not isinstance(head, dict) or head.keys() != self.head.keys():
-                raise ValueError("of another kind")
-            if self.npy.exists() and head == self.head:
-                with open(self.npy, "rb") as f:
-                    np.lib.format.read_magic(f)
-                    rows = np.lib.format.read_array_header_1_0(f)[0][0]
-                    if self.npy.stat().st_size < f.tell() + 2 * width * rows:
-                        raise ValueError("cut off")
-        except ValueError:
-            raise ValueError(f"{self.npy} and {self.list.name} are no index of pictures, or damaged; remove them, or name another file with --index") from None
-        self.count(map(len, self.lines(head=True)) if rows else [0])
-        if not len(self.starts) == rows or not rows or self.list.stat().st_size != self.bytes:
-            self.keep(np.ones(min(rows, len(self.starts)), bool))
+    def stays(line):
+        if hash(line) not in gone:
+            return True
+        path = json.loads(line)[0]
+        return any(path == place or path.startswith(place + os.sep) for place in hidden)
 
-    def lines(self, head=False):
-        """What the rows are of, in bytes; `head`: the first line, too. The last one may have been cut off."""
-        with open(self.list, "rb") as f:
-            yield from itertools.islice((line for line in f if line.endswith(b"\n")), 0 if head else 1, None)
-
-    def count(self, lengths):
-        """Notes where the lines of the list begin, from their lengths."""
-        self.starts = array.array("q", itertools.accumulate(lengths))
-        self.bytes = self.starts.pop()
-
-    @staticmethod
-    def part(path):
-        return path.with_name(path.name + ".part")
-
-    @staticmethod
-    def line(entry):
-        return (json.dumps(entry) + "\n").encode()
-
-    def header(self, rows):
-        """Of the .npy: numpy leaves room in it, so its length stays when rows are added."""
-        buffer = io.BytesIO()
-        np.lib.format.write_array_header_1_0(buffer, dict(descr="<f2", fortran_order=False, shape=(rows, self.width)))
-        return buffer.getvalue()
-
-    def features(self):
-        """(N, D) float16, in a mapped file: only what is looked at is read."""
-        return np.load(self.npy, mmap_mode="c")
-
-    def keep(self, wanted):
-        """Leaves out the rows that are not wanted (N,): both files are written anew, and take the places of the old ones last."""
-        rows = np.flatnonzero(wanted)
-        old = self.features() if len(rows) else None
-        with open(self.part(self.npy), "wb") as f:
-            f.write(self.header(len(rows)))
-            for start in range(0, len(rows), 4096):
-                f.write(old[rows[start:start + 4096]].tobytes())
-        with open(self.part(self.list), "wb") as f:
-            kept = itertools.compress(self.lines(), wanted) if len(rows) else ()
-            self.count(f.write(line) for line in itertools.chain([self.line(self.head)], kept))
-        del old                                                         # some systems do not replace what is mapped
-        self.part(self.npy).replace(self.npy)
-        self.part(self.list).replace(self.list)
-
-    def append(self, rows, entries):
-        """New rows, float16 (n, D), and what they are of. First the rows, then what says that they are there."""
-        if self.list.stat().st_size != self.bytes:
-            raise ValueError(f"{self.list} has changed meanwhile: is another search filling the same index?")
-        header, lines = self.header(len(self.starts) + len(rows)), [self.line(e) for e in entries]
-        with open(self.npy, "r+b") as f:
-            f.seek(len(header) + 2 * self.width * len(self.starts))
-            f.write(rows.tobytes())
-            f.truncate()
-            f.seek(0)
-            f.write(header)
-        with open(self.list, "ab") as f:
-            f.writelines(lines)
-        for line in lines:
-            self.starts.append(self.bytes)
-            self.bytes += len(line)
+    wanted = np.fromiter(map(stays, index.lines()), bool)
+    if len(wanted) and not wanted.any() and not new:                    # a disk that is not mounted
+        raise ValueError(f"{folder} holds no picture any more; its index is left as it is: {index.list_file}")
+    if new or not wanted.all():
+        index.check_writable()
+    if not wanted.all():
+        index.keep(wanted)
+    return new, skipped, failed
 
 
 @torch.no_grad()
 def update_index(index, model, view, size, folder, device="cpu", workers=0, batch=256):
-    """Makes an index that of the folder as it is now: embeds what is new or changed, drops what is gone. -> paths of files that cannot be
-    read. Under torchrun each process embeds its share; the first one alone has the index, the others None."""
-    ranks, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if torch.distributed.is_initialized() else (1, 0)
-    bad, new = [], []
+    """Bring the index of a folder up to date: embed new and changed files, drop those that are gone.
+
+    view: called with the Path of a file -> pixels (3, H, W), or OSError or ValueError for a file that cannot be read
+    size: (H, W)
+    -> paths of unreadable files, Counter of skipped images by ending, [OSError] of what could not be listed
+    Under torchrun each process embeds its part. Only the first one has the index; the others pass None.
+    """
+    rank, ranks = process()
+    bad, new, skipped, failed = [], [], {}, []
     if rank == 0:
-        gone = set(map(hash, index.lines()))                            # 64 bits each: two of a million are never the same
-        number = len(gone)
-        for entry in photos_in(folder):
-            line = hash(index.line(entry))
-            gone.remove(line) if line in gone else new.append(entry)
-        if number and len(gone) == number and not new:                  # a disk that is not there
-            raise ValueError(f"{folder} holds no picture any more; its index is left as it is: {index.npy}")
-        if gone:
-            index.keep([hash(line) not in gone for line in index.lines()])
+        new, skipped, failed = find_changes(index, folder)
     if ranks > 1:
         torch.distributed.broadcast_object_list(box := [new])
         new = box[0]
     steps = [range(k, min(k + batch * ranks, len(new)))[rank::ranks] for k in range(0, len(new), batch * ranks)]
-    loader = iter(torch.utils.data.DataLoader(Photos(folder, [path for path, *_ in new], view, size), batch_sampler=[rows for rows in steps if rows], num_workers=workers))
+    files = Photos(folder, [path for path, *_ in new], view, size)
+    loader = iter(torch.utils.data.DataLoader(files, batch_sampler=[s for s in steps if s], num_workers=workers))
     bar = progress_bar(total=len(new), unit=" pictures", desc="embedding", disable=rank > 0)
     for rows in steps:
-        mine, parts = [], None
+        found = []                                                      # [(entry, feature or None), ...]
         if rows:
-            pixels, able = next(loader)
+            pixels, readable = next(loader)
             features = F.normalize(model.encode_image(pixels.to(device)).float(), dim=1).half().cpu().numpy()
-            mine = [(new[n], f if ok else None) for n, f, ok in zip(rows, features, able.tolist())]
+            found = [(new[n], f if ok else None) for n, f, ok in zip(rows, features, readable.tolist())]
         if ranks > 1:
             parts = [None] * ranks if rank == 0 else None
-            torch.distributed.gather_object(mine, parts)
+            torch.distributed.gather_object(found, parts)
+            found = [pair for some in parts or [] for pair in some]
         if rank == 0:
-            found = [pair for part in parts or [mine] for pair in part]
             bad += [entry[0] for entry, f in found if f is None]
             if good := [(entry, f) for entry, f in found if f is not None]:
                 index.append(np.stack([f for _, f in good]), [entry for entry, _ in good])
             bar.update(len(found))
     bar.close()
-    return bad
+    return bad, skipped, failed
 
 
 @torch.no_grad()
-def best(features, query, top):
-    """The gallery's rows (N, D), float16, that fit each query (Q, D) best -> cosines (Q, top), row numbers (Q, top). The gallery goes by
-    in pieces and may be a mapped file; cost and reading grow linearly with N, memory does not grow."""
-    chunk = min(8192, 2 ** 22 // len(query) + 1)                        # rows, such that scores take 16 MB at most
+def nearest(features, query, top):
+    """The rows of a gallery (N, D), float16, closest to each query (Q, D) -> cosines (Q, top), row numbers (Q, top).
+
+    The gallery is read in pieces and may be a mapped file: time grows with N, memory does not."""
+    chunk = min(8192, 2 ** 22 // len(query) + 1)                        # rows: their scores take 16 MB at most
     score, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
     for start in range(0, len(features), chunk):
-        some = query.float() @ torch.from_numpy(features[start:start + chunk]).float().T
-        some, at = some.topk(min(top, some.shape[1]), dim=1)
+        some = query.float() @ torch.from_numpy(features[start:start + chunk]).float().T                # (Q, chunk)
+        some, place = some.topk(min(top, some.shape[1]), dim=1)
         score, which = torch.cat([score, some], dim=1).topk(min(top, score.shape[1] + some.shape[1]), dim=1)
-        row = torch.cat([row, at + start], dim=1).gather(1, which)
+        row = torch.cat([row, place + start], dim=1).gather(1, which)
     return score, row
 
 
@@ -516,7 +592,7 @@ class Search:
     def __init__(self, model, tokenizer, info, folder, index, device):
         import data
         self.model, self.tokenizer, self.folder, self.device, self.starts = model, tokenizer, Path(folder), device, index.starts
-        with open(index.list, "rb") as f:
+        with open(index.list_file, "rb") as f:
             self.list = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self.features, self.view, self.load = index.features(), data.EvalView(info["size"], info["norm"], info["resize"]), data.load_image
         self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.plain_text, data.tag_words, threading.Lock()
@@ -558,7 +634,7 @@ class Search:
 
     def top(self, query, number):
         """[(row, cosine), ...] of each query (Q, D)."""
-        score, row = best(self.features, query, number)
+        score, row = nearest(self.features, query, number)
         return [list(zip(*found)) for found in zip(row.tolist(), score.tolist())]
 
     def explain(self, row, text):
@@ -902,17 +978,22 @@ def search_gallery(args):
     weights, rank = weights_id(model, info), int(os.environ.get("RANK", 0))
     if args.index and Path(args.index).is_dir():
         raise ValueError(f"{args.index} is a folder; --index names a file in it")
-    file = re.sub(r"\.npy$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
+    file = re.sub(r"\.(f16|jsonl)$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
     index = Index(file, weights, model.arch["embed"]) if rank == 0 else None
     view = data.EvalView(info["size"], info["norm"], info["resize"])
-    bad = update_index(index, model, view, info["size"], folder, args.device, args.workers)
+    bad, skipped, failed = update_index(index, model, view, info["size"], folder, args.device, args.workers)
     if rank:
         return
     if bad:
-        print(f"left out, for they are no pictures that can be read ({len(bad):,}): {', '.join(map(readable, bad))}", file=sys.stderr)
+        print(f"skipped, as they cannot be read as pictures ({len(bad):,}): {', '.join(map(readable, bad))}", file=sys.stderr)
+    if skipped:
+        print("skipped, as only " + " ".join(sorted(SUFFIXES)) + " are read: " +
+              ", ".join(f"{number:,} {ending}" for ending, number in skipped.most_common()), file=sys.stderr)
+    for e in failed:
+        print(f"{readable(e.filename)} cannot be listed ({e.strerror}); what the index holds of it is kept", file=sys.stderr)
     if not index.starts:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
-    print(f"{len(index.starts):,} pictures; index: {readable(index.npy)}", flush=True)
+    print(f"{len(index.starts):,} pictures; index: {readable(index.rows_file)}", flush=True)
     search = Search(model, tokenizer, info, folder, index, args.device)
 
     def chapters():

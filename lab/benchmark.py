@@ -74,10 +74,10 @@ def search(which, gallery, queries):
         index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, entries)
     query = F.normalize(torch.randn(queries, 512), dim=1)
     if which == "ours":
-        return lambda: evaluation.best(index.features(), query, 10)
+        return lambda: evaluation.nearest(index.features(), query, 10)
 
     def plain():
-        return (query @ torch.from_numpy(np.load(index.npy).astype(np.float32)).T).sort(dim=1, descending=True).indices[:, :10]
+        return (query @ torch.from_numpy(np.fromfile(index.rows_file, np.float16).astype(np.float32).reshape(-1, 512)).T).sort(dim=1, descending=True).indices[:, :10]
     return plain
 
 

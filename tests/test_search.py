@@ -26,197 +26,20 @@ import tbps
 from lab.people import mask
 from lab import check_word_maps
 from conftest import ROOT, error, run, start
+from gallery import checkpoint, photos, search                                                        # noqa: F401
 from test_model import openai_tiny
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, people):
-    """An ordinary checkpoint, untrained."""
-    torch.manual_seed(0)
-    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
-    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab))
-    args = argparse.Namespace(dataset="toy", data_root="data", method="baseline")
-    content = tbps.content(args, tbps.BASELINE, model, tokenizer, dict(size=(96, 48), norm="imagenet", resize="bicubic", clean=True), heads=False)
-    path = tmp_path_factory.mktemp("run") / "best.pt"
-    tbps.save(path, content | dict(epoch=1, step=0, best=0.0, scores={}))
-    return path
-
-
-@pytest.fixture
-def photos(tmp_path, people):
-    """Sixteen pictures at several depths and in all formats, and what is none."""
-    root = tmp_path / "photos"
-    for n, r in enumerate(people[:16]):
-        folder = root / ["", "a", "a/deep er", "ünï"][n % 4]
-        folder.mkdir(parents=True, exist_ok=True)
-        data.load_image(r["image"]).save(folder / f"{n:02}.{['jpg', 'png', 'bmp', 'webp', 'JPEG'][n % 5]}")
-    (root / "notes.txt").write_text("no picture")
-    (root / "broken.jpg").write_bytes(b"no picture either")
-    (root / ".hidden").mkdir()
-    Image.new("RGB", (9, 9)).save(root / ".hidden/h.png")
-    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "nowhere.png").symlink_to(tmp_path / "nothing.png")
-    os.mkfifo(root / "pipe.png")
-    return root
-
-
-def search(checkpoint, photos, *more, code=0):
-    return run("eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--device", "cpu", *more, code=code)
-
-
-def index_of(photos):
-    """(rows, lines of the list) of the one index beside a gallery."""
-    npy, = photos.parent.glob("photos-*.npy")
-    return np.load(npy), [json.loads(line) for line in npy.with_suffix(".jsonl").read_text().splitlines()]
-
-
-# ---- the index ------------------------------------------------------------------------------------------------------
-
-def test_a_search(checkpoint, photos, tmp_path):
-    said = search(checkpoint, photos, "--query", "A man in a red coat.", "a woman", "--top", "16", "--explain", "1", "--page", tmp_path / "p.html")
-    assert "16 pictures" in said and "no pictures that can be read (1): broken.jpg" in said
-    rows, lines = index_of(photos)
-    assert rows.dtype == np.float16 and rows.shape == (16, 128) and np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=2e-3)
-    assert len(lines[0]["weights"]) == 16 and sorted(p for p, *_ in lines[1:]) == sorted({p for p, *_ in evaluation.photos_in(photos)} - {"broken.jpg"})
-    model, tokenizer, info = tbps.load_checkpoint(checkpoint)
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
-    paths = [photos / p for p, *_ in lines[1:]]
-    with torch.no_grad():
-        image = F.normalize(model.encode_image(torch.stack([view(p) for p in paths])), dim=1)
-        text = F.normalize(model.encode_text(tokenizer([data.clean_caption("A man in a red coat.")])), dim=1)
-    assert torch.allclose(torch.from_numpy(rows).float(), image, atol=1e-3)                             # row n is of line n + 1
-    want = (text @ image.T)[0].sort(descending=True)
-    printed = [line.split(maxsplit=2) for line in said.split("A man in a red coat.\n")[1].splitlines()[:3]]
-    assert [r[2] for r in printed] == [str(paths[n].relative_to(photos)) for n in want.indices[:3]]
-    assert [float(r[1]) for r in printed] == pytest.approx(want.values[:3].tolist(), abs=2e-3)
-    page = (tmp_path / "p.html").read_text()
-    assert page.count("class=hit>") == 32 and page.count("data:image/jpeg") > 33 and "ünï" in page and "<script" not in page
-
-
-def test_the_index_follows_the_folder(checkpoint, photos, tmp_path, monkeypatch):
-    search(checkpoint, photos)
-    rows, lines = index_of(photos)
-    seen, encode = [], tbps.DualEncoder.encode_image
-    monkeypatch.setattr(tbps.DualEncoder, "encode_image", lambda self, x, mix=None: seen.append(len(x)) or encode(self, x, mix))
-    search(checkpoint, photos)
-    assert sum(seen) == 1 and (index_of(photos)[0] == rows).all()       # the broken file is tried again, nothing else
-    (photos / "00.jpg").unlink()
-    Image.new("RGB", (30, 60), "red").save(photos / "a/01.png")
-    Image.new("RGB", (30, 60), "blue").save(photos / "new.png")
-    seen.clear()
-    search(checkpoint, photos)
-    new_rows, new_lines = index_of(photos)
-    assert sum(seen) == 3 and len(new_rows) == 16 and len(new_lines) == 17
-    old = {tuple(e): row for e, row in zip(lines[1:], rows)}
-    kept = [e[0] for e, row in zip(new_lines[1:], new_rows) if tuple(e) in old and (old[tuple(e)] == row).all()]
-    assert len(kept) == 14 and {e[0] for e in new_lines[1:]} - set(kept) == {"a/01.png", "new.png"}
-    torch.manual_seed(1)                                                # other weights: an index of their own
-    saved = torch.load(checkpoint, weights_only=True)
-    saved["weights"]["image.proj"] += 0.1
-    torch.save(saved, tmp_path / "other.pt")
-    search(tmp_path / "other.pt", photos)
-    assert len(list(tmp_path.glob("photos-*.npy"))) == 2
-    said = search(tmp_path / "other.pt", photos, "--index", tmp_path / "i.npy")
-    assert "16 pictures" in said and np.load(tmp_path / "i.npy").shape == (16, 128)
-    before = np.load(tmp_path / "i.npy")
-    search(checkpoint, photos, "--index", tmp_path / "i.npy")           # the same file for other weights: made anew
-    assert not (np.load(tmp_path / "i.npy") == before).all()
-    (tmp_path / "gone").mkdir()                                         # a disk that is not there: nothing is thrown away
-    said = search(checkpoint, tmp_path / "gone", "--index", tmp_path / "i.npy", code=2)
-    assert "its index is left as it is" in said and np.load(tmp_path / "i.npy").shape == (16, 128)
-
-
-def test_an_interrupted_index_goes_on(tmp_path):
-    def rows(*numbers):
-        return np.float16([[n, n + 0.5] for n in numbers])
-
-    def state(index):
-        return index.features().tolist(), [json.loads(line)[0] for line in index.lines()]
-    file = tmp_path / "i"
-    index = evaluation.Index(file, "w", 2)
-    index.append(rows(0, 1), [["a", 1, 1], ["b", 1, 1]])
-    index.append(rows(2), [["c", 1, 1]])
-    want = ([[0, 0.5], [1, 1.5], [2, 2.5]], ["a", "b", "c"])
-    assert state(evaluation.Index(file, "w", 2)) == want
-    npy, listed = (tmp_path / f"i.{e}" for e in ("npy", "jsonl"))
-    whole = npy.read_bytes(), listed.read_bytes()
-    with open(npy, "ab") as f:                                          # rows were written, then it ended: nothing says that they are there
-        f.write(rows(9).tobytes())
-    index = evaluation.Index(file, "w", 2)
-    assert state(index) == want
-    index.append(rows(3), [["d", 1, 1]])
-    assert state(evaluation.Index(file, "w", 2)) == (want[0] + [[3, 3.5]], [*want[1], "d"])
-    listed.write_bytes(whole[1])                                        # the rows and their number, but not yet the list
-    assert state(evaluation.Index(file, "w", 2)) == want and npy.read_bytes() == whole[0]
-    for cut in (1, 5):                                                  # half a line
-        listed.write_bytes(whole[1][:-cut])
-        assert state(evaluation.Index(file, "w", 2)) == (want[0][:2], want[1][:2])
-        npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
-    # `keep`: both new files are written, then the first, then the second takes its place
-    index = evaluation.Index(file, "w", 2)
-    index.keep([True, False, True])
-    new = npy.read_bytes(), listed.read_bytes()
-    want = ([[0, 0.5], [2, 2.5]], ["a", "c"])
-    assert state(evaluation.Index(file, "w", 2)) == want
-    (tmp_path / "i.jsonl.part").write_bytes(new[1])
-    listed.write_bytes(whole[1])
-    assert state(evaluation.Index(file, "w", 2)) == want                # cut off between the two
-    npy.write_bytes(whole[0][:-3]), listed.write_bytes(whole[1])
-    with pytest.raises(ValueError, match="or damaged; remove them"):
-        evaluation.Index(file, "w", 2)
-    npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
-    (tmp_path / "i.npy.part").write_bytes(new[0][:-2]), (tmp_path / "i.jsonl.part").write_bytes(b"")
-    assert len(evaluation.Index(file, "w", 2).starts) == 3             # cut off before
-    index = evaluation.Index(file, "w", 2)
-    evaluation.Index(file, "w", 2).append(rows(7), [["x", 1, 1]])
-    with pytest.raises(ValueError, match="another search"):
-        index.append(rows(8), [["y", 1, 1]])
-    listed.write_bytes(b'{"id": 1}\n')                                  # somebody's own files are not written over
-    with pytest.raises(ValueError, match="are no index of pictures"):
-        evaluation.Index(file, "w", 2)
-    for own in (npy, listed):
-        (listed if own is npy else npy).unlink()
-        with pytest.raises(ValueError, match=f"{own.name} exists and is no index of pictures"):
-            evaluation.Index(file, "w", 2)
-        npy.write_bytes(whole[0]), listed.write_bytes(whole[1])
-
-
-def test_ctrl_c_keeps_what_was_embedded(checkpoint, photos):
-    for n in range(3000):
-        Image.new("RGB", (48, 96), (n % 256, 0, n // 256)).save(photos / f"m{n:04}.bmp")
-    process = start("eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "2")
-    while not any(p.read_text().count("\n") > 200 for p in photos.parent.glob("photos-*.jsonl")):
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate()[0]
-    assert process.returncode == 130 and "Traceback" not in said
-    there = len(index_of(photos)[1]) - 1
-    assert 200 <= there < 3016
-    assert "3,016 pictures" in search(checkpoint, photos) and len(index_of(photos)[0]) == 3016
-
-
-def test_two_processes_share_the_work(checkpoint, photos, tmp_path):
-    search(checkpoint, photos, "--index", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py", "--checkpoint", checkpoint, "--gallery", photos,
-               "--workers", "0", "--index", tmp_path / "two", "--query", "a man", "--page", tmp_path / "p.html"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("16 pictures") == 1
-    one, two = ({json.loads(line)[0]: row for line, row in zip((tmp_path / f"{n}.jsonl").read_text().splitlines()[1:], np.load(tmp_path / f"{n}.npy"))} for n in ("one", "two"))
-    assert one.keys() == two.keys() and all(np.allclose(one[p], two[p], atol=2e-3) for p in one)
-
-
-def test_best_equals_a_full_sort():
+def test_nearest_equals_a_full_sort():
     """In one piece and in several."""
     g = torch.Generator().manual_seed(0)
     gallery = F.normalize(torch.randn(20_000, 16, generator=g), dim=1).half()
     for queries, number in ((7, 1000), (7, 20_000), (700, 20_000)):
         query = F.normalize(torch.randn(queries, 16, generator=g), dim=1)
         want = (query @ gallery[:number].float().T).sort(dim=1, descending=True)
-        score, row = evaluation.best(gallery[:number].numpy(), query, 10)
+        score, row = evaluation.nearest(gallery[:number].numpy(), query, 10)
         assert torch.equal(row, want.indices[:, :10]) and torch.allclose(score, want.values[:, :10])
-    assert evaluation.best(gallery[:3].numpy(), query, 10)[1].shape == (700, 3)
+    assert evaluation.nearest(gallery[:3].numpy(), query, 10)[1].shape == (700, 3)
 
 
 def test_pictures_are_upright(tmp_path):
@@ -230,12 +53,6 @@ def test_pictures_are_upright(tmp_path):
     assert upright.size == (20, 40) and upright.getpixel((10, 5))[2] > 200 and upright.getpixel((10, 35))[0] > 200
     Image.new("RGB", (4000, 3000)).save(tmp_path / "big.jpg")
     assert data.load_image(tmp_path / "big.jpg", 300).size == (500, 375)
-
-
-def test_pictures_to_try_it_on(cuhk, tmp_path):
-    said = run("data.py", "--dataset", "cuhk", "--data-root", cuhk, "--pictures", tmp_path / "p")
-    names = sorted(p for p, *_ in evaluation.photos_in(tmp_path / "p"))
-    assert f"{len(names)} pictures" in said and len(names) == len(data.read("cuhk", cuhk, "test")) and names[0] == "0005_00000.png"
 
 
 def test_odd_names_and_queries(checkpoint, photos, tmp_path):
@@ -330,7 +147,7 @@ def test_the_page(server):
     like = get(port, "/?like=3&q=a+man&top=5")[2]
     assert like.count("class=hit>") == 5 and "<b>1</b> 1.000<br>03.png" in like
     why = get(port, "/?why=3&q=a+man+in+a+red+coat")[2]
-    assert "What in 03.png answers to the words" in why and check_word_maps.count("<figcaption>") >= 3
+    assert "What in 03.png answers to the words" in why and why.count("<figcaption>") >= 3
     status, headers, _ = get(port, "/photo?row=3")
     assert status == 200 and headers["Content-Type"] == "image/jpeg"
     one, two, both = (get(port, "/?" + urllib.parse.urlencode(dict(q=q, top=200)))[2] for q in ("a man", "a red coat", "a man\na red coat"))
@@ -457,11 +274,11 @@ def test_mistakes(checkpoint, photos, tmp_path, server):
     (tmp_path / "empty").mkdir()
     assert "holds no picture (.bmp, .jpeg" in search(checkpoint, tmp_path / "empty", "--query", "a", code=2)
     assert "no folder" in search(checkpoint, photos, "--index", tmp_path / "x/i", "--query", "a", code=2)
-    (tmp_path / "mine.npy").write_bytes(b"mine")
-    assert "is no index" in search(checkpoint, photos, "--index", tmp_path / "mine.npy", "--query", "a", code=2)
-    assert (tmp_path / "mine.npy").read_bytes() == b"mine"
+    (tmp_path / "mine.f16").write_bytes(b"mine")
+    assert "is no index" in search(checkpoint, photos, "--index", tmp_path / "mine.f16", "--query", "a", code=2)
+    assert (tmp_path / "mine.f16").read_bytes() == b"mine"
     assert f"port {server[0]} cannot be had" in search(checkpoint, photos, "--serve", server[0], "--index", tmp_path / "i", code=2)
-    assert not (tmp_path / "i.npy").exists()                            # said before anything is embedded
+    assert not (tmp_path / "i.f16").exists()                            # said before anything is embedded
     assert "empty text" in search(checkpoint, "", "--query", "a", code=2) and "empty text" in search(checkpoint, photos, "--index", "", code=2)
     assert "a port at most 65535" in search(checkpoint, photos, "--serve", 65536, code=2)
     assert "--tokenizer and --size are for" in search(checkpoint, photos, "--size", "96x48", "--query", "a", code=2)

@@ -1,0 +1,316 @@
+"""The index of a gallery: what is in it, what is embedded again, interruptions, folders that cannot be read."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import eval as evaluation
+import tbps
+from conftest import ROOT, run, start
+from gallery import checkpoint, index_of, photos, read_index, search                                    # noqa: F401
+
+
+def files_in(folder):
+    return [path for path, *_ in evaluation.gallery_files(folder, evaluation.collections.Counter(), [])]
+
+
+# ---- what the index holds -------------------------------------------------------------------------------------------
+
+def test_a_search(checkpoint, photos, tmp_path):
+    query, page = "A man in a red coat.", tmp_path / "p.html"
+    said = search(checkpoint, photos, "--query", query, "a woman", "--top", "16", "--explain", "1", "--page", page)
+    assert "16 pictures" in said and "cannot be read as pictures (1): broken.jpg" in said
+    rows, entries = index_of(photos)
+    assert rows.shape == (16, 128)
+    assert np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=2e-3)
+    assert sorted(p for p, *_ in entries) == sorted(set(files_in(photos)) - {"broken.jpg"})
+    # the features of row n are those of entry n
+    model, tokenizer, info = tbps.load_checkpoint(checkpoint)
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    paths = [photos / p for p, *_ in entries]
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(torch.stack([view(p) for p in paths])), dim=1)
+        text = F.normalize(model.encode_text(tokenizer([data.clean_caption(query)])), dim=1)
+    assert torch.allclose(torch.from_numpy(rows).float(), image, atol=1e-3)
+    want = (text @ image.T)[0].sort(descending=True)
+    printed = [line.split(maxsplit=2) for line in said.split(f"{query}\n")[1].splitlines()[:3]]
+    assert [r[2] for r in printed] == [str(paths[n].relative_to(photos)) for n in want.indices[:3]]
+    assert [float(r[1]) for r in printed] == pytest.approx(want.values[:3].tolist(), abs=2e-3)
+    html = page.read_text()
+    assert html.count("class=hit>") == 32 and html.count("data:image/jpeg") > 33
+    assert "ünï" in html and "<script" not in html
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Batch sizes that go through the image encoder."""
+    seen, encode = [], tbps.DualEncoder.encode_image
+
+    def counted(self, pixels, *more, **how):
+        seen.append(len(pixels))
+        return encode(self, pixels, *more, **how)
+    monkeypatch.setattr(tbps.DualEncoder, "encode_image", counted)
+    return seen
+
+
+def test_only_new_and_changed_files_are_embedded(checkpoint, photos, encoded):
+    search(checkpoint, photos)
+    rows, entries = index_of(photos)
+    encoded.clear()
+    search(checkpoint, photos)
+    assert sum(encoded) == 1 and (index_of(photos)[0] == rows).all()    # the unreadable file is tried again
+    (photos / "00.jpg").unlink()
+    Image.new("RGB", (30, 60), "red").save(photos / "a/01.png")
+    Image.new("RGB", (30, 60), "blue").save(photos / "new.png")
+    encoded.clear()
+    search(checkpoint, photos)
+    new_rows, new_entries = index_of(photos)
+    assert sum(encoded) == 3 and len(new_rows) == len(new_entries) == 16
+    old = {tuple(e): row for e, row in zip(entries, rows)}
+    kept = [e[0] for e, row in zip(new_entries, new_rows) if tuple(e) in old and (old[tuple(e)] == row).all()]
+    assert len(kept) == 14 and {e[0] for e in new_entries} - set(kept) == {"a/01.png", "new.png"}
+
+
+def test_other_weights_have_another_index(checkpoint, photos, tmp_path):
+    search(checkpoint, photos)
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["weights"]["image.proj"] += 0.1
+    torch.save(saved, tmp_path / "other.pt")
+    search(tmp_path / "other.pt", photos)
+    assert len(list(tmp_path.glob("photos-*.f16"))) == 2
+    assert "16 pictures" in search(tmp_path / "other.pt", photos, "--index", tmp_path / "i.f16")
+    before = read_index(tmp_path / "i")[0]
+    assert before.shape == (16, 128)
+    search(checkpoint, photos, "--index", tmp_path / "i")               # the same file for other weights: made anew
+    assert not (read_index(tmp_path / "i")[0] == before).all()
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+def rows(*numbers):
+    return np.float16([[n, n + 0.5] for n in numbers])
+
+
+def opened(file):
+    """What a newly opened index holds, if both its files and its memory agree."""
+    index = evaluation.Index(file, "w", 2)
+    entries = [evaluation.json.loads(line)[0] for line in index.lines()]
+    assert len(index.starts) == len(entries) and index.features().tolist() == read_index(file)[0].tolist()
+    return index.features().tolist(), entries
+
+
+@pytest.fixture
+def three(tmp_path):
+    """An index of three rows, as FILE."""
+    index = evaluation.Index(tmp_path / "i", "w", 2)
+    index.append(rows(0, 1), [["a", 1, 1], ["b", 1, 1]])
+    index.append(rows(2), [["c", 1, 1]])
+    assert opened(tmp_path / "i") == ([[0, 0.5], [1, 1.5], [2, 2.5]], ["a", "b", "c"])
+    return tmp_path / "i"
+
+
+def test_what_an_interrupted_append_left_is_cut(three):
+    with open(f"{three}.f16", "ab") as f:                               # rows without lines
+        f.write(rows(9).tobytes()[:3])
+    assert opened(three)[1] == ["a", "b", "c"]
+    with open(f"{three}.f16", "ab") as f:
+        f.write(rows(9).tobytes())
+    index = evaluation.Index(three, "w", 2)
+    index.append(rows(3), [["d", 1, 1]])
+    assert opened(three) == ([[0, 0.5], [1, 1.5], [2, 2.5], [3, 3.5]], ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_half_a_line_is_cut(three, cut):
+    os.truncate(f"{three}.jsonl", os.path.getsize(f"{three}.jsonl") - cut)
+    assert opened(three) == ([[0, 0.5], [1, 1.5]], ["a", "b"])
+
+
+@pytest.mark.parametrize("cut, left", [(1, "ab"), (4, "ab"), (5, "a")])
+def test_lines_without_rows_are_cut(three, cut, left):
+    os.truncate(f"{three}.f16", 12 - cut)
+    assert opened(three)[1] == list(left)
+
+
+def test_keep_is_atomic(three):
+    """Both new files are written, then the rows are replaced, then the list: wherever that ends, rows fit their lines."""
+    rows_file, list_file = (three.with_name(f"i.{ending}") for ending in ("f16", "jsonl"))
+    old = rows_file.read_bytes(), list_file.read_bytes()
+    evaluation.Index(three, "w", 2).keep([True, False, True])
+    new = rows_file.read_bytes(), list_file.read_bytes()
+    want = ([[0, 0.5], [2, 2.5]], ["a", "c"])
+    assert opened(three) == want
+    list_file.write_bytes(old[1])                                       # ended between the two replacements
+    list_file.with_name("i.jsonl.part").write_bytes(new[1])
+    assert opened(three) == want and not list_file.with_name("i.jsonl.part").exists()
+    rows_file.write_bytes(old[0]), list_file.write_bytes(old[1])        # ended while the list was written
+    rows_file.with_name("i.f16.part").write_bytes(new[0])
+    list_file.with_name("i.jsonl.part").write_bytes(new[1][:-4])
+    assert opened(three)[1] == ["a", "b", "c"]
+
+
+def test_two_searches_do_not_fill_the_same_index(three):
+    index = evaluation.Index(three, "w", 2)
+    evaluation.Index(three, "w", 2).append(rows(7), [["x", 1, 1]])
+    with pytest.raises(ValueError, match="another search"):
+        index.append(rows(8), [["y", 1, 1]])
+
+
+def test_files_of_others_are_not_written_over(three):
+    list_file = three.with_name("i.jsonl")
+    list_file.write_bytes(b'{"id": 1}\n')
+    with pytest.raises(ValueError, match="i.jsonl exists and is no index"):
+        evaluation.Index(three, "w", 2)
+    list_file.unlink()
+    with pytest.raises(ValueError, match="i.f16 exists and is no index"):
+        evaluation.Index(three, "w", 2)
+    list_file.write_text('{"weights": "w"}\n["a", 1, 1]\n')             # of the first edition: made anew
+    evaluation.Index(three, "w", 2).append(rows(5), [["e", 1, 1]])
+    assert opened(three) == ([[5, 5.5]], ["e"])
+
+
+def test_ctrl_c_keeps_what_was_embedded(checkpoint, photos):
+    for n in range(3000):
+        Image.new("RGB", (48, 96), (n % 256, 0, n // 256)).save(photos / f"m{n:04}.bmp")
+    process = start("eval.py", "--checkpoint", checkpoint, "--gallery", photos, "--workers", "2")
+    while not any(p.read_text().count("\n") > 200 for p in photos.parent.glob("photos-*.jsonl")):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert 200 <= len(index_of(photos)[1]) < 3016
+    assert "3,016 pictures" in search(checkpoint, photos) and len(index_of(photos)[0]) == 3016
+
+
+def test_two_processes_share_the_work(checkpoint, photos, tmp_path):
+    search(checkpoint, photos, "--index", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py",
+               "--checkpoint", checkpoint, "--gallery", photos, "--workers", "0", "--index", tmp_path / "two",
+               "--query", "a man", "--page", tmp_path / "p.html"]
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("16 pictures") == 1
+    one, two = ({e[0]: row for row, e in zip(*read_index(tmp_path / name))} for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(np.allclose(one[p], two[p], atol=2e-3) for p in one)
+
+
+# ---- folders that cannot be read ------------------------------------------------------------------------------------
+
+def forbid(monkeypatch, folder):
+    """Make a folder unlistable, as chmod 000 does for everybody but root."""
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_a_folder_that_cannot_be_listed_keeps_its_rows(checkpoint, photos, encoded, monkeypatch):
+    search(checkpoint, photos)
+    before = index_of(photos)
+    encoded.clear()
+    with monkeypatch.context() as patch:
+        forbid(patch, photos / "a")                                     # holds 8 of the 16 images, below it a/deep er
+        (photos / "00.jpg").unlink()
+        said = search(checkpoint, photos, "--query", "a man")
+        assert f"{photos / 'a'} cannot be listed (Permission denied)" in said and "15 pictures" in said
+        assert {p for p, *_ in index_of(photos)[1]} == {p for p, *_ in before[1]} - {"00.jpg"}
+    assert "cannot be listed" not in search(checkpoint, photos)
+    assert sum(encoded) == 2                                            # twice broken.jpg, nothing else
+
+
+def test_a_gallery_that_cannot_be_listed(checkpoint, photos, monkeypatch):
+    search(checkpoint, photos)
+    before = index_of(photos)
+    forbid(monkeypatch, photos)
+    assert f"{photos} cannot be listed: Permission denied" in search(checkpoint, photos, code=2)
+    assert index_of(photos)[1] == before[1]
+
+
+def test_a_file_that_cannot_be_examined_keeps_its_row(checkpoint, photos, monkeypatch):
+    """As in a folder that can be listed but not entered, or on a disk with errors."""
+    search(checkpoint, photos)
+    stat = os.stat
+
+    def refuse(path, **how):
+        if str(path).endswith("01.png"):
+            raise OSError(5, "Input/output error", str(path))
+        return stat(path, **how)
+    monkeypatch.setattr(os, "stat", refuse)
+    said = search(checkpoint, photos)
+    assert "01.png cannot be listed (Input/output error)" in said and "16 pictures" in said
+
+
+def test_a_missing_disk_does_not_empty_the_index(checkpoint, photos, tmp_path):
+    search(checkpoint, photos, "--index", tmp_path / "i")
+    (tmp_path / "gone").mkdir()
+    assert "its index is left as it is" in search(checkpoint, tmp_path / "gone", "--index", tmp_path / "i", code=2)
+    assert read_index(tmp_path / "i")[0].shape == (16, 128)
+
+
+def test_other_endings_are_counted(checkpoint, photos):
+    for name in ("a.jfif", "b.JFIF", "ünï/c.heic", ".hidden.gif"):
+        (photos / name).write_bytes(b"picture")
+    said = search(checkpoint, photos)
+    assert "skipped, as only .bmp .jpeg .jpg .png .webp are read: 2 .jfif, 1 .heic" in said and "gif" not in said
+
+
+def test_an_empty_gallery_leaves_no_files(checkpoint, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = search(checkpoint, tmp_path / "empty", "--query", "a", code=2)
+    assert "holds no picture (.bmp, .jpeg" in said and [p.name for p in tmp_path.iterdir()] == ["empty"]
+    (tmp_path / "empty/broken.jpg").write_bytes(b"no picture")
+    assert "that can be read" in search(checkpoint, tmp_path / "empty", "--query", "a", code=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_folder_that_cannot_be_written_to(checkpoint, photos, tmp_path, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(tmp_path) and access(path, mode))
+    said = search(checkpoint, photos, code=2)
+    assert f"the index cannot be written to {tmp_path}; --index FILE puts it elsewhere" in said
+    (tmp_path / "mine").mkdir()
+    assert "16 pictures" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
+    (photos / "broken.jpg").unlink()                                    # nothing is to be written now
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    assert "16 pictures" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
+
+
+class Constant(torch.nn.Module):
+    """Encodes every image as the same two numbers."""
+
+    def encode_image(self, pixels):
+        return torch.ones(len(pixels), 2)
+
+
+def test_a_view_gets_paths_and_may_refuse_them(photos, tmp_path):
+    """update_index without tbps or data: a view of Pillow alone, which refuses a picture of too many pixels."""
+    def view(path):
+        assert path.is_relative_to(photos)
+        with Image.open(path) as opened:
+            opened.load()
+        if path.name == "00.jpg":
+            raise Image.DecompressionBombError("too many pixels")
+        return torch.zeros(3, 4, 2)
+    index = evaluation.Index(tmp_path / "i", "w", 2)
+    bad, skipped, failed = evaluation.update_index(index, Constant(), view, (4, 2), photos, batch=5)
+    assert sorted(bad) == ["00.jpg", "broken.jpg"] and not skipped and not failed and len(index.starts) == 15
+    assert np.allclose(read_index(tmp_path / "i")[0], 0.5 ** 0.5, atol=1e-3)
+
+
+def test_pictures_to_try_it_on(cuhk, tmp_path):
+    said = run("data.py", "--dataset", "cuhk", "--data-root", cuhk, "--pictures", tmp_path / "p")
+    names = sorted(files_in(tmp_path / "p"))
+    assert f"{len(names)} pictures" in said and len(names) == len(data.read("cuhk", cuhk, "test"))
+    assert names[0] == "0005_00000.png"
