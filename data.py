@@ -14,6 +14,7 @@ import argparse
 import base64
 import csv
 import functools
+import gzip
 import html
 import io
 import json
@@ -22,16 +23,18 @@ import os
 import random
 import re
 import shutil
+import struct
 import sys
 import traceback
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, PngImagePlugin
 from tokenizers import Regex, Tokenizer as BPETokenizer, models, pre_tokenizers, trainers
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -67,31 +70,146 @@ def progress_bar(*items, **options):
     return tqdm(*items, **options)
 
 
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte-order mark. A .gz file is unpacked.
+
+    Raises ValueError naming the file if it is a damaged archive, a Git LFS pointer, or in another encoding."""
+    path = Path(path)
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer instead of the file itself; fetch the file with `git lfs pull`")
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path} is damaged ({e}); is the download complete?") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise ValueError(f"{path} is in UTF-16, not in UTF-8; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")                              # Excel begins its UTF-8 with a byte-order mark
+    except UnicodeDecodeError as e:
+        line = 1 + content.count(b"\n", 0, e.start)
+        raise ValueError(f"{path}, line {line}: it is not in UTF-8 but probably in {guess_encoding(content)}; "
+                         "save it as UTF-8") from None
+
+
+def guess_encoding(content):
+    """GBK writes a Chinese character as two bytes, most of them above 0x7f. In cp1252 such a byte stands alone."""
+    runs = re.findall(rb"[\x80-\xff]+", content)
+    in_pairs = sum(len(run) % 2 == 0 for run in runs)
+    return "GBK (Chinese)" if 2 * in_pairs > len(runs) else "cp1252 (Western European, the default of Windows)"
+
+
+def load_json(path):
+    """Raises ValueError naming the file if it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}); is the download complete?") from None
+
+
 def read(name, root="data", split="train", hold_out=True):
     """The records of one split ("train", "val", "test") of a data set; pids are the file's own.
 
-    name: cuhk, icfg, rstp (their folder, or its parent, is `root`), reid (a folder with the `train_reid.json` ... of TBPS-CLIP's
-    authors and the images), csv (columns image, caption, pid, split; `root` is the file or its folder), pairs (a folder
-    of generated ones: imgs/ and pairs.jsonl), toy, toy-few (a tenth of the persons), toy-generic (the domain for pre-training).
-    A set without a validation split (ICFG-PEDES) gets one: 200 training persons, seed 0; `hold_out=False` trains on them too.
-    Raises FileNotFoundError and ValueError in words made for users."""
+    name: cuhk, icfg, rstp (their folder, or its parent, is `root`), reid (a folder with the `train_reid.json` ... of
+    TBPS-CLIP's authors and the images), csv (columns image, caption, pid, split; `root` is the file or its folder), pairs
+    (a folder written by generate.py: imgs/ and pairs.jsonl), toy, toy-few (a tenth of the persons), toy-generic (the
+    domain for pre-training). A set without a validation split (ICFG-PEDES) gets one: 200 training persons, seed 0;
+    `hold_out=False` trains on them too. Rows that name the same image become one record.
+    Raises FileNotFoundError and ValueError that name the file and the row."""
     if name not in DATASETS:
         raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
     if name.startswith("toy"):
         return synthetic_pedestrians().draw("few" if name == "toy-few" and split == "train" else split,
                                             domain="generic" if name == "toy-generic" else "people")
-    rows = {"csv": read_csv, "reid": read_reid, "pairs": read_pairs}.get(name, functools.partial(read_json, name))(Path(root))
-    if unknown := sorted({str(r["split"]) for r in rows} - {"train", "val", "test"}):
-        raise ValueError(f"{name} in {root} has rows of the split {unknown[0]!r}; the splits are train, val and test")
-    if not any(r["split"] == "val" for r in rows) and hold_out:
+    return take_split(merge_rows(read_rows(name, root)), split, hold_out, name, root)
+
+
+def read_rows(name, root):
+    """All rows of a data set, checked: dict(image, captions, pid, split, where), where = file and row for messages."""
+    readers = {"csv": read_csv, "reid": read_reid, "pairs": read_pairs}
+    rows = readers.get(name, functools.partial(read_json, name))(Path(root))
+    return [check_row(row, row.get("where", f"{name} in {root}, row {n}")) for n, row in enumerate(rows, start=1)]
+
+
+def check_row(row, where):
+    """The row of a reader with a Path or uint8 array as image, lists of sentences as captions, an int as pid. Raises
+    ValueError, so that no mistake in the data waits for the end of the first epoch."""
+    if missing := {"image", "captions", "pid", "split"} - row.keys():
+        raise ValueError(f"{where}: it has no {', '.join(sorted(missing))}")
+    image, split = row["image"], row["split"]
+    if isinstance(image, str):
+        image = Path(image)
+    if not isinstance(image, Path) and not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
+        raise ValueError(f"{where}: image is {brief(image)}; it must be a path or a uint8 array (H, W, 3)")
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"{where}: split is {brief(split)}; the splits are train, val and test")
+    row = row | dict(image=image, where=where, captions=check_sentences(row["captions"], "captions", where),
+                     pid=check_pid(row["pid"], where))
+    translations = row.pop("captions_bt", None)
+    if translations not in (None, []):
+        translations = check_sentences(translations, "captions_bt", where)
+        if len(translations) > len(row["captions"]):
+            raise ValueError(f"{where}: {len(translations)} captions_bt belong to {len(row['captions'])} captions")
+        row["captions_bt"] = translations + [""] * (len(row["captions"]) - len(translations))
+    return row
+
+
+def check_sentences(value, key, where):
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}: {key} are {brief(value)}, not a list of sentences")
+    for text in value:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{where}: {key} hold half of a character, {brief(text[e.start:])} (a lone surrogate)") from None
+    return list(value)
+
+
+def check_pid(value, where):
+    """A whole number; "12" and 12.0 count as 12."""
+    try:
+        pid = int(value)
+    except (TypeError, ValueError, OverflowError):
+        pid = None
+    if pid is None or isinstance(value, float) and pid != value:
+        raise ValueError(f"{where}: pid is {brief(value)}, it must be a whole number")
+    if not -2 ** 63 <= pid < 2 ** 63:
+        raise ValueError(f"{where}: pid is {brief(value)}, it must fit in 64 bits")
+    return pid
+
+
+def brief(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def merge_rows(rows):
+    """One row per image: those that name the same image hand their captions to the first of them."""
+    merged = {}
+    for row in rows:
+        first = merged.setdefault(row["image"] if isinstance(row["image"], Path) else id(row["image"]), row)
+        if first is row:
+            continue
+        if (first["pid"], first["split"]) != (row["pid"], row["split"]):
+            raise ValueError(f"{row['where']}: {row['image']} has another pid or split than in {first['where']}")
+        if "captions_bt" in first or "captions_bt" in row:              # "" where a caption has no translation
+            first["captions_bt"] = sum((r.get("captions_bt", [""] * len(r["captions"])) for r in (first, row)), [])
+        first["captions"] = first["captions"] + row["captions"]
+    return list(merged.values())
+
+
+def take_split(rows, split, hold_out, name, root):
+    """The rows of one split as records. With hold_out a set without validation split gets one."""
+    if hold_out and not any(r["split"] == "val" for r in rows):
         pids = sorted({r["pid"] for r in rows if r["split"] == "train"})
         held = set(random.Random(0).sample(pids, min(200, -(-len(pids) // 10))))
         rows = [r | dict(split="val") if r["split"] == "train" and r["pid"] in held else r for r in rows]
-    records = [{k: v for k, v in r.items() if k != "split"} for r in rows if r["split"] == split]
+    records = [{k: v for k, v in r.items() if k not in ("split", "where")} for r in rows if r["split"] == split]
     if not records:
-        raise ValueError(f"{name} in {root} has no images in the split {split!r}; it has " +
-                         (", ".join(f"{n} in {s!r}" for s, n in Counter(r["split"] for r in rows).items()) or "no rows at all"))
-    for folder in sorted({r["image"].parent for r in records}):
+        there = ", ".join(f"{n} in {s!r}" for s, n in Counter(r["split"] for r in rows).items())
+        raise ValueError(f"{name} in {root} has no images in the split {split!r}; it has {there or 'no rows at all'}")
+    for folder in sorted({r["image"].parent for r in records if isinstance(r["image"], Path)}):
         need(folder, f"a folder of images that the {split} split of {name} uses", "unpack the rest of the archive, or " + ASK)
     return records
 
@@ -118,7 +236,7 @@ def read_json(name, root):
         need(places[len(files)] if (root / FOLDERS[name]).exists() else places[0], f"the annotation of {FOLDERS[name]}",
              f"--data-root is that folder or its parent; {ASK}")
     rows = load_rows(file, "img_path" if name == "rstp" else "file_path", file.parent / "imgs")
-    if name == "rstp" and len({r["pid"] for r in rows if r["split"] == "train"}) == 3901:
+    if name == "rstp" and len({str(r["pid"]) for r in rows if r["split"] == "train"}) == 3901:
         raise ValueError(f"{file} is the early RSTPReid annotation with a wrong split (3901/100/100 persons).\n"
                          "  Get the corrected one (3701/200/200) from the RSTPReid repository")
     return rows
@@ -126,18 +244,20 @@ def read_json(name, root):
 
 def load_rows(file, path_key, images, split=None):
     """A JSON list with id, captions, split and a path -> rows."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        for e in entries:
-            if not (isinstance(e["captions"], list) and e["captions"] and all(isinstance(c, str) for c in e["captions"])):
-                raise TypeError(f"captions of {e[path_key]} are {str(e['captions'])[:40]!r}, not a list of sentences")
-        return [dict(image=images / e[path_key], captions=list(e["captions"]), pid=int(e["id"]), split=split or e["split"])
-                | ({"captions_bt": e["captions_bt"]} if e.get("captions_bt") else {}) for e in entries]
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file} is not JSON ({e}); is the download complete?") from None
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{file} should be a list of objects with id, captions, {path_key}{'' if split else ' and split'}; "
-                         f"one of them fails with {type(e).__name__}: {e}") from None
+    entries, keys = load_json(file), ["id", "captions", path_key] + ["split"] * (split is None)
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} should be a list of objects with {', '.join(keys)}; it is {brief(entries)}")
+    rows = []
+    for n, e in enumerate(entries, start=1):
+        where = f"{file}, row {n}"
+        if not isinstance(e, dict):
+            raise ValueError(f"{where}: it should be an object with {', '.join(keys)}; it is {brief(e)}")
+        if missing := [key for key in keys if key not in e]:
+            raise ValueError(f"{where}: it has no {', '.join(missing)}")
+        image = images / e[path_key] if isinstance(e[path_key], str) else e[path_key]
+        rows.append(dict(image=image, captions=e["captions"], captions_bt=e.get("captions_bt"), pid=e["id"],
+                         split=split or e["split"], where=where))
+    return rows
 
 
 def read_reid(root):
@@ -154,42 +274,65 @@ def read_csv(root):
     files = [root] if root.is_file() else sorted(root.glob("*.csv"))
     if len(files) != 1:
         raise ValueError(f"{root} holds {len(files)} .csv files; name the one to read with --data-root FILE.csv")
-    rows = {}
+    file, rows = files[0], []
+    lines = csv_lines(file)
+    names = next(lines, (1, []))[1]
+    if missing := {"image", "caption", "pid", "split"} - set(names):
+        raise ValueError(f"{file} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(names) or 'none'} "
+                         "(columns are separated by commas)")
+    for line, fields in lines:
+        where = f"{file}, line {line}"
+        if len(fields) != len(names):
+            raise ValueError(f"{where}: it has {len(fields)} fields instead of {len(names)}")
+        check_quotes(names, fields, where)
+        row = dict(zip(names, fields))
+        rows.append(dict(image=file.parent / row["image"], captions=[row["caption"]], pid=row["pid"], split=row["split"], where=where))
+    return rows
+
+
+def csv_lines(file):
+    """Yields (number of the first line, fields) of each row of a csv file; empty lines are skipped."""
+    reader, line = csv.reader(io.StringIO(read_text(file), newline=""), strict=True), 1
     try:
-        text = files[0].read_text(encoding="utf-8-sig")                 # Excel begins its UTF-8 with a mark
-    except UnicodeDecodeError:
-        raise ValueError(f"{files[0]} is not in UTF-8; save it as such") from None
-    with io.StringIO(text, newline="") as f:
-        reader = csv.DictReader(f)
-        if missing := {"image", "caption", "pid", "split"} - set(reader.fieldnames or []):
-            raise ValueError(f"{files[0]} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['none'])} "
-                             "(columns are separated by commas)")
-        for line in reader:
-            if None in line or None in line.values():
-                raise ValueError(f"{files[0]}, line {reader.line_num}: it does not have {len(reader.fieldnames)} fields")
-            try:
-                row = rows.setdefault(line["image"], dict(image=files[0].parent / line["image"], captions=[], pid=int(line["pid"]), split=line["split"]))
-            except ValueError:
-                raise ValueError(f"{files[0]}, line {reader.line_num}: pid is {line['pid']!r}, it must be a whole number") from None
-            if (row["pid"], row["split"]) != (int(line["pid"]), line["split"]):
-                raise ValueError(f"{files[0]}, line {reader.line_num}: {line['image']} has another pid or split than before")
-            row["captions"].append(line["caption"])
-    return list(rows.values())
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"{file}, line {line}: {e}. Is there a stray quotation mark? Inside a quoted caption it is written twice") from None
+
+
+def check_quotes(names, fields, where):
+    """Raises ValueError if a stray quotation mark made one field of several rows. Captions may have several lines, but
+    then no line break stands between the end of one row and the beginning of the next."""
+    def fits(cells, columns):
+        found = dict(zip(columns, cells))
+        return found.get("split", "train") in ("train", "val", "test") and found.get("pid", "0").strip().isdigit()
+
+    for k, field in enumerate(fields):
+        before, after = names[:k], names[k + 1:]
+        parts = [part.split(",") for part in re.split("\r\n|\r|\n", field)]
+        for end, start in zip(parts, parts[1:]):
+            if len(end) > len(after) and len(start) > len(before) and fits(end[len(end) - len(after):], after) and fits(start, before):
+                raise ValueError(f"{where}: a stray quotation mark joins it with the following lines")
 
 
 def read_pairs(root):
     """A folder of generated pairs: imgs/ and pairs.jsonl, each generated person with an id of its own."""
     file = need(root / "pairs.jsonl", "the list of generated pairs", "such a folder holds imgs/ and pairs.jsonl")
-    records = []
-    for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    rows = []
+    for n, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             e = json.loads(line)
-            records.append(e | dict(image=root / "imgs" / e["image"], source=e["source_image"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            scores = {key: float(value) for key, value in dict(e.get("scores") or {}).items()}
+            rows.append(e | dict(image=root / "imgs" / e["image"], source=e["source_image"], scores=scores, where=f"{file}, line {n}"))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise ValueError(f"{file}, line {n}, is no generated pair ({type(e).__name__}: {e})") from None
-    if not records:
+    if not rows:
         raise ValueError(f"{file} has no pairs")
-    return records
+    return rows
 
 
 def gate(records, wanted):
@@ -217,9 +360,20 @@ def counts(records):
     return len({r["pid"] for r in records}), len(records), sum(len(r["captions"]) for r in records)
 
 
+# What Pillow raises for damaged files: not only OSError, but whatever its decoders run into
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, LookupError, EOFError,
+                  RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
+# A PNG with more than 1 MB of text, XMP or ICC profile is a good picture. All of them together stay below 64 MB
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
 def load_image(image, least=None):
-    """A path, or a uint8 array (H, W, 3), or what becomes one -> PIL image, RGB, upright where the camera said how it was held. With `least` a JPEG may come smaller,
-    but no less than so many pixels high and wide, which is fast. Raises ValueError naming a file that is no image or is cut off."""
+    """A path, or a uint8 array (H, W, 3) or what becomes one -> PIL image, RGB, upright as its EXIF says.
+
+    least: the picture may come smaller, but no less than so many pixels high and wide; fast for JPEG.
+    Raises FileNotFoundError, or ValueError naming the file if it is no picture, cut off or damaged."""
     if not isinstance(image, (str, Path)):
         return Image.fromarray(np.asarray(image))
     try:
@@ -228,11 +382,22 @@ def load_image(image, least=None):
                 return Image.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
             if least:
                 opened.draft("RGB", (least, least))
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            opened.load()
+            return upright(opened).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:                       # SyntaxError: broken PNG chunks
-        raise ValueError(f"{image} cannot be read as an image ({e}); replace it, or leave such files out with --skip-bad") from None
+    except DECODER_ERRORS as e:
+        raise ValueError(f"{image} cannot be read as an image ({e or type(e).__name__}); replace it, or leave such files out with --skip-bad") from None
+
+
+def upright(image):
+    """A loaded PIL image turned as the orientation in its EXIF says; as it is where that cannot be read. ImageOps.exif_transpose
+    would also write the EXIF anew, and fail on the oddities of other tags."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except DECODER_ERRORS:
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def broken(records):
@@ -607,21 +772,31 @@ def load_tokenizer(path, mask=False):
         names = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
         path = next((path / n for n in names if (path / n).exists()), None) or need(path / names[0], "the vocabulary of the tokenizer", f"or {names[1:]}")
     if path.suffix == ".json":
+        spec = load_json(path)
         try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            vocab = dict(spec["model"]["vocab"])
+            merges = [m.split(" ") if isinstance(m, str) else list(m) for m in spec["model"]["merges"]]
+        except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} is not a byte-pair tokenizer.json ({type(e).__name__}: {e})") from None
-        ours = Tokenizer(merges).bpe.get_vocab()
-        if differ := [t for t, i in ours.items() if model["vocab"].get(t) != i]:
-            raise ValueError(f"{path} numbers its tokens differently from CLIP, e.g. {differ[:3]}; it belongs to another model")
     else:
-        import gzip
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        merges = [line.split() for line in text.decode("utf-8").splitlines()[1:49152 - 256 - 2 + 1]]      # as CLIP cuts it
-        if not merges or any(len(m) != 2 for m in merges):
-            raise ValueError(f"{path} is not a list of merges, one pair a line")
+        merges = [line.split() for line in read_text(path).splitlines()[1:49152 - 256 - 2 + 1]]           # as CLIP cuts it
+    check_merges(path, merges)
+    if path.suffix == ".json":
+        if differ := [t for t, i in Tokenizer(merges).bpe.get_vocab().items() if vocab.get(t) != i]:
+            raise ValueError(f"{path} numbers its tokens differently from CLIP, e.g. {differ[:3]}; it belongs to another model")
     return Tokenizer(merges, mask)
+
+
+def check_merges(path, merges):
+    """Raises ValueError if these are not pairs of tokens, each a letter or made by an earlier merge."""
+    if not merges or any(len(m) != 2 or not all(isinstance(part, str) for part in m) for m in merges):
+        raise ValueError(f"{path} is not a list of merges, one pair a line")
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    known = {*letters, *(c + "</w>" for c in letters)}
+    for n, (a, b) in enumerate(merges, start=1):
+        if not {a, b} <= known:
+            raise ValueError(f"{path}: merge {n}, {brief(a)} {brief(b)}, uses a token that no earlier merge makes; is the file complete?")
+        known.add(a + b)
 
 
 def train_tokenizer(captions, vocab=1024, mask=False):
@@ -882,18 +1057,22 @@ def command(main, stopped="stopped"):
 
 def check(name, root, sheet):
     """Prints what the set holds beside what it should; writes a sample sheet. Returns the number of things that are wrong."""
-    wrong, splits = 0, {}
+    wrong, splits, rows = 0, {}, [] if name.startswith("toy") else read_rows(name, root)
+    images, count = merge_rows(rows), len(rows)
     print(f"{'split':8}{'persons':>10}{'images':>10}{'captions':>10}   published")
     for split in ("train", "val", "test"):
         if split == "val" and name in PUBLISHED and "val" not in PUBLISHED[name]:
             print(f"{split:8}{'none published: 200 training persons are held out by training':>62}")
             continue
-        records = splits[split] = read(name, root, split, hold_out=name not in PUBLISHED)
+        records = read(name, root, split) if name.startswith("toy") else take_split(images, split, name not in PUBLISHED, name, root)
+        splits[split] = records
         published = PUBLISHED.get(name, {}).get(split)
         differs = published is not None and published != counts(records)
         wrong += differs
         print(f"{split:8}" + "".join(f"{n:10,}" for n in counts(records)) + "   " +
               ("-" if published is None else " / ".join(f"{n:,}" for n in published) + ("   DIFFERS" if differs else "   ok")))
+    if count > len(images):
+        print(f"{count - len(images):,} of {count:,} rows name an image of an earlier row: their captions are added to it")
     for a, b in (("train", "test"), ("train", "val"), ("val", "test")):
         both = {r["pid"] for r in splits.get(a, [])} & {r["pid"] for r in splits.get(b, [])}
         if both:

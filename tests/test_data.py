@@ -42,8 +42,9 @@ def test_rstp(rstp):
 
 def test_reid_has_back_translations(tmp_path, people):
     for split, part in (("train", people[:16]), ("test", people[16:])):
-        rows = [dict(id=r["pid"], file_path=f"{n}.png", captions=r["captions"], captions_bt=[c.upper() for c in r["captions"]]) for n, r in enumerate(part)]
+        rows = [dict(id=r["pid"], file_path=f"{split}/{n}.png", captions=r["captions"], captions_bt=[c.upper() for c in r["captions"]]) for n, r in enumerate(part)]
         (tmp_path / f"{split}_reid.json").write_text(json.dumps(rows))
+        (tmp_path / split).mkdir()
     train = data.read("reid", tmp_path, "train")
     assert train[0]["captions_bt"] == [c.upper() for c in train[0]["captions"]]
     assert len({r["pid"] for r in data.read("reid", tmp_path, "val")}) == 1
@@ -91,7 +92,7 @@ def test_what_is_wrong_is_said(cuhk, rstp, tmp_path):
     said = error("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
     assert "imgs/Market" in said and "CUHK01/, cam_a/, test_query/" in said
     (tmp_path / "CUHK-PEDES/reid_raw.json").write_text('[{"split": "train", "captions": ["x"], "id": 1}]')
-    assert "KeyError: 'file_path'" in error("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
+    assert "row 1: it has no file_path" in error("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
     (tmp_path / "CUHK-PEDES/reid_raw.json").write_text('[{"split": "tra')
     assert "is the download complete?" in error("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
     early = [dict(id=n, img_path="x.jpg", captions=["a"], split="train" if n < 3901 else "val" if n < 4001 else "test") for n in range(4101)]
@@ -430,12 +431,12 @@ def test_more_mistakes_in_data(cuhk, tmp_path):
     head = "image,caption,pid,split\n"
     Image.new("RGB", (48, 96)).save(tmp_path / "a.png")
     assert csv(head + "a.png,a man,1,train\n", "utf-8-sig")[0]["captions"] == ["a man"]
-    for text, words in ((head + "a.png,a man,1,Train\n", "rows of the split 'Train'; the splits are train, val and test"),
-                        (head + "a.png,a man\n", "line 2: it does not have 4 fields"), (head, "it has no rows at all"),
+    for text, words in ((head + "a.png,a man,1,Train\n", "line 2: split is 'Train'; the splits are train, val and test"),
+                        (head + "a.png,a man\n", "line 2: it has 2 fields instead of 4"), (head, "it has no rows at all"),
                         ("image;caption;pid;split\n", "separated by commas")):
         with pytest.raises(ValueError, match=words):
             csv(text)
-    with pytest.raises(ValueError, match="not in UTF-8"):
+    with pytest.raises(ValueError, match="line 2: it is not in UTF-8"):
         csv(head + "a.png,caf\u00e9,1,train\n", "latin-1")
     csv(head + "".join(f"a.png{s},a,1,{s}\n" for s in ("train", "val", "test")).replace("a.pngtrain", "a.png"))
     for s in ("val", "test"):
