@@ -814,7 +814,15 @@ def train_tokenizer(captions, vocab=1024, mask=False):
 # ---- images: augmentation -------------------------------------------------------------------------------------------
 
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
+         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+         "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}                    # some of LAION's models, e.g. their ViT-L/14
+
+
+def mean_std(norm):
+    """Mean and standard deviation of the channels: those of a name in NORMS, or `norm` itself, (mean, std), as other CLIPs' configs have them."""
+    return NORMS[norm] if isinstance(norm, str) else norm
+
+
 POOL = ["jitter", "rotation", "crop", "gray", "flip", "erase"]         # what TBPS-CLIP draws from
 IMAGE_AUG = ["pool", "stack", "reid", "shift", "none", *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
 
@@ -844,7 +852,7 @@ class TrainView:
     def __init__(self, size, image_aug="pool", norm="imagenet", resize="bilinear"):
         assert image_aug in IMAGE_AUG, image_aug
         self.scale, self.ops, self.image_aug = Scale(size, resize), image_ops(size), image_aug
-        self.normalize = v2.Normalize(*NORMS[norm])
+        self.normalize = v2.Normalize(*mean_std(norm))
         if image_aug == "reid":
             self.normalize = v2.Compose([self.normalize, v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(NORMS[norm][0]))])
 
@@ -865,7 +873,7 @@ class SelfView:
         self.size = size
         self.crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=crop_ratio(size), antialias=True)
         self.colour = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)])
-        self.finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*NORMS[norm])])
+        self.finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*mean_std(norm))])
 
     def __call__(self, image, flip=True):
         image = self.colour(self.crop(image))
@@ -894,7 +902,7 @@ class EvalView:
     """What the model sees outside training: path, array or PIL image -> (3, H, W), scaled and normalised."""
 
     def __init__(self, size, norm="imagenet", resize="bicubic"):
-        self.scale, self.normalize = Scale(size, resize), v2.Normalize(*NORMS[norm])
+        self.scale, self.normalize = Scale(size, resize), v2.Normalize(*mean_std(norm))
 
     def __call__(self, image):
         return self.normalize(self.scale(image if isinstance(image, Image.Image) else load_image(image)))

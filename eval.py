@@ -878,7 +878,7 @@ def export(model, tokenizer, info, folder):
     if not worst < 1e-4:
         raise ValueError(f"the exported programs differ from the checkpoint by {worst:.2g}: do not use {folder}")
     tokenizer.bpe.save(str(folder / "tokenizer.json"))
-    mean, std = data.NORMS[info["norm"]]
+    mean, std = data.mean_std(info["norm"])
     (folder / "info.json").write_text(json.dumps(dict(size=info["size"], mean=mean, std=std, resize=info["resize"], clean=info["clean"], context=data.CONTEXT,
                                                       start=tokenizer.eot - 1, end=tokenizer.eot, embed=model.arch["embed"]), indent=1))
     return worst
@@ -903,10 +903,10 @@ def open_model(source, device="cpu", tokenizer=None, size=None):
         if tokenizer or size:
             raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; {path} is a checkpoint and knows its own")
         return tbps.load_checkpoint(path, device)
-    model, tokenizer = tbps.load_clip(source, size), tbps.tokenizer_for(source, tokenizer)
+    model, tokenizer = tbps.load_clip(path, size), tbps.tokenizer_for(path, tokenizer)
     if tokenizer.vocab != model.arch["vocab"]:
         raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
-    info = dict(size=model.arch["image_size"], norm="clip", resize="bicubic", clean=False, method="zero-shot", epoch=0, args={})
+    info = tbps.preprocessing_for(path) | dict(size=model.arch["image_size"], method="zero-shot", epoch=0, args={})
     return model.eval().to(device), tokenizer, info
 
 

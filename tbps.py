@@ -34,6 +34,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -231,13 +232,13 @@ class DualEncoder(nn.Module):
     a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
 
     def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
-                 head_width=64, stride=None, quick_gelu=True, prompt=0, adapter=0.0, text_dropout=0.0, patch_drop=0.0, lock_patch=False):
+                 head_width=64, text_head_width=None, stride=None, quick_gelu=True, prompt=0, adapter=0.0, text_dropout=0.0, patch_drop=0.0, lock_patch=False):
         super().__init__()
         self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
                          text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, head_width=head_width,
-                         stride=stride or patch, quick_gelu=quick_gelu, prompt=prompt, adapter=adapter)
+                         text_head_width=text_head_width or head_width, stride=stride or patch, quick_gelu=quick_gelu, prompt=prompt, adapter=adapter)
         self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu, adapter)
-        self.text = TextTower(vocab, context, text_width, head_width, text_layers, embed, text_dropout, quick_gelu, prompt)
+        self.text = TextTower(vocab, context, text_width, text_head_width or head_width, text_layers, embed, text_dropout, quick_gelu, prompt)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
         self.image.patch_drop = patch_drop
@@ -305,60 +306,157 @@ class DualEncoder(nn.Module):
 
 # ---- weights: every format people have ------------------------------------------------------------------------------
 
-KNOWN_SHA256 = {  # OpenAI's archives
-    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "ViT-B/16",
-    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "ViT-B/32",
-    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "ViT-L/14",
-    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L/14@336px"}
-OPENAI_NAMES = [  # OpenAI's name -> ours, applied in this order
-    (r"^visual\.", "image."), (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
-    (r"transformer\.resblocks\.", "blocks."), (r"attn\.in_proj_", "attn.qkv."), (r"attn\.out_proj", "attn.proj"),
-    (r"\.ln_([12])\.", r".ln\1."), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"conv1\.", "patch."), (r"class_embedding", "cls"),
-    (r"token_embedding", "tok"), (r"positional_embedding", "pos"), (r"text_projection", "proj"), (r"ln_final", "ln_post")]
-HF_NAMES = [  # Hugging Face's name -> OpenAI's, but for q, k, v, which are stacked, and the projections, which are transposed
-    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"), (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"), (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),
-    (r"^vision_model\.post_layernorm", "visual.ln_post"), (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
-    (r"^visual_projection\.weight", "visual.proj"), (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"), (r"^text_model\.final_layer_norm", "ln_final"),
-    (r"^text_model\.encoder\.layers", "transformer.resblocks"), (r"^text_projection\.weight", "text_projection"),
-    (r"\.self_attn\.out_proj", ".attn.out_proj"), (r"\.self_attn\.q_proj\.", ".attn.in_proj_"), (r"\.layer_norm([12])", r".ln_\1"),
-    (r"\.mlp\.fc1", ".mlp.c_fc"), (r"\.mlp\.fc2", ".mlp.c_proj")]
-NOT_WEIGHTS = r"^(input_resolution|context_length|vocab_size|(text|vision)_model\.embeddings\.position_ids)$"   # integers packed along
-ENCODER = r"^(?:\w+\.)*?(visual\..+|transformer\.resblocks\..+|token_embedding\.weight|positional_embedding|ln_final\..+|text_projection|logit_scale)$"
-WEIGHT_FILES = ["model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin"]
-SIDE_FILES = ["config.json", "open_clip_config.json", "tokenizer.json", "merges.txt"]
+# All addresses that a user may need to fetch CLIP by hand
+OPENAI_ARCHIVE = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
+OPENAI_SHA256 = {
+    "ViT-B-16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-B-32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-L-14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L-14-336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+OPENAI_VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
+
+HF_TO_OPENAI = [  # name in transformers' CLIPModel -> OpenAI's name, applied in this order
+    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),                  # transformers' own spelling
+    (r"^vision_model\.post_layernorm", "visual.ln_post"),
+    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
+    (r"^visual_projection\.weight", "visual.proj"),
+    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^text_model\.final_layer_norm", "ln_final"),
+    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"\.self_attn\.out_proj", ".attn.out_proj"),
+    (r"\.self_attn\.q_proj\.", ".attn.in_proj_"),
+    (r"\.layer_norm([12])", r".ln_\1"),
+    (r"\.mlp\.fc1", ".mlp.c_fc"),
+    (r"\.mlp\.fc2", ".mlp.c_proj"),
+]
+OPENAI_TO_OURS = [
+    (r"^visual\.", "image."),
+    (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
+    (r"transformer\.resblocks\.", "blocks."),
+    (r"attn\.in_proj_", "attn.qkv."),
+    (r"attn\.out_proj", "attn.proj"),
+    (r"\.ln_([12])\.", r".ln\1."),
+    (r"mlp\.c_fc", "fc1"),
+    (r"mlp\.c_proj", "fc2"),
+    (r"conv1\.", "patch."),
+    (r"class_embedding", "cls"),
+    (r"token_embedding", "tok"),
+    (r"positional_embedding", "pos"),
+    (r"text_projection", "proj"),
+    (r"ln_final", "ln_post"),
+]
+WRAPPERS = r"^((module|model|clip|clip_model)\.)+"                      # modules that people wrap a CLIP in
+NOT_WEIGHTS = r"(^|\.)(input_resolution|context_length|vocab_size|position_ids|attn_mask)$"     # constants saved along
+ENCODER = (r"^(?:\w+\.)*?(visual\..+|transformer\.resblocks\..+|token_embedding\.weight|positional_embedding|"
+           r"ln_final\..+|text_projection|logit_scale)$")
+
+# Weights and their config are a pair: name of the weights -> name of the config, and the key that shows it is a CLIP's
+WEIGHT_FILES = {
+    "model.safetensors": "config.json",
+    "model.safetensors.index.json": "config.json",                      # a list of shards
+    "open_clip_model.safetensors": "open_clip_config.json",
+    "open_clip_pytorch_model.bin": "open_clip_config.json",
+    "pytorch_model.bin": "config.json",
+}
+CONFIG_KEYS = {"open_clip_config.json": "model_cfg", "config.json": "vision_config"}
+VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
+
+
+def rename(name, table):
+    """Apply every (pattern, replacement) of the table in order."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def read_json(path):
+    """The object in a JSON file, {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))      # with or without a byte-order mark
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object; remove it, or fetch it again")
+    return content
+
+
+def rank_weight_files(folder):
+    """Names of weights files, best first: those whose own config is in the folder and is the config of a CLIP."""
+    def lacks_config(name):
+        config = WEIGHT_FILES[name]
+        return CONFIG_KEYS[config] not in read_json(folder / config)
+    return sorted(WEIGHT_FILES, key=lacks_config)                       # stable: else the order of the table
 
 
 def find_weights(source):
-    """A local file or folder, or a hub id, which is fetched through huggingface_hub's cache -> path of the weights file."""
+    """Path of the weights file of a local file or folder, or of a hub id, which huggingface_hub fetches into its cache."""
     path = Path(source)
     if path.is_dir():
-        files = [path / n for n in WEIGHT_FILES if (path / n).exists()] or sorted(path.glob("*.pt"))
-        return files[0] if files else data.need(path / WEIGHT_FILES[0], "the CLIP weights", f"or one of {', '.join(WEIGHT_FILES[1:])}, *.pt")
-    if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return data.need(path, "the CLIP weights", "weights are a file, a folder or a hub id like openai/clip-vit-base-patch16; --clip none trains from scratch")
+        files = [path / name for name in rank_weight_files(path) if (path / name).exists()] or sorted(path.glob("*.pt"))
+        first, *others = WEIGHT_FILES
+        return files[0] if files else data.need(path / first, "the CLIP weights", f"or one of {', '.join(others)}, *.pt")
+    is_file_name = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if path.exists() or is_file_name or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return data.need(path, "the CLIP weights", "weights are a file, a folder or a hub id like "
+                         "openai/clip-vit-base-patch16; --clip none trains from scratch")
+    return fetch_weights(str(source))
+
+
+def fetch_weights(hub_id):
+    """The weights of a model on the hub, with its config and vocabulary beside them."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, LocalEntryNotFoundError
-    found, reason = {}, None
-    for name in SIDE_FILES + WEIGHT_FILES:
-        if any(n in found for n in WEIGHT_FILES):
-            break
+    from huggingface_hub import errors
+    failures = []
+
+    def fetch(name):
         try:
-            found[name] = hf_hub_download(str(source), name, local_files_only=reason is not None)         # having waited for the hub once
-        except LocalEntryNotFoundError as e:                            # no network, and not in the cache
-            reason = e
-        except RepositoryNotFoundError:
-            raise ValueError(f"{source} is neither a file here nor a model on the hub") from None
-        except EntryNotFoundError:                                      # the hub has the model but not this file
-            continue
-        except (HfHubHTTPError, OSError) as e:
-            reason = e
-    if not any(n in found for n in WEIGHT_FILES):
-        why = f"the hub cannot be reached ({type(reason).__name__})" if reason else f"it has none of {', '.join(WEIGHT_FILES)}"
-        raise FileNotFoundError(f"no CLIP weights from {source}: {why}\n  Fetch the model on a machine with network and name its file or folder; "
-                                "--clip none trains from scratch")
-    return Path(next(found[n] for n in WEIGHT_FILES if n in found))
+            return Path(hf_hub_download(hub_id, name, local_files_only=bool(failures)))     # do not wait twice for the hub
+        except errors.LocalEntryNotFoundError as e:                     # no network, and not in the cache
+            failures.append(e)
+        except errors.RepositoryNotFoundError:
+            raise ValueError(f"{hub_id} is neither a file here nor a model on the hub") from None
+        except errors.EntryNotFoundError:                               # the hub has the model but not this file
+            pass
+        except (errors.HfHubHTTPError, OSError) as e:
+            failures.append(e)
+
+    side_files = [*CONFIG_KEYS, "preprocessor_config.json", *VOCABULARIES[:2]]
+    found = [path for name in side_files if (path := fetch(name))]
+    names = rank_weight_files(found[0].parent) if found else WEIGHT_FILES
+    path = next((path for name in names if (path := fetch(name))), None)
+    if path is None:
+        reason = f"the hub cannot be reached ({type(failures[0]).__name__})" if failures else f"it has none of {', '.join(names)}"
+        raise FileNotFoundError(f"no CLIP weights from {hub_id}: {reason}\n{how_to_fetch(hub_id)}")
+    if path.name.endswith(".index.json"):
+        for name in shard_names(path):
+            fetch(name)
+    return path
+
+
+def how_to_fetch(hub_id):
+    """Commands that fetch weights and vocabulary by hand."""
+    archive = OPENAI_ARCHIVE.format(sha256=OPENAI_SHA256["ViT-B-16"], name="ViT-B-16")
+    return (f"  Fetch weights and vocabulary where there is a network, then name the folder with --clip:\n"
+            f"    hf download {hub_id} --exclude '*.h5' --exclude '*.msgpack' --local-dir {hub_id.split('/')[1]}\n"
+            f"  or, without the hub, OpenAI's ViT-B/16:\n"
+            f"    mkdir clip && cd clip && curl -LO {archive} -LO {OPENAI_VOCABULARY}\n"
+            f"  --clip none trains from scratch")
+
+
+def shard_names(index):
+    """The files that a model.safetensors.index.json lists."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+        raise ValueError(f"{index} does not list the files of a model (weight_map)")
+    return sorted(set(names.values()))
 
 
 def names_in(path):
@@ -369,31 +467,52 @@ def names_in(path):
         return archive.namelist()
 
 
+def allowed_classes():
+    """What may lie beside tensors in a file, for torch.load(weights_only=True): numpy's scalars and arrays, under the names of
+    numpy 1 and 2, and TBPS-CLIP's configuration, an EasyDict, which becomes a plain dict. None of them runs code."""
+    classes = [np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+    for example in (np.float64(0), np.zeros(0)):
+        maker = example.__reduce__()[0]
+        classes += [(maker, f"{package}.multiarray.{maker.__name__}") for package in ("numpy.core", "numpy._core")]
+    return classes + [(collections.OrderedDict, "easydict.EasyDict")]
+
+
+def read_torchscript(path):
+    with open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 not in OPENAI_SHA256.values():
+        print(f"warning: {path} is a TorchScript archive, but none that OpenAI published (sha256 {sha256[:12]}...)", file=sys.stderr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                  # torch prefers torch.export; OpenAI's files stay what they are
+        return torch.jit.load(path, map_location="cpu").state_dict()
+
+
 def read_file(path):
-    """Any weights file -> what is in it: a dict of tensors, or a training checkpoint that holds one."""
+    """Any weights file -> what is in it: a dict of tensors, or a training checkpoint that holds one. Runs no code of the file."""
+    if path.name.endswith(".index.json"):
+        shards = [data.need(path.parent / name, "a part of the weights", f"{path} lists it") for name in shard_names(path)]
+        return {name: w for shard in shards for name, w in read_file(shard).items()}
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, a text that stands for the file. Fetch the file itself: git lfs pull")
-    if path.suffix != ".safetensors" and not head.startswith((b"PK", b"\x80")):                          # neither zip nor pickle
-        raise ValueError(f"{path} cannot be read as weights: it has {path.stat().st_size:,} bytes and begins with {head[:24]!r}")
+    size = f"{path.stat().st_size:,} bytes"
+    if path.suffix != ".safetensors" and not head.startswith((b"PK", b"\x80")):                     # neither zip nor pickle
+        raise ValueError(f"{path} cannot be read as weights: it has {size} and begins with {head[:24]!r}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if any(name.endswith("/constants.pkl") for name in names_in(path)):                             # TorchScript
-            with open(path, "rb") as f:
-                sha = hashlib.file_digest(f, "sha256").hexdigest()
-            if sha not in KNOWN_SHA256:
-                print(f"warning: {path} is a TorchScript archive, but none that OpenAI published (sha256 {sha[:12]}...)", file=sys.stderr)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)          # torch would rather see torch.export; OpenAI's files are what they are
-                return torch.jit.load(path, map_location="cpu").state_dict()
-        # TBPS-CLIP's authors pickled their configuration, an EasyDict: let it become a plain dict, and nothing else run
-        with torch.serialization.safe_globals([(collections.OrderedDict, "easydict.EasyDict")]):
+        if any(name.endswith("/constants.pkl") for name in names_in(path)):
+            return read_torchscript(path)
+        with torch.serialization.safe_globals(allowed_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
-        raise ValueError(f"{path} cannot be read as weights: {why}\n  Is the download complete? It has {path.stat().st_size:,} bytes") from None
+        if found := re.search(r"GLOBAL (\S+)", str(e)):
+            raise ValueError(f"{path} holds an object of {found[1]} beside the weights; it is not loaded, as that could run code"
+                             "\n  Save the weights alone, where the file comes from: "
+                             "torch.save(model.state_dict(), 'weights.pt')") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}\n  Is the download complete? It has {size}") from None
 
 
 def to_openai_names(weights, source):
@@ -409,58 +528,139 @@ def to_openai_names(weights, source):
             w = torch.cat([weights[p] for p in parts])
         if name in ("visual_projection.weight", "text_projection.weight"):
             w = w.T
-        for pattern, replacement in HF_NAMES:
-            name = re.sub(pattern, replacement, name)
-        theirs[name] = w
+        theirs[rename(name, HF_TO_OPENAI)] = w
     return theirs
 
 
-def read_arch(weights, source):
-    """The architecture of a CLIP with OpenAI's names, from the shapes of its tensors."""
-    if any(n.startswith("visual.layer1") or n.startswith("visual.attnpool") for n in weights):
+def find_config(path):
+    """The config beside a weights file -> its path, its content; None, {} if there is none."""
+    own = WEIGHT_FILES.get(path.name, "open_clip_config.json")
+    names = sorted(CONFIG_KEYS, key=lambda name: name != own)           # its own first
+    found = [path.parent / name for name in names if (path.parent / name).exists()]
+    for file in found:
+        if CONFIG_KEYS[file.name] in (config := read_json(file)):
+            return file, config
+    if found:                                                           # e.g. of timm
+        raise ValueError(f"{found[0]} is not the configuration of a CLIP; remove it, or fetch it again")
+    return None, {}
+
+
+def read_config(path):
+    """What the config beside a weights file says and tensors do not tell. Without a config: what OpenAI's models have.
+
+    -> dict(file, quick_gelu, head_width, text_head_width, sizes of images (H, W) that it names, and how images are prepared: norm,
+    a name in data.NORMS or (mean, std), and resize)"""
+    said = dict(file=None, quick_gelu=True, head_width=64, text_head_width=64, sizes=[], norm="clip", resize="bicubic")
+    file, config = find_config(path)
+    if file is None:
+        return said
+    try:
+        return said | dict(file=file.name) | (read_hf_config if file.name == "config.json" else read_open_clip_config)(config, file.parent)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise ValueError(f"{file} is not the configuration of a CLIP that can be read ({type(e).__name__}: {e})") from None
+
+
+def read_open_clip_config(config, folder):
+    model, views = config["model_cfg"], config.get("preprocess_cfg", {})
+    image, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    said = dict(quick_gelu=model.get("quick_gelu", False), head_width=image.get("head_width", 64),
+                text_head_width=text.get("width", 512) // text.get("heads", 8), sizes=[image.get("image_size", 224)])
+    return said | read_views(views.get("mean"), views.get("std"), views.get("interpolation"), said["sizes"] + [views.get("size")])
+
+
+def read_hf_config(config, folder):
+    image, text = config["vision_config"], config.get("text_config", {})
+    views = read_json(folder / "preprocessor_config.json")
+    activations = {part.get("hidden_act", "quick_gelu") for part in (image, text)}
+    if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
+        raise KeyError(f"hidden_act {activations}")
+    said = dict(quick_gelu="quick_gelu" in activations, head_width=image.get("hidden_size", 768) // image.get("num_attention_heads", 12),
+                text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8))
+    sizes = [image.get("image_size", 224), views.get("crop_size"), views.get("size")]
+    return said | read_views(views.get("image_mean"), views.get("image_std"), views.get("resample"), sizes)
+
+
+def read_views(mean, std, resize, sizes):
+    """How images are prepared, from the config's words for it: None stands for what OpenAI's models have."""
+    said = dict(sizes=[])
+    if mean and std:
+        values = tuple(mean), tuple(std)
+        said["norm"] = next((name for name, known in data.NORMS.items() if known == values), values)
+    if resize is not None:
+        said["resize"] = {"bilinear": "bilinear", "bicubic": "bicubic", 2: "bilinear", 3: "bicubic"}[resize]     # Pillow's numbers
+    for size in sizes:
+        if isinstance(size, dict):                                      # transformers'
+            size = size.get("shortest_edge") or (size["height"], size["width"])
+        if size:
+            said["sizes"].append((size, size) if isinstance(size, int) else tuple(size))
+    return said
+
+
+def patch_grid(size, patch, stride):
+    """Rows and columns of patches in an image of size (H, W)."""
+    return tuple((side - patch) // stride + 1 for side in size)
+
+
+def read_image_size(n, patch, sizes, asked, stride, source):
+    """The image size (H, W) and stride of n patch positions, which a file of tensors does not tell: a size that a config names or that is
+    asked for, if it has as many patches; else the only likely one. Raises ValueError, asking for the size, if several are likely."""
+    for size, step in [(size, patch) for size in sizes] + [(asked, stride or patch)] * (asked is not None):
+        if math.prod(patch_grid(size, patch, step)) == n:
+            return tuple(size), step
+    likely = []
+    for ratio in (3, 4, 2, 1):                                          # persons are tall: IRRA's 384x128 is 24 x 8 patches of 16
+        columns = math.isqrt(n // ratio)
+        if ratio * columns ** 2 == n:
+            likely.append((ratio * columns * patch, columns * patch))
+    published = [size for size in likely if size in ((224, 224), (336, 336))]      # the sizes of OpenAI's and LAION's models
+    if len(likely) == 1 or published:
+        return (published or likely)[0], patch
+    which = " or ".join(f"{h}x{w}" for h, w in likely)
+    raise ValueError(f"{source} has {n} positions of {patch}x{patch} patches, which " + (f"may be images of {which}" if likely else "fit no "
+                     "usual image size") + "\n  Name the size it was trained with: --size HxW (eval.py), --set height=H width=W (tbps.py), "
+                     "image_size=(H, W) (Python)")
+
+
+def read_arch(weights, config, image_size, stride, source):
+    """The architecture of a CLIP with OpenAI's names, from the shapes of its tensors and from its config, as read_config has it."""
+    if any(n.startswith(("visual.layer1", "visual.attnpool")) for n in weights):
         raise ValueError(f"{source} is a CLIP with a ResNet image tower; only vision transformers (ViT-B/32, ViT-B/16, ViT-L/14) can be read")
-    for name in ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "positional_embedding", "text_projection"):
+    dims = {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2, "positional_embedding": 2,
+            "text_projection": 2}
+    for name, number in dims.items():
         if name not in weights:
             raise ValueError(f"{source} is no CLIP that can be read: it lacks {name}. It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
-
-    for name, dims in {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2, "text_projection": 2}.items():
-        if weights[name].ndim != dims:
-            raise ValueError(f"{source}: tensor {name} is {tuple(weights[name].shape)}, it should have {dims} dimensions")
+        if weights[name].ndim != number:
+            raise ValueError(f"{source}: tensor {name} is {tuple(weights[name].shape)}, it should have {number} dimensions")
 
     def depth(pattern):
         return 1 + max((int(m[1]) for n in weights if (m := re.match(pattern, n))), default=-1)
 
-    layers = depth(r"visual\.transformer\.resblocks\.(\d+)\."), depth(r"transformer\.resblocks\.(\d+)\.")
+    image_layers, text_layers = depth(r"visual\.transformer\.resblocks\.(\d+)\."), depth(r"transformer\.resblocks\.(\d+)\.")
     width, _, patch, _ = weights["visual.conv1.weight"].shape
+    vocab, text_width = weights["token_embedding.weight"].shape
+    context = len(weights["positional_embedding"])
+    known_from = config["file"] or "assumed: OpenAI's, as there is no config beside the weights"
+    known_width = width <= 1024 or config["file"]                       # larger ones have heads of 80 and more
+    if not known_width or width % config["head_width"] or text_width % config["text_head_width"] or not image_layers or not text_layers:
+        raise ValueError(f"{source} is a CLIP with {image_layers} + {text_layers} layers, {width} and {text_width} wide, whose heads are not known "
+                         f"({known_from}); ViT-B/32, ViT-B/16 and ViT-L/14 can be read without a config, others with theirs")
+    if context < data.CONTEXT:
+        raise ValueError(f"{source} reads texts of {context} tokens; captions here take {data.CONTEXT}, as in OpenAI's CLIP")
     n = len(weights["visual.positional_embedding"]) - 1
-    side = math.isqrt(n)
-    rows, cols = (side, side) if side * side == n else (3 * math.isqrt(n // 3), math.isqrt(n // 3))       # persons: 24 x 8
-    if width > 1024 or width % 64 or 0 in layers:               # larger towers have heads of 80 and more, which shapes do not tell
-        raise ValueError(f"{source} is a CLIP with {layers[0]} + {layers[1]} layers, {width} wide; known are ViT-B/32, ViT-B/16 and ViT-L/14")
-    if rows * cols != n:
-        raise ValueError(f"{source} has {n} patch positions, neither a square grid nor one of 3 : 1")
-    return dict(embed=weights["text_projection"].shape[1], image_size=(rows * patch, cols * patch), patch=patch, image_width=width,
-                image_layers=layers[0], text_width=weights["token_embedding.weight"].shape[1], text_layers=layers[1], vocab=len(weights["token_embedding.weight"]),
-                context=len(weights["positional_embedding"]))
-
-
-def read_activation(folder):
-    """Whether QuickGELU, the one thing that shapes do not tell, and from where it is known: a config.json beside the weights, or
-    the assumption that weights without one are OpenAI's."""
-    for name in ("config.json", "open_clip_config.json"):
-        if not (folder / name).exists():
-            continue
-        try:
-            config = json.loads((folder / name).read_text())
-            quick = config["model_cfg"].get("quick_gelu", False) if name[0] == "o" else config["vision_config"].get("hidden_act", "quick_gelu") == "quick_gelu"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{folder / name} is not the configuration of a CLIP; remove it, or get it again") from None
-        return quick, f"({name})"
-    return True, "(assumed: OpenAI's; LAION's models need their config.json beside the weights)"
+    size, stride = read_image_size(n, patch, config["sizes"], image_size, stride, source)
+    arch = dict(embed=weights["text_projection"].shape[1], image_size=size, patch=patch, stride=stride, image_width=width,
+                image_layers=image_layers, text_width=text_width, text_layers=text_layers, vocab=vocab, context=context,
+                head_width=config["head_width"], text_head_width=config["text_head_width"], quick_gelu=config["quick_gelu"])
+    rows, columns = patch_grid(size, patch, stride)
+    print(f"clip: {layers_of(arch)}; {rows}x{columns} positions, of images of {size[0]}x{size[1]}; heads of {arch['head_width']}, "
+          f"{'Quick' * arch['quick_gelu']}GELU ({known_from})")
+    return arch
 
 
 def layers_of(arch):
-    return f"patch {arch['patch']}, image {arch['image_layers']} layers of {arch['image_width']}, text {arch['text_layers']} layers of {arch['text_width']}"
+    return (f"patch {arch['patch']}, image {arch['image_layers']} layers of {arch['image_width']}, "
+            f"text {arch['text_layers']} layers of {arch['text_width']}")
 
 
 def resize_pos(pos, old, new):
@@ -472,7 +672,7 @@ def resize_pos(pos, old, new):
 
 @torch.no_grad()
 def copy_weights(model, weights, source, old_grid):
-    """Copies tensors that carry our names into `model`. Each is copied, or resized and copied; the model's heads are new. Anything
+    """Copy tensors that carry our names into `model`. Each is copied, or resized and copied; the model's heads are new. Anything
     else is an error that names the tensor."""
     ours = {n: p for n, p in model.state_dict().items() if not n.startswith("heads.")}
     resized = "none"
@@ -481,7 +681,7 @@ def copy_weights(model, weights, source, old_grid):
             raise ValueError(f"{source} has a tensor {name} for which this model has no place")
         if name == "image.pos" and old_grid != model.image.grid:
             w = resize_pos(w, old_grid, model.image.grid)
-            resized = f"positions from {old_grid[0]}x{old_grid[1]} to {model.image.grid[0]}x{model.image.grid[1]}"
+            resized = "positions from {}x{} to {}x{}".format(*old_grid, *model.image.grid)
         if w.shape != ours[name].shape or not w.is_floating_point():
             raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)} {w.dtype}, it should be {tuple(ours[name].shape)} of floating point")
         ours[name].copy_(w)                                             # shares memory with the model; casts fp16 to fp32
@@ -490,45 +690,72 @@ def copy_weights(model, weights, source, old_grid):
     print(f"clip: {len(ours)} tensors from {source}, resized: {resized}")
 
 
+def select_encoders(weights, source):
+    """The two encoders in a training checkpoint, under whatever prefix -> their tensors with OpenAI's names, what else is there."""
+    found = {name: m[1] for name in weights if (m := re.match(ENCODER, name))}
+    for key, times in collections.Counter(found.values()).items():
+        if times > 1:
+            raise ValueError(f"{source} holds more than one encoder: {', '.join(n for n in found if found[n] == key)}")
+    encoders = {key: weights[name] for name, key in found.items()}
+    encoders.setdefault("logit_scale", torch.tensor(math.log(50)))      # IRRA fixes the temperature at 0.02 and stores none
+    return encoders, sorted({name.split(".")[0] for name in weights.keys() - found.keys()})
+
+
+def read_foreign_clip(saved, path, image_size, stride):
+    """What any other program's file holds -> the architecture, tensors with our names, names of what is left out."""
+    nested = next((saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), None)
+    weights, config = {}, read_config(path)
+    for name, w in (saved if nested is None else nested).items():
+        if not torch.is_tensor(w):
+            raise ValueError(f"{path} holds {', '.join(sorted(map(str, saved))[:5])}, not a dict of tensors; --clip wants model weights")
+        if name.endswith("input_resolution"):                           # OpenAI's archives tell the size of images
+            config["sizes"].append((int(w), int(w)))
+        if re.search(NOT_WEIGHTS, name):
+            continue
+        key = re.sub(WRAPPERS, "", name.replace("_orig_mod.", ""))      # torch.compile's, at any depth
+        if key in weights:
+            raise ValueError(f"{path} holds more than one encoder: {name} and another {key}")
+        weights[key] = w
+    if any(name.startswith("text_model.") for name in weights):
+        weights = to_openai_names(weights, path)
+    weights, left_out = (weights, []) if nested is None else select_encoders(weights, path)
+    arch = read_arch(weights, config, image_size, stride, path)
+    return arch, {rename(name, OPENAI_TO_OURS): w for name, w in weights.items()}, left_out
+
+
 def load_clip(source, image_size=None, stride=None, **options):
     """A DualEncoder with the weights of `source`: OpenAI's TorchScript archive or a plain state dict, open_clip's safetensors or
-    bin, Hugging Face's model.safetensors or pytorch_model.bin, the folder of one of them, a hub id; a checkpoint of ours; the
-    released checkpoints of IRRA, RDE and TBPS-CLIP (encoders only, the rest is named). The architecture is read from the file.
+    bin, Hugging Face's model.safetensors (also in shards) or pytorch_model.bin, the folder of one of them, a hub id; a checkpoint of
+    ours; the released checkpoints of IRRA, RDE and TBPS-CLIP (encoders only, the rest is named).
 
-    image_size (H, W): positions are stretched to it; stride: of the patches, 0: no overlap; None keeps the file's. `options` go to DualEncoder.
+    The architecture is read from the file and the config beside it. image_size (H, W): positions are stretched to it; stride: of the patches,
+    0: no overlap; None keeps the file's. `options` go to DualEncoder.
     Raises FileNotFoundError or ValueError, in words, if anything is missing, left over or of another shape."""
     path = find_weights(source)
-    weights, left = read_file(path), []
-    if not isinstance(weights, dict) or not all(isinstance(n, str) for n in weights):
-        raise ValueError(f"{path} holds no dict of named tensors but a {type(weights).__name__}")
-    if weights.get("format") == "tbps":
-        arch, weights = dict(weights["arch"]), {n: w for n, w in weights["weights"].items() if not n.startswith("heads.")}
-        old_grid = tuple((side - arch["patch"]) // arch["stride"] + 1 for side in arch["image_size"])
+    saved = read_file(path)
+    if not isinstance(saved, dict) or not all(isinstance(n, str) for n in saved):
+        raise ValueError(f"{path} holds no dict of named tensors but a {type(saved).__name__}")
+    if saved.get("format") == "tbps":
+        arch, left_out = dict(saved["arch"]), []
+        weights = {n: w for n, w in saved["weights"].items() if not n.startswith("heads.")}
     else:
-        nested = next((weights[k] for k in ("model", "state_dict") if isinstance(weights, dict) and isinstance(weights.get(k), dict)), None)
-        weights = {n.removeprefix("module."): w for n, w in (weights if nested is None else nested).items() if not re.match(NOT_WEIGHTS, n)}
-        if not all(torch.is_tensor(w) for w in weights.values()):
-            raise ValueError(f"{path} holds {', '.join(sorted(map(str, weights))[:5])}, not a dict of tensors; --clip wants model weights")
-        if any(n.startswith("text_model.") for n in weights):
-            weights = to_openai_names(weights, path)
-        if nested is not None:                                          # a training checkpoint: encoders under a prefix, and heads
-            left = sorted({n.split(".")[0] for n in weights if not re.match(ENCODER, n)})
-            found = {n: m[1] for n in weights if (m := re.match(ENCODER, n))}
-            if twice := [n for n, times in collections.Counter(found.values()).items() if times > 1]:
-                raise ValueError(f"{path} holds more than one encoder: {', '.join(n for n in found if found[n] == twice[0])}")
-            weights = {found[n]: weights[n] for n in found}
-            weights.setdefault("logit_scale", torch.tensor(math.log(50)))       # IRRA fixes the temperature at 0.02 and stores none
-        arch = read_arch(weights, path)
-        old_grid = tuple(side // arch["patch"] for side in arch["image_size"])
-        for pattern, replacement in OPENAI_NAMES:
-            weights = {re.sub(pattern, replacement, n): w for n, w in weights.items()}
-        arch["quick_gelu"], known = read_activation(path.parent)
-        print(f"clip: {layers_of(arch)}, {'Quick' if arch['quick_gelu'] else ''}GELU {known}")
-    model = DualEncoder(**arch | options | {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v is not None})
+        arch, weights, left_out = read_foreign_clip(saved, path, image_size, stride)
+    old_grid = patch_grid(arch["image_size"], arch["patch"], arch["stride"])
+    asked = {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v is not None}
+    model = DualEncoder(**arch | options | asked)
     copy_weights(model, weights, path, old_grid)
-    if left:
-        print(f"clip: left out, for they are no encoders: {', '.join(left)}")
+    if left_out:
+        print(f"clip: left out, for they are no encoders: {', '.join(left_out)}")
     return model
+
+
+def preprocessing_for(source):
+    """How images and captions are prepared for these weights: dict(norm, resize, clean, file), for data.EvalView; file: from where it is known."""
+    path = find_weights(source)
+    if is_ours(path):
+        return read_file(path)["info"] | dict(file=path.name)
+    config = read_config(path)
+    return dict(norm=config["norm"], resize=config["resize"], clean=False, file=config["file"])
 
 
 def tokenizer_for(source, path, mask=False):
@@ -539,9 +766,9 @@ def tokenizer_for(source, path, mask=False):
     if is_ours(file):
         saved = read_file(file)["tokenizer"]
         return data.Tokenizer([m.split(" ") for m in saved["merges"]], mask)
-    names = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
-    found = next((file.parent / n for n in names if (file.parent / n).exists()), None)
-    return data.load_tokenizer(found or data.need(file.parent / names[2], "CLIP's vocabulary", "put it beside the weights, or name it with --tokenizer"), mask)
+    beside = [file.parent / name for name in VOCABULARIES if (file.parent / name).exists()]
+    return data.load_tokenizer(beside[0] if beside else data.need(
+        file.parent / VOCABULARIES[-1], "CLIP's vocabulary", f"put it beside the weights: curl -LO {OPENAI_VOCABULARY}; or name it with --tokenizer"), mask)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -649,7 +876,7 @@ KEYS = dict(  # what --help says of each key
     coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", muon="factor of the rate of "
     "the blocks' matrices, whose steps Muon makes; 0: as all others", lr_bias="factor of the rate of biases",
     lr_new="factor of the rate of layers that CLIP does not have", sampler="random, pk, random-count or views (data.batches)",
-    height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet or clip",
+    height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet, clip or half",
     resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
     image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), shift (reid without erasing), none, or one of " + ", ".join(data.IMAGE_AUG[5:]),
     aware="no mirroring where the caption says left or right",
@@ -1556,6 +1783,10 @@ def prepare(args, recipe, records, make_heads):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; {size[0]}x{size[1]} pixels, "
           f"{model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, {r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
+    known = preprocessing_for(args.clip) if args.clip != "none" else dict(file=None)
+    if known["file"] and known["norm"] != r["norm"]:
+        print(f"note: images are normalised with norm={r['norm']}, as the recipe says; the weights were trained with norm={known['norm']} "
+              f"({known['file']})")
     return model, tokenizer, pairs, dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
 
 
@@ -1599,7 +1830,7 @@ def restorations(model, tokenizer, info, records, recipe, number=8):
     able = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
     device, patch, rows = model.logit_scale.device, model.arch["patch"], []
     view = data.EvalView(info["size"], info["norm"], info["resize"])
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in data.NORMS[info["norm"]])
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in data.mean_std(info["norm"]))
     for record, caption, changed in able[::max(1, len(able) // number)][:number]:
         pixels, painted = view(record["image"])[None].to(device), []
         image = pixels * std + mean                                     # in [0, 1], to look at

@@ -20,7 +20,7 @@ import lab.people
 from lab import check_generated
 import tbps
 from conftest import error, run
-from test_model import TOKENS, hugging_face, openai_tiny
+from tiny_clip import TOKENS, hugging_face, openai_tiny
 
 # ---- caption edits --------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ def test_all_mentions_change_and_articles_follow(tokenizer):
 
 # ---- the text encoder -----------------------------------------------------------------------------------------------
 
-# last_hidden_state[:, (0, 4, 40, 76), :4] of transformers 5.23.0's CLIPTextModel with the weights of test_model, captions padded with EOT
+# last_hidden_state[:, (0, 4, 40, 76), :4] of transformers 5.23.0's CLIPTextModel with the weights of tiny_clip, captions padded with EOT
 HIDDEN = {1: [[[-3.364189, -0.979074, 0.673918, -0.873639], [-4.209456, 1.491579, 0.641964, -1.729918], [-2.579308, 0.759668, 1.175238, -0.471858], [-2.77864, 0.881781, 1.161981, -0.359423]],
               [[-3.364189, -0.979074, 0.673918, -0.873639], [-3.108665, 0.21666, 0.155209, -2.162647], [-2.23365, 0.870491, 1.212489, -0.648197], [-2.528584, 0.962096, 1.128063, -0.533916]]],
           4: [[[-3.364189, -0.979074, 0.673918, -0.873639], [-4.373524, 1.006615, 0.787747, -1.282389], [-2.441389, 0.546406, 0.884262, -0.456611], [-2.828665, 0.867801, 1.026274, -0.309628]],

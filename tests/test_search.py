@@ -27,7 +27,7 @@ from lab.people import mask
 from lab import check_word_maps
 from conftest import ROOT, error, run, start
 from gallery import checkpoint, photos, search                                                        # noqa: F401
-from test_model import openai_tiny
+from tiny_clip import openai_tiny
 
 
 def test_nearest_equals_a_full_sort():
