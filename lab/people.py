@@ -118,7 +118,7 @@ def draw(split="train", seed=0, persons=None, domain="people"):
         mentions     per caption, {name: value} of what it says
 
     split: train, few, val or test.  persons: a multiple of three (default: PERSONS[split]).  domain: people or generic.
-    The same arguments give the same pixels and captions on every machine. Raises ValueError for a wrong split or number."""
+    The same arguments give the same pixels and captions everywhere. Raises ValueError for a wrong split or number."""
     if split not in PERSONS:
         raise ValueError(f"synthetic pedestrians have the splits {', '.join(PERSONS)}, not {split!r}")
     persons = PERSONS[split] if persons is None else persons

@@ -1,91 +1,19 @@
-"""The house rules: who imports whom, what is imported at all, that every command of the README exists, and --help."""
+"""The scripts in lab/: ablations and their tables, exercises, the benchmark."""
 
 import ast
 import json
-import re
-import shlex
 import shutil
 import sys
 
 import pytest
-import torch
 
-import data
 import distill
 import generate
 import tbps
 from lab import ablations, tour
-from conftest import ROOT, error, run, start
+from conftest import ROOT, error
 
-TREE = {"losses": set(), "data": set(), "eval": set(),            # leaves: no project imports
-        "tbps": {"losses", "data", "eval"}, "generate": {"tbps", "losses", "data", "eval"}, "distill": {"tbps", "losses", "data", "eval"}}
-PACKAGES = {"torch", "torchvision", "numpy", "tokenizers", "diffusers", "PIL", "tqdm", "safetensors", "huggingface_hub"}
 FILES = sorted(p.stem for p in ROOT.glob("*.py"))
-
-
-def imports(nodes):
-    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    return {name.split(".")[0] for name in found | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_imports_follow_the_tree(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    assert imports(tree.body) & TREE.keys() <= TREE[name]               # module level: what a copied file would need
-    assert imports(ast.walk(tree)) - TREE.keys() - PACKAGES <= set(sys.stdlib_module_names)
-    if name == "losses":
-        assert imports(tree.body) <= {"torch", "functools"}
-
-
-@pytest.mark.parametrize("name", ["losses", "data", "eval"])
-def test_leaves_can_be_copied_alone(name, tmp_path):
-    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    process = start("-c", f"import {name}", cwd=tmp_path)
-    assert process.wait() == 0, process.communicate()[0]
-
-
-def test_a_process_of_its_own(tmp_path):
-    """The other tests run commands in their own process; here is one from the shell, with its exit code and sentence."""
-    process = start("data.py", "--dataset", "cuhk", "--data-root", tmp_path)
-    said = process.communicate()[0]
-    assert process.returncode == 2 and said.startswith("error: the annotation of CUHK") and "Traceback" not in said
-
-
-def test_out_of_memory_is_told_what_to_do(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a total capacity of 8 GiB")
-    with pytest.raises(SystemExit) as e:
-        data.command(main)
-    said = capsys.readouterr().err
-    assert e.value.code == 2 and "CUDA out of memory\n" in said and "--micro-batch" in said and "--checkpoint-blocks" in said
-
-
-@pytest.mark.parametrize("name", [n for n in FILES if n != "losses"])
-def test_help(name):
-    said = run(f"{name}.py", "--help")
-    assert "usage:" in said and "--dataset" in said
-
-
-def readme_commands():
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [c.strip() for line in lines for c in line.split("&&") if re.match(r"\s*(torchrun\s.*|(\.venv/bin/)?python )\S*\.py", c)]
-
-
-def test_readme_has_commands():
-    assert len(readme_commands()) >= 8
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_parse(command):
-    """Each of the README's commands names a script that exists and options that it has."""
-    script, *options = shlex.split(re.sub(r"^.*?(\S+\.py)", r"\1", command))
-    assert (ROOT / script).exists(), script
-    if script in ("tbps.py", "distill.py", "generate.py"):
-        {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}[script].parse_args(options)
-    else:
-        text = (ROOT / script).read_text()
-        assert all(f'"{o}"' in text for o in options if o.startswith("--"))
 
 
 @pytest.mark.parametrize("group", ablations.GROUPS)
