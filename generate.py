@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -34,7 +35,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import data
 import eval as evaluation
@@ -45,6 +45,14 @@ import tbps
 # What is edited is a *mention*: a garment with its colours, "blue and white striped shirt" or "his shirt is blue". An edit replaces words by
 # others of as many tokens, so that token n of the new caption stands for what token n of the old one stood for, and attention maps of one serve
 # the other.
+#
+# Differences from the official code of PDG:
+# - It enlarges the pictures first, by LDM-SR (latent diffusion super-resolution, 60x160 to 240x640 pixels). That model is
+#   published. Only the authors' fine-tuned weights of Stable Diffusion are not. Here `paste` keeps the source's resolution.
+# - Its mask words are all words of the noun chunk, with articles. Ours are the garment and its colours.
+# - It splits the caption at spaces, so a garment before a comma gets no mask. Ours are found by their place in the text.
+# - It edits the first coloured garment only: 10 colours, 20 garments, one edit per picture. Ours edit any garment of data.py.
+# - It takes pictures of the test split as well. We take the training split only.
 
 GARMENT_OF = {word: line[0] for line in data.GARMENTS for word in line}
 NEW_COLOURS = ["red", "yellow", "green", "purple", "white", "brown", "blue", "orange", "pink", "grey", "black"]               # the paper's and black
@@ -314,7 +322,8 @@ class Diffusion:
         z, null, out = zs[-1], self.read([""]).expand(len(text), -1, -1), []
         for i, t in enumerate(self.steps):
             null = null.detach().clone().requires_grad_()
-            adam, done = torch.optim.Adam([null], lr=0.01 * (1 - i / (2 * len(self.steps)))), torch.zeros(len(z), dtype=torch.bool, device=z.device)
+            adam = torch.optim.Adam([null], lr=0.01 * (1 - i / 100))    # by the number of the step, however many there are
+            done = torch.zeros(len(z), dtype=torch.bool, device=z.device)
             with torch.no_grad():
                 told = self.noise(z, t, text)
             for _ in range(rounds):
@@ -402,7 +411,9 @@ class Control:
         B, (H, W) = self.shape[0], self.shape[-2:]
         factor = round((H * W / q.shape[2]) ** 0.5)                     # how far this layer's picture is reduced
         (source, target), (source_k, target_k) = q[:2 * B].chunk(2), k[:2 * B].chunk(2)
-        replace = self.step < int((self.cross if cross else self.own) * (self.total + 1)) and (cross or factor >= 2)
+        # The official code counts T + 1 steps for cross-attention and T for self-attention
+        last = int(self.cross * (self.total + 1)) if cross else int(self.own * self.total)
+        replace = self.step < last and (cross or factor >= 2)
         if cross and factor == self.blend_at and not middle and self.blend_from < 1:
             maps = (source @ source_k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)               # (B, H, N, 77)
             after = maps * self.weight[:, None, None] if replace else (target @ target_k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
@@ -455,14 +466,15 @@ def check_training(saved, recipe, folder):
         raise ValueError(f"{folder} holds a diffusion model trained with other options ({'; '.join(changed)}): remove it, or take it as it is with --diffusion {folder}")
 
 
-def train_diffusion(model, records, recipe, seed, folder, words):
+def train_diffusion(model, records, recipe, seed, folder, words, save_minutes=10):
     """Teaches the UNet, and with `words` the text encoder, to tell the noise in the pictures of records (arXiv 2006.11239, eq. 14), a tenth of
-    the captions left empty for guidance. What is kept is the running mean of the weights. Writes folder/last.pt after each epoch and goes
-    on from it; ends with the folder in the layout of diffusers."""
+    the captions left empty for guidance. What is kept is the running mean of the weights. Writes folder/last.pt after each epoch and every
+    `save_minutes`, and resumes from it exactly; ends with the folder in the layout of diffusers."""
     scale, parts = data.Scale((recipe["height"], recipe["width"]), "bicubic"), nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.words) if words else {}))
     learned = list(parts.requires_grad_(True).train().parameters())
     optimizer, n = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01, fused=True), -(-len(records) // recipe["train_batch"])
-    total, epoch, mean = recipe["train_epochs"] * n, 0, [p.detach().clone() for p in learned]
+    total, mean = recipe["train_epochs"] * n, [p.detach().clone() for p in learned]
+    epoch, step, sum_of_losses = 0, 0, 0.0                              # step: batches done in this epoch
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
         saved = tbps.read_file(folder / "last.pt")
@@ -470,16 +482,28 @@ def train_diffusion(model, records, recipe, seed, folder, words):
         parts.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         mean, epoch = [m.to(model.device) for m in saved["mean"]], saved["epoch"]
-    bar = tqdm(total=recipe["train_epochs"] * len(records), initial=epoch * len(records), unit=" images", desc="diffusion model", disable=None)
+        step, sum_of_losses = saved.get("step", 0), saved.get("losses", 0.0)
+
+    def save(epoch, step, sum_of_losses):
+        tbps.save(folder / "last.pt", dict(weights=parts.state_dict(), mean=mean, optimizer=optimizer.state_dict(), epoch=epoch, step=step,
+                                           losses=sum_of_losses, recipe=recipe, seed=seed))
+
+    saved_at = time.time()
+    bar = data.progress_bar(total=recipe["train_epochs"] * len(records), initial=epoch * len(records) + step * recipe["train_batch"],
+                            unit=" images", desc="diffusion model")
     for epoch in range(epoch, recipe["train_epochs"]):
         torch.manual_seed(data.mix(seed, epoch))
-        rng, losses, began = random.Random(data.mix(seed, epoch)), 0.0, time.time()
+        rng, began, z = random.Random(data.mix(seed, epoch)), time.time(), None
         for i, chunk in enumerate(torch.randperm(len(records)).split(recipe["train_batch"])):
+            captions = ["" if rng.random() < recipe["drop_caption"] else rng.choice(records[j]["captions"]) for j in chunk]
+            if z is None or i >= step:
+                z = model.encode(torch.stack([scale(data.load_image(records[j]["image"])) for j in chunk]))
+            t, noise = torch.randint(1000, (len(chunk),), device=z.device), torch.randn_like(z[:len(chunk)])
+            if i < step:                                                # done before the resume: only its random draws are repeated
+                continue
             done = (epoch * n + i) / total
             optimizer.param_groups[0]["lr"] = recipe["train_lr"] * min(1, 20 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2
-            z = model.encode(torch.stack([scale(data.load_image(records[j]["image"])) for j in chunk]))
-            text = model.read(["" if rng.random() < recipe["drop_caption"] else rng.choice(records[j]["captions"]) for j in chunk], learn=words)
-            t, noise = torch.randint(1000, (len(z),), device=z.device), torch.randn_like(z)
+            text = model.read(captions, learn=words)
             a = torch.tensor(model.alphas, dtype=z.dtype, device=z.device)[t].view(-1, 1, 1, 1)
             out = model.unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, encoder_hidden_states=text).sample
             loss = F.mse_loss(out, noise if model.kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z)
@@ -488,13 +512,18 @@ def train_diffusion(model, records, recipe, seed, folder, words):
             nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             torch._foreach_lerp_(mean, [p.detach() for p in learned], 1 - min(0.999, (1 + epoch * n + i) / (10 + epoch * n + i)))
-            losses += loss.item()
+            sum_of_losses += loss.item()
+            if not math.isfinite(sum_of_losses):
+                raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {epoch + 1}, step {i + 1}; try a lower --set train_lr=")
             bar.update(len(chunk))
-        if not math.isfinite(losses):
-            raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {epoch + 1}; try a lower --set train_lr=")
-        line = f"epoch {epoch + 1:3d}/{recipe['train_epochs']}  loss {losses / n:.4f}  {len(records) / (time.time() - began):.0f} images/s"
-        bar.write(line) if not bar.disable else print(line, flush=True)
-        tbps.save(folder / "last.pt", dict(weights=parts.state_dict(), mean=mean, optimizer=optimizer.state_dict(), epoch=epoch + 1, recipe=recipe, seed=seed))
+            if time.time() - saved_at > 60 * save_minutes:
+                save(epoch, i + 1, sum_of_losses)
+                saved_at = time.time()
+        line = f"epoch {epoch + 1:3d}/{recipe['train_epochs']}  loss {sum_of_losses / n:.4f}  {(len(records) - step * recipe['train_batch']) / (time.time() - began):.0f} images/s"
+        bar.write(line) if sys.stderr.isatty() else print(line, flush=True)
+        step, sum_of_losses = 0, 0.0
+        save(epoch + 1, step, sum_of_losses)
+        saved_at = time.time()
     bar.close()
     with torch.no_grad():
         for p, m in zip(learned, mean):
@@ -625,6 +654,7 @@ def parse_args(argv=None):
     p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
     p.add_argument("--seed", type=int, default=0, help="of the choice of sources and edits, and of the toy's model (default: 0)")
     p.add_argument("--out", help="the folder of the pairs (default: runs/pdg-DATASET-SEED)")
+    p.add_argument("--save-minutes", type=float, default=10, help="training the diffusion model also saves within an epoch, this often (default: 10)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
     args = p.parse_args(argv)
     toy = args.dataset.startswith("toy")
@@ -642,6 +672,8 @@ def parse_args(argv=None):
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be at least 1")
     if recipe["steps"] > 1000:
         raise ValueError(f"steps={recipe['steps']}: a diffusion model has 1,000")
+    if recipe["inversion"] == "null" and recipe["steps"] > 100:
+        raise ValueError(f"steps={recipe['steps']}: inversion=null takes at most 100, where its learning rate reaches 0")
     if "" in (args.out, args.diffusion, args.words, args.judge, args.finetune):
         raise ValueError("an option was given an empty text; is a variable of the shell not set?")
     if over := [k for k in ("cross", "own", "blend_from", "threshold", "drop_caption") if not 0 <= recipe[k] <= 1]:
@@ -651,6 +683,8 @@ def parse_args(argv=None):
     if bad := [k for k, v in recipe.items() if isinstance(v, float) and not 0 <= v < math.inf]:         # nan too
         raise ValueError(f"{bad[0]}={recipe[bad[0]]} must be a number from 0 up")
     tbps.check_device(args.device)
+    if args.save_minutes < 0:
+        raise ValueError("--save-minutes goes from 0")
     if small := [k for k in ("count", "edits", "batch") if getattr(args, k) < 1]:
         raise ValueError(f"--{small[0]} must be at least 1")
     if not toy and not args.diffusion:
@@ -707,10 +741,10 @@ def prepared_model(args, recipe, records, ranks):
 
     def toy():
         model = toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device, args.words)
-        train_diffusion(model, records, training, args.seed, toys, words=True)
+        train_diffusion(model, records, training, args.seed, toys, True, args.save_minutes)
 
     def tune():
-        train_diffusion(load_diffusion(source, recipe["steps"], args.device), records, training, args.seed, Path(args.finetune), words=False)
+        train_diffusion(load_diffusion(source, recipe["steps"], args.device), records, training, args.seed, Path(args.finetune), False, args.save_minutes)
 
     toys, training = Path(f"runs/{args.dataset}-diffusion-{args.seed}"), recipe | dict(words=args.words)
     source = args.diffusion or once(toys, toy)
@@ -720,7 +754,7 @@ def prepared_model(args, recipe, records, ranks):
 def main():
     args, recipe = parse_args()
     out, rank, ranks = Path(args.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "set", "preset")} | recipe
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "set", "preset", "save_minutes")} | recipe
     check_folder(out, settings)
     if args.device == "cuda" and ranks > 1:
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
@@ -749,7 +783,7 @@ def main():
     starts = range(0, len(todo), args.batch)                            # batches are fixed: what one gives depends on nothing else
     batches = {sum(sizes[:k]): todo[k:k + args.batch] for k in starts}  # by the number of its first pair
     mine = list(batches.items())[rank::ranks]
-    bar, began, fresh = tqdm(total=sum(len(some) for _, batch in mine for _, some in batch), unit=" pairs", disable=None), time.time(), 0
+    bar, began, fresh = data.progress_bar(total=sum(len(some) for _, batch in mine for _, some in batch), unit=" pairs", desc="pairs"), time.time(), 0
     for first, batch in mine:
         if known(out, first, batch) is None:
             entries, sources = [], [i for i, some in batch for _ in some]

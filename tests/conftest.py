@@ -134,3 +134,17 @@ def sines(a, b, c, rows=4, dim=3):
     """The raw features of the golden values: sin(a i + b d + c), float64."""
     i, d = torch.arange(rows, dtype=torch.float64)[:, None], torch.arange(dim, dtype=torch.float64)
     return torch.sin(a * i + b * d + c)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(people):
+    """Trained on the captions of `people`; every colour and garment is a word of its own."""
+    from tiny_diffusion import make_tokenizer
+    return make_tokenizer([c for r in people for c in r["captions"]])
+
+
+@pytest.fixture(scope="session")
+def diffusion(tokenizer, tmp_path_factory):
+    """A folder with a tiny Stable Diffusion."""
+    from tiny_diffusion import write_folder
+    return write_folder(tmp_path_factory.mktemp("diffusion"), tokenizer)

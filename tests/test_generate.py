@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -69,13 +69,6 @@ CAPTIONS = {  # what can be edited: "noun: colour, colour ..." per noun, in the 
     "": "",
     "a blue hoodie " + "and a very long caption " * 20: "",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(people):
-    """Trained on the captions: letters with their ends are there, colours are words of their own."""
-    words = " ".join(generate.NEW_COLOURS + [w for line in data.GARMENTS for w in line]) + " gray tan trousers shorts shirt jacket"
-    return data.train_tokenizer([*CAPTIONS, *[c for r in people for c in r["captions"]], *[words] * 8], vocab=2000)
 
 
 @pytest.mark.parametrize("caption, want", CAPTIONS.items(), ids=range(len(CAPTIONS)))
@@ -143,25 +136,9 @@ def test_text_encoder_is_the_original(heads, prefix, tmp_path):
 CAPTION = "a man in a red shirt and blue jeans"
 
 
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    """Stable Diffusion 1.x with few channels: the same kinds of layers in the same order, the same files."""
-    root = tmp_path_factory.mktemp("diffusion")
-    torch.manual_seed(0)
-    UNet2DConditionModel(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=2, cross_attention_dim=32, attention_head_dim=2,
-                         norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3).save_pretrained(root / "unet")
-    AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
-                  layers_per_block=1, norm_num_groups=4, scaling_factor=0.18215).save_pretrained(root / "vae")
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(root / "scheduler")
-    generate.save_words(generate.Words(tokenizer.vocab, 32, 2, 16), root / "text_encoder")
-    (root / "tokenizer").mkdir()
-    (root / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in tokenizer.merges), encoding="utf-8")
-    return root
-
-
 @pytest.fixture
-def model(folder):
-    return generate.load_diffusion(folder, steps=10)
+def model(diffusion):
+    return generate.load_diffusion(diffusion, steps=10)
 
 
 def control(model, edits, **more):
@@ -172,8 +149,8 @@ def an_edit(model, caption=CAPTION, new="green"):
     return next(e for e in generate.edits(caption, model.tokenizer) if e["new"] == new)
 
 
-def test_time_and_noise(folder):
-    model = generate.load_diffusion(folder)
+def test_time_and_noise(diffusion):
+    model = generate.load_diffusion(diffusion)
     assert model.steps == list(range(980, -1, -20)) and len(model.steps) == 50
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
     assert model.alpha(980) == pytest.approx((1 - betas).cumprod(0)[980].item(), rel=1e-5) and model.alpha(-20) == model.alpha(0) == pytest.approx(1 - 0.00085, rel=1e-6)
@@ -204,7 +181,7 @@ def test_the_schedulers_own_step(model):
                 assert torch.allclose(model.move(z, model.noise(z, t, text), t, t - 100), want, atol=1e-5)
 
 
-def test_inversion_and_back(folder, model):
+def test_inversion_and_back(diffusion, model):
     """The first step is the identity; a step back undoes a step forth if the noise is the same; all steps back come near, where the noise
     changes slowly."""
     z0, text = torch.randn(2, 4, 16, 8), model.read([CAPTION, "a man"])
@@ -213,7 +190,7 @@ def test_inversion_and_back(folder, model):
     with torch.no_grad():
         noise = model.noise(z0, 500, text)
         assert torch.allclose(model.move(model.move(z0, noise, 400, 500), noise, 500, 400), z0, atol=1e-5)
-    model = generate.load_diffusion(folder, steps=50)
+    model = generate.load_diffusion(diffusion, steps=50)
     model.noise = lambda z, t, text: z.tanh() * (t / 1000) ** 0.5
     zs = model.invert(z0, text)
     z = zs[-1]
@@ -303,10 +280,10 @@ class Spy(generate.Control):
         return out
 
 
-def test_which_layers_and_when(folder):
+def test_which_layers_and_when(diffusion):
     """50 steps: cross-attention of all 16 layers to step 39, self-attention where the picture is halved at least to step 19; blend from the
     11th step on; values scaled at the new word alone."""
-    model = generate.load_diffusion(folder, steps=50)
+    model = generate.load_diffusion(diffusion, steps=50)
     e = an_edit(model)
     source, target = model.read([e["source"]]), model.read([e["caption"]])
     spy, blends = Spy([e["tokens"]], [e["blend"]]), []
@@ -356,10 +333,10 @@ QUICK = ["--count", "11", "--edits", "2", "--batch", "2", "--set", "height=64", 
 
 
 @pytest.fixture(scope="module")
-def made(folder, cuhk, tmp_path_factory):
+def made(diffusion, cuhk, tmp_path_factory):
     """A folder of generated pairs, and what was said while they were made."""
     out = tmp_path_factory.mktemp("made") / "pdg"
-    return out, run("generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", out, *QUICK)
+    return out, run("generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion, "--out", out, *QUICK)
 
 
 def files(out):
@@ -407,9 +384,9 @@ def test_pairs_are_read(made):
 
 
 @pytest.mark.parametrize("after", [0, 5, 8])
-def test_killed_and_started_again(after, made, folder, cuhk, tmp_path, monkeypatch):
+def test_killed_and_started_again(after, made, diffusion, cuhk, tmp_path, monkeypatch):
     """Wherever it is stopped, the same files come out in the end; what is done is not done again."""
-    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK]
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion, "--out", tmp_path / "pdg", *QUICK]
     replace, left = Path.replace, [after]
 
     def dies(part, path):
@@ -429,17 +406,17 @@ def test_killed_and_started_again(after, made, folder, cuhk, tmp_path, monkeypat
     assert "pairs made" not in run(*command)
 
 
-def test_shards(made, folder, cuhk, tmp_path, monkeypatch):
+def test_shards(made, diffusion, cuhk, tmp_path, monkeypatch):
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert not (tmp_path / "pdg/pairs.jsonl").exists()
-        run("generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK)
+        run("generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion, "--out", tmp_path / "pdg", *QUICK)
     assert files(tmp_path / "pdg") == files(made[0])
 
 
-def test_what_is_damaged_is_made_again(made, folder, cuhk, tmp_path):
-    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK]
+def test_what_is_damaged_is_made_again(made, diffusion, cuhk, tmp_path):
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion, "--out", tmp_path / "pdg", *QUICK]
     shutil.copytree(made[0], tmp_path / "pdg")
     pictures, parts = (sorted((tmp_path / f"pdg/{name}").iterdir()) for name in ("imgs", "parts"))
     pictures[1].unlink()
@@ -451,9 +428,9 @@ def test_what_is_damaged_is_made_again(made, folder, cuhk, tmp_path):
     assert "settings.json is damaged" in error(*command)
 
 
-def test_more_pairs_can_be_added(made, folder, cuhk, tmp_path):
+def test_more_pairs_can_be_added(made, diffusion, cuhk, tmp_path):
     """A smaller count first gives the same folder in the end."""
-    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder, "--out", tmp_path / "pdg", *QUICK]
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion, "--out", tmp_path / "pdg", *QUICK]
     count = command.index("--count") + 1
     whole, command[count] = command[count], "3"
     assert "3 pairs in" in run(*command)
@@ -477,8 +454,8 @@ def test_persons_of_two_folders_are_not_one(made, cuhk, tmp_path):
     assert {r["source_pid"] for r in some if "source_pid" in r} == persons & {r["source_pid"] for r in data.read("pairs", made[0], "train", hold_out=False)}
 
 
-def test_nothing_is_overwritten(made, folder, cuhk, tmp_path):
-    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", folder]
+def test_nothing_is_overwritten(made, diffusion, cuhk, tmp_path):
+    command = ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion]
     assert "guidance: 7.5 then, 2.0 now" in error(*command, "--out", made[0], *QUICK, "guidance=2")
     (tmp_path / "thesis.txt").write_text("mine")
     assert "is no folder of generated pairs" in error(*command, "--out", tmp_path, *QUICK)
@@ -535,7 +512,7 @@ def test_the_whole_chain_on_toy_people(people, tmp_path, monkeypatch):
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
-def test_mistakes(folder, tmp_path, model):
+def test_mistakes(diffusion, tmp_path, model):
     with pytest.raises(FileNotFoundError, match="layout of diffusers"):
         generate.load_diffusion(tmp_path)
     with pytest.raises(FileNotFoundError, match="name its folder with --diffusion"):
@@ -547,7 +524,7 @@ def test_mistakes(folder, tmp_path, model):
     for options, words in ((["--dataset", "cuhk"], "name the diffusion model with --diffusion"), (["--preset", "paper"], "a preset of their own"),
                            (["--set", "inversion=magic"], "one of direct, negative, null"), (["--set", "guide=1"], "there is no key 'guide'"),
                            (["--set", "own=2"], "a share from 0 to 1"), (["--set", "guidance=nan"], "guidance=nan must be"), (["--device", "foo"], "--device is cpu"), (["--count", "0"], "--count must be at least 1"), (["--judge", "x.pt"], "the judge"), (["--words", "x.pt"], "the checkpoint for --words"),
-                           (["--words", "x.pt", "--diffusion", folder], "--words is for"), (["--set", "blend_at=3"], "must be 1, 2, 4 or 8")):
+                           (["--words", "x.pt", "--diffusion", diffusion], "--words is for"), (["--set", "blend_at=3"], "must be 1, 2, 4 or 8")):
         assert words in error("generate.py", *options)
     assert "name their folder with --extra" in error("tbps.py", "--min-score", "words=0")
     with pytest.raises(ValueError, match="predicts 'sample'"):
@@ -582,16 +559,16 @@ def test_the_oracle(tmp_path, monkeypatch):
     assert worst["pass the gate, %"] == pytest.approx(33.3, abs=0.1) and worst["both, %"] < 10 and worst["change outside, % of the range"] > 1
 
 
-def test_a_model_of_the_hub(folder, tmp_path, monkeypatch):
+def test_a_model_of_the_hub(diffusion, tmp_path, monkeypatch):
     """From the hub's cache, as the hub leaves it there, without network; and what is said if it is not there."""
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     cached, commit = tmp_path / "models--someone--tiny-sd", "a" * 40
-    shutil.copytree(folder, cached / "snapshots" / commit)
+    shutil.copytree(diffusion, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs/main").write_text(commit)
     assert generate.find_diffusion("someone/tiny-sd") == cached / "snapshots" / commit
-    assert generate.load_diffusion("someone/tiny-sd", steps=3).unet.config.cross_attention_dim == generate.load_diffusion(folder, steps=3).unet.config.cross_attention_dim
+    assert generate.load_diffusion("someone/tiny-sd", steps=3).unet.config.cross_attention_dim == generate.load_diffusion(diffusion, steps=3).unet.config.cross_attention_dim
     with pytest.raises(FileNotFoundError, match="the hub cannot give it"):
         generate.find_diffusion("someone/else")
