@@ -335,7 +335,7 @@ def read_pairs(root):
     return rows
 
 
-def gate(records, wanted):
+def filter_by_score(records, wanted):
     """Those of generated records whose scores reach all of `wanted`, texts KEY=VALUE: the quality gate of PDG, put up when pairs are read. Raises
     ValueError if there are none."""
     for text in wanted:
@@ -400,7 +400,7 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def broken(records):
+def unreadable_images(records):
     """[(record, why)] of the images that are missing or do not decode; reads every file once."""
     def why(record):
         try:
@@ -545,7 +545,7 @@ def tag_words(caption):
 
 def prune_caption(caption):
     """Only its nouns, adjectives and pronouns (UIT's text pruning); the caption itself where nothing would be left."""
-    caption = plain_text(caption)
+    caption = normalize_text(caption)
     return " ".join(caption[start:end] for start, end, kind in tag_words(caption) if kind in "NJP") or caption
 
 
@@ -684,7 +684,7 @@ def approximate_caption(caption, rng, protect=True):
 TEXT_OPS = {"synonym": replace_synonyms, "insertion": insert_synonyms, "swap": swap_words, "deletion": delete_words}
 
 
-def vary_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
+def augment_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
                  protect=True):
     """The text augmentations of TBPS-CLIP's study by their rates (0 = off); its recipe is deletion alone. `eda` is one of the
     four at random, as in EDA (arXiv 1901.11196); `prune` is the chance of UIT's text pruning, `approximate` that of CTLG's approximate text,
@@ -706,7 +706,7 @@ PLAIN = {ord(c): plain for plain, group in {"'": "\u2018\u2019\u201a\u201b\u02bc
 PLAIN |= {code: chr(code - 0xfee0) for code in range(0xff01, 0xff5f)} | {0x3000: " "}        # full-width forms
 
 
-def plain_text(text):
+def normalize_text(text):
     """HTML entities resolved twice, curly quotes, ligatures and full-width forms made plain, white space collapsed, lower case."""
     text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)).translate(PLAIN))
     return " ".join(text.split()).lower()
@@ -736,7 +736,7 @@ class Tokenizer:
         assert not isinstance(captions, str), "the tokenizer takes a list of captions"
         tokens = torch.zeros(len(captions), CONTEXT, dtype=torch.int64)
         pairs = [(c, "") if isinstance(c, str) else c for c in captions]
-        first, second = (self.bpe.encode_batch([plain_text(c) for c in side]) for side in zip(*pairs)) if pairs else ((), ())
+        first, second = (self.bpe.encode_batch([normalize_text(c) for c in side]) for side in zip(*pairs)) if pairs else ((), ())
         for row, a, b in zip(tokens, first, second):
             stop, room = self.bpe.encode(".").ids if b.ids else [], CONTEXT - 2
             room -= len(stop)
@@ -750,7 +750,7 @@ class Tokenizer:
 
         Tokens of nouns and adjectives are chosen with probability `content`, all others with `other` (UIT: 0.30 and 0.05; IRRA: 0.15
         both), at least one; of the chosen ones 80 % become the mask symbol, 10 % any token, 10 % stay. Start, end and token 0 never."""
-        tokens, text = self([caption])[0], plain_text(caption)
+        tokens, text = self([caption])[0], normalize_text(caption)
         asked = torch.full_like(tokens, -1)
         kind_at = {place: kind for start, end, kind in tag_words(text) for place in range(start, end)}
         offsets = self.bpe.encode(text).offsets[:CONTEXT - 2]
@@ -803,7 +803,7 @@ def train_tokenizer(captions, vocab=1024, mask=False):
     """A vocabulary of about `vocab` tokens from the captions themselves, for the toy people."""
     bpe = BPETokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = Tokenizer([("a", "b")]).bpe.pre_tokenizer
-    captions = [plain_text(c) for c in captions]
+    captions = [normalize_text(c) for c in captions]
     # The trainer numbers letters that end words in the order of a hash table, and settles ties by number: name all letters first, in order
     words = {word for c in captions for word, _ in bpe.pre_tokenizer.pre_tokenize_str(c)}
     letters = sorted(set("".join(words))) + sorted({word[-1] + "</w>" for word in words})
@@ -910,7 +910,7 @@ class EvalView:
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 
-def mix(*numbers):
+def derive_seed(*numbers):
     """A 63-bit seed from some whole numbers, such that neighbours share nothing: draws for an item come from (seed, epoch, item)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
@@ -934,7 +934,7 @@ class Pairs(torch.utils.data.Dataset):
 
     views, self_views: how many TrainViews and SelfViews of the image (decoded once); texts, self_texts: how many variations
     of the caption. back_translation: chance to start from the caption's entry in captions_bt, where there is one. `text`: rates
-    for vary_caption. clean: clean captions first. aware: do not mirror images whose caption says left or right. mixup: the chance of an
+    for augment_caption. clean: clean captions first. aware: do not mirror images whose caption says left or right. mixup: the chance of an
     item to be mixed with another at random, as CTLG's code does it: the mean of the pixels, and both captions, which makes them pairs."""
 
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool", norm="imagenet",
@@ -955,7 +955,7 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, i):
-        seed = mix(self.seed, self.epoch, i)
+        seed = derive_seed(self.seed, self.epoch, i)
         torch.default_generator.manual_seed(seed)       # not torch.manual_seed: that one takes 0.3 ms to look for GPUs
         rng = random.Random(seed)
         captions, pixels = self.vary(i, rng)
@@ -970,7 +970,7 @@ class Pairs(torch.utils.data.Dataset):
         captions = []
         for _ in range(self.texts):
             translated = rng.random() < self.back_translation and self.translated[i]
-            captions.append(vary_caption(translated or self.captions[i], rng, **self.text))
+            captions.append(augment_caption(translated or self.captions[i], rng, **self.text))
         flip = not (self.aware and re.search(r"\b(left|right)\b", record["captions"][n], re.I))
         image = load_image(record["image"])
         return captions, torch.stack([view(image, flip) for view in self.views])
@@ -1087,7 +1087,7 @@ def check(name, root, sheet):
             wrong += 1
             print(f"{len(both)} persons are in {a} and in {b}, e.g. {min(both)}: scores will be too good")
     records = [r for s in splits.values() for r in s]
-    for record, why in (bad := broken(records)):
+    for record, why in (bad := unreadable_images(records)):
         print(f"bad image: {why}")
     wrong += len(bad)
     persons = defaultdict(set)

@@ -236,8 +236,8 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
             raise KeyboardInterrupt(f"stopped after epoch {state['epoch']} of the richer model; {out}/last.pt is saved. Go on with the same command and --resume")
         if state["epoch"] == epochs:
             break
-        torch.manual_seed(data.mix(args.seed, state["epoch"], 1))
-        order = data.batches("views", pid, recipe["batch"], data.mix(args.seed, state["epoch"], 1), images, drop_last=False)
+        torch.manual_seed(data.derive_seed(args.seed, state["epoch"], 1))
+        order = data.batches("views", pid, recipe["batch"], data.derive_seed(args.seed, state["epoch"], 1), images, drop_last=False)
         total, began = 0, time.time()
         for i, item in enumerate(order):
             item, done = torch.tensor(item, device=args.device), (state["epoch"] + i / len(order)) / epochs
@@ -495,7 +495,7 @@ def train_richer(args, recipe, splits, folder, plain):
     else:
         model, tokenizer, info = tbps.load_checkpoint(plain, args.device)
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
-        torch.manual_seed(data.mix(args.seed, 2))
+        torch.manual_seed(data.derive_seed(args.seed, 2))
         for name, head in richer_heads(recipe, model, len(bank.pid.unique())).items():
             model.heads[name] = head
         tbps.open_run(args, folder)

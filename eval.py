@@ -595,7 +595,7 @@ class Search:
         with open(index.list_file, "rb") as f:
             self.list = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self.features, self.view, self.load = index.features(), data.EvalView(info["size"], info["norm"], info["resize"]), data.load_image
-        self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.plain_text, data.tag_words, threading.Lock()
+        self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.normalize_text, data.tag_words, threading.Lock()
 
     def entry(self, row):
         """The path below the folder."""

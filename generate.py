@@ -109,7 +109,7 @@ def edits(caption, tokenizer, garments=False):
     the 77 of what changed; blend: positions of the noun and its colours, where the picture may change. Word for word, never part of one.
     No edit is offered where it could be wrong: a caption of more than 75 tokens; a garment that is mentioned twice in different colours; a
     colour that belongs to nothing ("a shirt in red"), or that has a shade ("navy blue"); words of another number of tokens."""
-    source = data.plain_text(caption)
+    source = data.normalize_text(caption)
     tagged, text = data.tag_words(source), tokenizer.bpe.encode(source)
     words = [source[start:end] for start, end, _ in tagged]
     if len(text.ids) > data.CONTEXT - 2:
@@ -492,8 +492,8 @@ def train_diffusion(model, records, recipe, seed, folder, words, save_minutes=10
     bar = data.progress_bar(total=recipe["train_epochs"] * len(records), initial=epoch * len(records) + step * recipe["train_batch"],
                             unit=" images", desc="diffusion model")
     for epoch in range(epoch, recipe["train_epochs"]):
-        torch.manual_seed(data.mix(seed, epoch))
-        rng, began, z = random.Random(data.mix(seed, epoch)), time.time(), None
+        torch.manual_seed(data.derive_seed(seed, epoch))
+        rng, began, z = random.Random(data.derive_seed(seed, epoch)), time.time(), None
         for i, chunk in enumerate(torch.randperm(len(records)).split(recipe["train_batch"])):
             captions = ["" if rng.random() < recipe["drop_caption"] else rng.choice(records[j]["captions"]) for j in chunk]
             if z is None or i >= step:
@@ -554,9 +554,9 @@ def plan(records, tokenizer, seed, count, per_source, garments):
     seed. A source's edits are of different garments, as far as it has them."""
     out, left = [], count
     order = list(range(len(records)))
-    random.Random(data.mix(seed, 0)).shuffle(order)
+    random.Random(data.derive_seed(seed, 0)).shuffle(order)
     for i in order:
-        rng, able = random.Random(data.mix(seed, 1, i)), []
+        rng, able = random.Random(data.derive_seed(seed, 1, i)), []
         for caption in rng.sample(records[i]["captions"], len(records[i]["captions"])):
             if able := edits(caption, tokenizer, garments):
                 break
@@ -602,7 +602,7 @@ def make(model, records, batch, recipe, judge, seed):
     """One batch of the plan -> [(picture, manifest entry without its file, strip of pictures to look at)] in the plan's order."""
     size, pictures = (recipe["height"], recipe["width"]), [data.load_image(records[i]["image"]) for i, _ in batch]
     pixels = torch.stack([data.Scale(size, "bicubic")(p) for p in pictures])
-    torch.manual_seed(data.mix(seed, 2, batch[0][0]))
+    torch.manual_seed(data.derive_seed(seed, 2, batch[0][0]))
     made = []
     text = model.read([some[0]["source"] for _, some in batch])
     zs = model.invert(model.encode(pixels), text)
@@ -733,7 +733,7 @@ def prepared_model(args, recipe, records, ranks):
             if ranks > 1:
                 raise ValueError(f"the diffusion model {folder} is not there yet; make it first with the same command in one process")
             print(f"a diffusion model is trained first, and kept in {folder}", flush=True)
-            torch.manual_seed(data.mix(args.seed))
+            torch.manual_seed(data.derive_seed(args.seed))
             train()
         elif (folder / "last.pt").exists():
             check_training(tbps.read_file(folder / "last.pt"), training, folder)

@@ -1294,7 +1294,7 @@ def adapt(model, recipe, tokenizer):
 
 def build(args, recipe, tokenizer, persons, make_heads):
     """The model for a run, with its method's heads."""
-    torch.manual_seed(data.mix(args.seed))
+    torch.manual_seed(data.derive_seed(args.seed))
     options = {k: recipe[k] for k in ("text_dropout", "patch_drop", "lock_patch")}
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
     if args.clip == "none":
@@ -1447,7 +1447,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     log = functools.partial(write_log, out)
 
     drop_last = not recipe.get("official")
-    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, 0), pairs.images, drop_last))
+    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.derive_seed(args.seed, 0), pairs.images, drop_last))
     if n == 0:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
     bar = tqdm(total=recipe["epochs"] * n * recipe["batch"], initial=(state["epoch"] * n + state["step"]) * recipe["batch"], unit=" pairs",
@@ -1455,7 +1455,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
     saved_at = time.time()
     while state["epoch"] < recipe["epochs"]:
         epoch, done = state["epoch"], state["step"]
-        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.mix(args.seed, epoch), pairs.images, drop_last)
+        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.derive_seed(args.seed, epoch), pairs.images, drop_last)
         order = [items for items in order if len(items) >= ranks]       # a smaller batch cannot be shared
         if recipe.get("triplet") and (alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order)):
             print(f"{alone} of {len(order)} batches show one person only: nothing to be told from, the triplet loss is 0 there")
@@ -1470,7 +1470,7 @@ def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
             lr = lr_at(it, n, recipe)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr * group["factor"]
-            torch.manual_seed(data.mix(args.seed, epoch, i, rank))         # dropout is a function of where we are: resume is exact
+            torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))         # dropout is a function of where we are: resume is exact
             batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}         # tokens are cut first
             parts = {}
             yield batch, it / n, autocast, parts
@@ -1740,7 +1740,7 @@ def load_data(args):
         splits["train"] = [r for r in splits["train"] if r["pid"] in drawn]
     for folder in args.extra:
         pairs = data.read("pairs", folder, "train", hold_out=False)
-        good, first = data.gate(pairs, args.min_score), 1 + max(r["pid"] for r in splits["train"])
+        good, first = data.filter_by_score(pairs, args.min_score), 1 + max(r["pid"] for r in splits["train"])
         if args.share < 1:                                              # what is made of others is not known either
             good = [r for r in good if r["source_pid"] in drawn]
         print(f"{folder}: {len(good):,} of {len(pairs):,} generated pairs" + f" reach {' '.join(args.min_score)}" * bool(args.min_score) + " and are of these persons" * (args.share < 1))
@@ -1748,7 +1748,7 @@ def load_data(args):
         splits["train"] = splits["train"] + [r | dict(pid=pids[r["pid"]]) for r in good]
     for split, records in splits.items():
         if args.skip_bad:
-            bad = data.broken(records)
+            bad = data.unreadable_images(records)
             for _, why in bad:
                 print(f"left out: {why}")
             splits[split] = records = [r for r in records if not any(r is b for b, _ in bad)]

@@ -52,7 +52,7 @@ def judge(entry, picture, records):
 def score(folder, wanted=()):
     """{what: number} of a folder of pairs made from toy people."""
     every = data.read("pairs", folder, "train", hold_out=False)
-    passed = data.gate(every, wanted)
+    passed = data.filter_by_score(every, wanted)
     dataset = every[0]["source"].rsplit(" ", 1)[0]
     records = data.read(dataset, "", "train")
     entries = [e for e in passed if e["edit"]["what"] == "colour"]

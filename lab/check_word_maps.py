@@ -39,7 +39,7 @@ def main():
     view, hits = data.EvalView(info["size"], info["norm"], info["resize"]), dict(colour=[], noun=[])
     for record in data.read("toy", "", "test")[::20]:
         for caption in record["captions"]:
-            caption = data.clean_caption(data.plain_text(caption)) if info["clean"] else data.plain_text(caption)
+            caption = data.clean_caption(data.normalize_text(caption)) if info["clean"] else data.normalize_text(caption)
             maps = {word: heat for word, _, heat in evaluation.word_maps(model, tokenizer, view(record["image"]), caption, data.tag_words, most=99)}
             for word, kind, mask in cases(record, caption):
                 on = F.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), model.image.grid)[0] > 0.25

@@ -191,7 +191,7 @@ def test_approximate_text():
     for short in ("", "red", "red shirt", ".", "...", "a. b"):
         assert all(isinstance(data.approximate_caption(short, random.Random(s)), str) for s in range(20))
     assert all(data.approximate_caption("red", random.Random(s)) == "red" for s in range(20))
-    changed = sum(data.vary_caption(caption, random.Random(s), deletion=0.0, approximate=0.5) != caption for s in range(400))
+    changed = sum(data.augment_caption(caption, random.Random(s), deletion=0.0, approximate=0.5) != caption for s in range(400))
     assert 140 < changed < 215
 
 

@@ -134,7 +134,7 @@ def test_deletion_keeps_a_word_and_its_rate():
     kept = [len(data.delete_words(words, 0.05, rng)) for _ in range(4000)]
     assert np.mean(kept) == pytest.approx(19, abs=0.05)
     assert all(len(data.delete_words(["a", "b"], 0.999, rng)) == 1 for _ in range(50))
-    assert data.vary_caption("word", rng, deletion=0.999) == "word" and data.vary_caption("", rng, deletion=0.5) == ""
+    assert data.augment_caption("word", rng, deletion=0.999) == "word" and data.augment_caption("", rng, deletion=0.5) == ""
 
 
 def test_the_other_word_operations():
@@ -144,8 +144,8 @@ def test_the_other_word_operations():
     assert len(data.insert_synonyms(text, 0.2, rng)) == 13
     swapped = data.swap_words(text, 0.1, rng)
     assert Counter(swapped) == Counter(text)
-    assert data.vary_caption("red", rng, swap=0.5, synonym=0.5, insertion=0.5, eda=0.5) == "red"          # nothing to swap, no synonym
-    seen = {data.vary_caption(" ".join(text), random.Random(s), deletion=0.0, eda=0.1) for s in range(40)}
+    assert data.augment_caption("red", rng, swap=0.5, synonym=0.5, insertion=0.5, eda=0.5) == "red"          # nothing to swap, no synonym
+    seen = {data.augment_caption(" ".join(text), random.Random(s), deletion=0.0, eda=0.1) for s in range(40)}
     assert len({len(s.split()) for s in seen}) >= 3                     # inserted, deleted, and of the same length
 
 
@@ -287,7 +287,7 @@ def test_broken_images(tmp_path, people):
     for name in ("b.jpg", "c.png"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
             data.load_image(tmp_path / name)
-    bad = data.broken([dict(image=tmp_path / n) for n in ("a.jpg", "b.jpg", "c.png", "d.png")])
+    bad = data.unreadable_images([dict(image=tmp_path / n) for n in ("a.jpg", "b.jpg", "c.png", "d.png")])
     assert [r["image"].name for r, _ in bad] == ["b.jpg", "c.png", "d.png"]
 
 
@@ -308,7 +308,7 @@ def test_draws_depend_on_seed_epoch_and_item_alone(people):
         assert torch.equal(one[i]["pixels"], other[i]["pixels"]) and one[i]["captions"] == other[i]["captions"]
     other.epoch = 1
     assert not torch.equal(one[7]["pixels"], other[7]["pixels"])
-    assert len({data.mix(s, e, i) for s in range(10) for e in range(10) for i in range(10)}) == 1000
+    assert len({data.derive_seed(s, e, i) for s in range(10) for e in range(10) for i in range(10)}) == 1000
 
 
 def test_an_image_is_decoded_once_and_only_the_views_asked_for_are_made(people, monkeypatch):
@@ -477,7 +477,7 @@ def test_agreement_with_hand_tags():
     ("A man &amp;quot;in&amp;quot; a jekyll &amp; hyde t-shirt", "man jekyll hyde t-shirt"), ("the man\u2019s hat isn\u2019t red", "man hat red"), ("...", "...")])
 def test_prune_caption(caption, left):
     assert data.prune_caption(caption) == left
-    assert data.vary_caption(caption, random.Random(0), deletion=0, prune=1.0) == " ".join(left.split())
+    assert data.augment_caption(caption, random.Random(0), deletion=0, prune=1.0) == " ".join(left.split())
 
 
 def test_masking(people):
@@ -492,7 +492,7 @@ def test_masking(people):
         assert masked[0] == tokenizer.sot and masked[length] == tokenizer.eot and not masked[length + 1:].any() and (asked >= 0).any()
         assert torch.equal(masked[asked < 0], plain[asked < 0]) and torch.equal(asked[asked >= 0], plain[asked >= 0])
         assert masked[1:length].max() <= tokenizer.mask < tokenizer.sot and masked[1:length].min() > 0
-        text = data.plain_text(caption)
+        text = data.normalize_text(caption)
         offsets, content = tokenizer.bpe.encode(text).offsets, {i for a, b, kind in data.tag_words(text) if kind in "NJ" for i in range(a, b)}
         for i in range(1, length):
             noun = offsets[i - 1][0] in content

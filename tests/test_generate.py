@@ -79,7 +79,7 @@ def test_what_can_be_edited(caption, want, tokenizer):
     assert "; ".join(f"{noun}: {' '.join(colours)}" for noun, colours in found.items()) == want
     for e in generate.edits(caption, tokenizer, garments=True):
         old, new = tokenizer([e["source"], e["caption"]])
-        assert old.argmax() == new.argmax() and e["source"] == data.plain_text(caption) != e["caption"]
+        assert old.argmax() == new.argmax() and e["source"] == data.normalize_text(caption) != e["caption"]
         differ = (old != new).nonzero()[:, 0].tolist()
         assert set(e["tokens"]) <= set(differ) and set(e["tokens"]) <= set(e["blend"])                  # an article may differ as well
         assert e["old"] not in e["caption"].split() or e["what"] == "colour"
@@ -352,7 +352,7 @@ def test_pairs_are_made(made, cuhk, people):
     for e in entries:
         source = sources[e["source_image"].split("imgs/")[1]]
         assert source["split"] == e["split"] == "train" and source["id"] == e["source_pid"]
-        assert e["edit"]["source"] in [data.plain_text(c) for c in source["captions"]] and e["captions"][0] != e["edit"]["source"]
+        assert e["edit"]["source"] in [data.normalize_text(c) for c in source["captions"]] and e["captions"][0] != e["edit"]["source"]
         assert e["scores"].keys() == {"psnr", "changed", "kept"} and 0 < e["scores"]["kept"] <= 1
     sites = collections.defaultdict(set)
     for e in entries:
@@ -371,16 +371,16 @@ def test_pairs_are_read(made):
     records = data.read("pairs", made[0], "train", hold_out=False)
     assert len(records) == 11 and all(r["image"].exists() for r in records)
     middle = sorted(r["scores"]["changed"] for r in records)[5]
-    assert len(data.gate(records, [f"changed={middle}", "kept=0"])) == 6
+    assert len(data.filter_by_score(records, [f"changed={middle}", "kept=0"])) == 6
     best = max(r["scores"]["psnr"] for r in records)
     with pytest.raises(ValueError, match=f"no pair reaches psnr=1000; the highest psnr is {best:.3g}$"):
-        data.gate(records, ["psnr=1000"])
+        data.filter_by_score(records, ["psnr=1000"])
     with pytest.raises(ValueError, match="KEY=NUMBER, not 'psnr=nan'"):
-        data.gate(records, ["psnr=nan"])
+        data.filter_by_score(records, ["psnr=nan"])
     with pytest.raises(ValueError, match="no score 'words'; it has psnr, changed, kept"):
-        data.gate(records, ["words=0"])
+        data.filter_by_score(records, ["words=0"])
     with pytest.raises(ValueError, match="KEY=NUMBER, not 'psnr=x'"):
-        data.gate(records, ["psnr=x"])
+        data.filter_by_score(records, ["psnr=x"])
 
 
 @pytest.mark.parametrize("after", [0, 5, 8])

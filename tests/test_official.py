@@ -59,7 +59,7 @@ def test_approximate_text_protects_no_words():
             rng = random.Random(seed)
             rng.random()                                                # whether the text is changed at all
             if rng.choice(["synonym", "crop", "delete"]) != "crop":
-                said = data.vary_caption(caption, random.Random(seed), deletion=0.0, approximate=1.0, protect=protect)
+                said = data.augment_caption(caption, random.Random(seed), deletion=0.0, approximate=1.0, protect=protect)
                 lost[protect] += len(words - set(said.split()))
     assert lost[True] == 0 and lost[False] > 20
 

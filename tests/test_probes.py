@@ -173,12 +173,12 @@ def test_explained_augmentations():
             stack.enter_context(patch)
         told = list(vary())
         assert {left for grey, left in told if not grey} == {0} and max(left for grey, left in told if grey) > 1
-        assert data.vary_caption("man", random.Random(0), deletion=0, synonym=1) not in ("man", "male", "guy", "gentleman")
+        assert data.augment_caption("man", random.Random(0), deletion=0, synonym=1) not in ("man", "male", "guy", "gentleman")
         assert {tuple(sorted({name for name, *_ in policy})) for policy in data.image_ops((96, 48))["autoaugment"]._policies} == {(), ("Rotate",), ("ShearX",)}
         assert not views("trivialaugment")[:, 1:].any() and not views("randaugment")[:, 1:].any()                      # red and black
     with ExitStack() as stack:
         for patch in train_variants.exchanged(["moves", "small"]):
             stack.enter_context(patch)
         assert 0.75 < (views("trivialaugment")[:, 0] > 0).float().mean(dim=(1, 2)).min() < 1
-    assert data.vary_caption("man", random.Random(0), deletion=0, synonym=1) in ("male", "guy", "gentleman")          # and nothing stays exchanged
+    assert data.augment_caption("man", random.Random(0), deletion=0, synonym=1) in ("male", "guy", "gentleman")          # and nothing stays exchanged
     assert views("randaugment")[:, 1:].any() and (trivial := views("trivialaugment"))[:, 1:].any() and (trivial[:, 0] > 0).float().mean(dim=(1, 2)).min() < 0.5
