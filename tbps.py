@@ -316,7 +316,7 @@ OPENAI_SHA256 = {
 }
 OPENAI_VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 
-HF_TO_OPENAI = [  # name in transformers' CLIPModel -> OpenAI's name, applied in this order
+HF_NAMES = [  # name in transformers' CLIPModel -> OpenAI's name, applied in this order
     (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
     (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
     (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
@@ -335,7 +335,7 @@ HF_TO_OPENAI = [  # name in transformers' CLIPModel -> OpenAI's name, applied in
     (r"\.mlp\.fc1", ".mlp.c_fc"),
     (r"\.mlp\.fc2", ".mlp.c_proj"),
 ]
-OPENAI_TO_OURS = [
+OPENAI_NAMES = [
     (r"^visual\.", "image."),
     (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
     (r"transformer\.resblocks\.", "blocks."),
@@ -528,7 +528,7 @@ def to_openai_names(weights, source):
             w = torch.cat([weights[p] for p in parts])
         if name in ("visual_projection.weight", "text_projection.weight"):
             w = w.T
-        theirs[rename(name, HF_TO_OPENAI)] = w
+        theirs[rename(name, HF_NAMES)] = w
     return theirs
 
 
@@ -720,7 +720,7 @@ def read_foreign_clip(saved, path, image_size, stride):
         weights = to_openai_names(weights, path)
     weights, left_out = (weights, []) if nested is None else select_encoders(weights, path)
     arch = read_arch(weights, config, image_size, stride, path)
-    return arch, {rename(name, OPENAI_TO_OURS): w for name, w in weights.items()}, left_out
+    return arch, {rename(name, OPENAI_NAMES): w for name, w in weights.items()}, left_out
 
 
 def load_clip(source, image_size=None, stride=None, **options):
