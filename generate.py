@@ -179,7 +179,7 @@ def load_words(folder):
     path = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()), folder / "model.safetensors")
     weights = tbps.read_file(data.need(path, "the text encoder's weights", "or pytorch_model.bin"))
     weights = {"text_model." + n.removeprefix("text_model."): w for n, w in weights.items()}           # transformers 5 saves it without
-    weights = tbps.to_openai_names({n: w for n, w in weights.items() if not re.match(tbps.NOT_WEIGHTS, n)}, path)
+    weights = tbps.to_openai_names({n: w for n, w in weights.items() if not re.search(tbps.NOT_WEIGHTS, n)}, path)
     for pattern, replacement in tbps.OPENAI_NAMES:
         weights = {re.sub(pattern, replacement, n): w.float() for n, w in weights.items()}
     weights = {re.sub("^text", "tower", n): w for n, w in weights.items()}
