@@ -22,7 +22,6 @@ import math
 import os
 import random
 import re
-import shutil
 import struct
 import sys
 import traceback
@@ -413,67 +412,6 @@ def unreadable_images(records):
         return [(record, reason) for record, reason in zip(records, found) if reason]
 
 
-@functools.lru_cache(4)
-def opened(file):
-    return np.load(file, mmap_mode="r")
-
-
-def holds(file, shape):
-    """Whether an .npy has this shape and is not cut off."""
-    try:
-        return np.load(file, mmap_mode="r").shape == shape
-    except (ValueError, OSError, EOFError):
-        return False
-
-
-class Cached:
-    """A picture in a file of `cache`, read when it is looked at."""
-
-    def __init__(self, file, row):
-        self.file, self.row = file, row
-
-    def __array__(self, dtype=None, copy=None):
-        return np.array(opened(self.file)[self.row])
-
-
-def cache(records, scale, file):
-    """The same records with images that need not be decoded any more: FILE.npy holds them as `scale` (a Scale) makes them, uint8
-    (N, H, W, 3), mapped into memory, and FILE.json what they were made from. Made if it is not there, and anew if an image has another
-    place, length or time of change than it had. So a SelfView takes its crops from the scaled image."""
-    file = re.sub(r"\.npy$", "", str(file))
-    npy, told = Path(f"{file}.npy"), Path(f"{file}.json")
-    need(npy.absolute().parent, "the folder for the cache", "make it, or name another file with --cache")
-    paths = [Path(r["image"]) for r in records]
-    states = [need(p, "an image", "run python data.py to check the whole set").stat() for p in paths]
-    made_of = dict(size=list(scale.size), resize=scale.how.name, images=[[str(p.absolute()), s.st_size, s.st_mtime_ns] for p, s in zip(paths, states)])
-    before, shape = None, (len(paths), *scale.size, 3)
-    if npy.exists() or told.exists():
-        try:
-            before = json.loads(told.read_bytes())
-            if not isinstance(before, dict) or before.keys() != made_of.keys():
-                raise ValueError("of another kind")
-        except (ValueError, OSError):
-            raise ValueError(f"{npy} and {told.name} are no cache of images, or one that was cut off; remove them, or name another file with --cache") from None
-    if before != made_of or not holds(npy, shape):
-        part, room = Path(f"{file}.part"), shutil.disk_usage(npy.absolute().parent).free
-        if (size := math.prod(shape)) > room:
-            raise ValueError(f"the cache would take {size / 1e9:.1f} GB, and {npy.absolute().parent} has {room / 1e9:.1f} GB left; name another place with --cache")
-        rows = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-
-        def put(n):
-            rows[n] = scale.fit(load_image(paths[n]))
-        with ThreadPoolExecutor() as pool:
-            for _ in progress_bar(pool.map(put, range(len(paths))), total=len(paths), unit=" images", desc="cache"):
-                pass
-        rows.flush()
-        del rows                                                        # some systems do not rename what is mapped
-        told.unlink(missing_ok=True)                                    # never the list of one beside the pictures of another
-        part.replace(npy)
-        opened.cache_clear()
-        told.write_text(json.dumps(made_of))
-    return [r | dict(image=Cached(npy, n)) for n, r in enumerate(records)]
-
-
 # ---- captions: which words carry the content ------------------------------------------------------------------------
 
 # What kind of word: N noun, J adjective, P pronoun, V verb, O other. Nouns are what is not listed and has no telling ending, so
@@ -856,13 +794,12 @@ class TrainView:
         if image_aug == "reid":
             self.normalize = v2.Compose([self.normalize, v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(NORMS[norm][0]))])
 
-    def __call__(self, image, flip=True):
+    def __call__(self, image):
         names = {"pool": [POOL[i] for i in torch.randint(len(POOL), (2,))], "stack": POOL, "reid": ["flip", "padcrop"], "shift": ["flip", "padcrop"], "none": []}.get(
             self.image_aug, [self.image_aug])
         pixels = self.scale(image)
         for name in names:
-            if flip or name != "flip":
-                pixels = self.ops[name](pixels)
+            pixels = self.ops[name](pixels)
         return self.normalize(pixels)
 
 
@@ -875,12 +812,12 @@ class SelfView:
         self.colour = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)])
         self.finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*mean_std(norm))])
 
-    def __call__(self, image, flip=True):
+    def __call__(self, image):
         image = self.colour(self.crop(image))
         blur, sigma, mirror = torch.rand(3).tolist()
         if blur < 0.5:
             image = image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * sigma))
-        if flip and mirror < 0.5:
+        if mirror < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.finish(image)
 
@@ -934,11 +871,11 @@ class Pairs(torch.utils.data.Dataset):
 
     views, self_views: how many TrainViews and SelfViews of the image (decoded once); texts, self_texts: how many variations
     of the caption. back_translation: chance to start from the caption's entry in captions_bt, where there is one. `text`: rates
-    for augment_caption. clean: clean captions first. aware: do not mirror images whose caption says left or right. mixup: the chance of an
+    for augment_caption. clean: clean captions first. mixup: the chance of an
     item to be mixed with another at random, as CTLG's code does it: the mean of the pixels, and both captions, which makes them pairs."""
 
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool", norm="imagenet",
-                 resize="bilinear", clean=True, back_translation=0.1, text=None, aware=False, mixup=0.0):
+                 resize="bilinear", clean=True, back_translation=0.1, text=None, mixup=0.0):
         cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
         self.images = [i for i, r in enumerate(records) for _ in r["captions"]]             # which record an item is of
@@ -948,7 +885,7 @@ class Pairs(torch.utils.data.Dataset):
         self.pids = [label[r["pid"]] for r, _ in self.items]
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
-        self.texts, self.back_translation, self.text, self.aware = texts + self_texts, back_translation, text or {}, aware
+        self.texts, self.back_translation, self.text = texts + self_texts, back_translation, text or {}
         self.seed, self.epoch, self.mixup = seed, 0, mixup
 
     def __len__(self):
@@ -966,14 +903,12 @@ class Pairs(torch.utils.data.Dataset):
 
     def vary(self, i, rng):
         """-> the captions of an item, its pixels (V, 3, H, W)."""
-        record, n = self.items[i]
         captions = []
         for _ in range(self.texts):
             translated = rng.random() < self.back_translation and self.translated[i]
             captions.append(augment_caption(translated or self.captions[i], rng, **self.text))
-        flip = not (self.aware and re.search(r"\b(left|right)\b", record["captions"][n], re.I))
-        image = load_image(record["image"])
-        return captions, torch.stack([view(image, flip) for view in self.views])
+        image = load_image(self.items[i][0]["image"])
+        return captions, torch.stack([view(image) for view in self.views])
 
 
 def collate(tokenizer, items, mask=None):
@@ -989,52 +924,62 @@ def collate(tokenizer, items, mask=None):
 
 
 def batches(sampler, pids, batch, seed, images=None, drop_last=True):
-    """One epoch as a list of batches of item numbers; `pids` has the person of each item, `images` the image (for "views").
+    """One epoch as a list of batches of item numbers.
 
-    random        every item once, shuffled
-    pk            batch/4 persons times 4 items, as in person re-identification; a person with fewer repeats some
-    random-count  per person k = 1 or 2 items at a time, k drawn anew each epoch (UIT); batches straddle the picks
-    views         every image once, with one of its captions, a person's images in groups of at most 4 that stay together (LCR2S): no
-                  image meets itself, and batches are up to 3 items short
-
-    With pk and random-count, per person the items are shuffled and cut into groups of k, the remainder left out; batch/k (random-count: batch/2) persons
-    that still have groups give one each, until too few are left. Raises ValueError if there are too few persons for a batch."""
+    sampler   random: every item once, shuffled
+              random-count: one or two items of a person side by side (UIT); batch / 2 persons at a time
+              views: every image once with one of its captions, up to 4 images of a person in the same batch (LCR2S)
+    pids      the person of each item;  images (for "views"): the image of each item
+    drop_last leaves out a last batch that is smaller than the others
+    Raises ValueError if random-count has too few persons for a batch."""
     rng = random.Random(seed)
     if sampler == "views":
-        captions, of, chunks = defaultdict(list), defaultdict(list), [[]]
-        for i, image in enumerate(images):
-            captions[image].append(i)
-        for items in captions.values():
-            of[pids[items[0]]].append(rng.choice(items))
-        k = min(4, batch)
-        groups = [items[j:j + k] for items in (rng.sample(o, len(o)) for o in of.values()) for j in range(0, len(items), k)]
-        for group in rng.sample(groups, len(groups)):
-            if len(chunks[-1]) + len(group) > batch:
-                chunks.append([])
-            chunks[-1] += group
-        return chunks[:-1] if drop_last and len(chunks[-1]) <= batch - k else chunks
-    if sampler == "random":
-        order = rng.sample(range(len(pids)), len(pids))
-    else:
-        most = {"pk": 4, "random-count": 2}[sampler]
-        of = defaultdict(list)
-        for i, pid in enumerate(pids):
-            of[pid].append(i)
-        groups = {}
-        for pid, items in of.items():
-            k = most if sampler == "pk" else rng.randint(1, most)
-            items = items + rng.choices(items, k=k - len(items)) if len(items) < k else items
-            items = rng.sample(items, len(items))
-            groups[pid] = [items[j:j + k] for j in range(0, len(items) - k + 1, k)]
-        able, order = sorted(groups), []
-        if len(able) < batch // most:
-            raise ValueError(f"a batch of {batch} needs {batch // most} persons with the sampler {sampler}; the set has {len(able)}")
-        while len(able) >= batch // most:
-            for pid in rng.sample(able, batch // most):
-                order += groups[pid].pop()
-            able = [pid for pid in able if groups[pid]]
+        return view_batches(pids, batch, images, drop_last, rng)
+    order = rng.sample(range(len(pids)), len(pids)) if sampler == "random" else random_count_order(pids, batch, rng)
     chunks = [order[j:j + batch] for j in range(0, len(order), batch)]
     return chunks[:-1] if drop_last and chunks and len(chunks[-1]) < batch else chunks
+
+
+def random_count_order(pids, batch, rng):
+    """UIT's sampler: each person's items are cut into groups of 1 or 2 (drawn per person and epoch, the remainder left out).
+    batch / 2 persons that still have groups give one each, until too few are left."""
+    items_of = defaultdict(list)
+    for item, pid in enumerate(pids):
+        items_of[pid].append(item)
+    groups = {}
+    for pid, items in items_of.items():
+        k = rng.randint(1, 2)
+        if len(items) < k:
+            items = items + rng.choices(items, k=k - len(items))
+        items = rng.sample(items, len(items))
+        groups[pid] = [items[j:j + k] for j in range(0, len(items) - k + 1, k)]
+    able, order, persons = sorted(groups), [], batch // 2
+    if len(able) < persons:
+        raise ValueError(f"a batch of {batch} needs {persons} persons with the sampler random-count; the set has {len(able)}")
+    while len(able) >= persons:
+        for pid in rng.sample(able, persons):
+            order += groups[pid].pop()
+        able = [pid for pid in able if groups[pid]]
+    return order
+
+
+def view_batches(pids, batch, images, drop_last, rng):
+    """LCR2S: groups of up to 4 images of a person stay together. No image meets itself, so batches are up to 3 items short."""
+    captions, items_of, chunks = defaultdict(list), defaultdict(list), [[]]
+    for item, image in enumerate(images):
+        captions[image].append(item)
+    for items in captions.values():
+        items_of[pids[items[0]]].append(rng.choice(items))
+    k = min(4, batch)
+    groups = []
+    for items in items_of.values():
+        items = rng.sample(items, len(items))
+        groups += [items[j:j + k] for j in range(0, len(items), k)]
+    for group in rng.sample(groups, len(groups)):
+        if len(chunks[-1]) + len(group) > batch:
+            chunks.append([])
+        chunks[-1] += group
+    return chunks[:-1] if drop_last and len(chunks[-1]) <= batch - k else chunks
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------

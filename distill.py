@@ -397,7 +397,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.method = args.method or "lcr2s"
     recipe = tbps.settle(args, LCR2S if args.method == "lcr2s" else PAPER, CHOICES)
-    if recipe["end_to_end"] and recipe["sampler"] not in ("views", "pk") and not args.teacher and args.stage != "light":
+    if recipe["end_to_end"] and recipe["sampler"] != "views" and not args.teacher and args.stage != "light":
         raise ValueError("end to end, supports come from the batch, which must hold several images of a person: sampler=views")
     if zero := [k for k in ("support", "rich_lr", "kd_tau") if recipe[k] <= 0]:
         raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be above 0")

@@ -843,7 +843,7 @@ COMMON = dict(  # what every method has
     # images and captions
     height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
     # augmentation
-    image_aug="pool", aware=False, back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
+    image_aug="pool", back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
     # model
     tau=0.0, text_dropout=0.05, patch_drop=0.0, lock_patch=True)
 TBPS_CLIP = COMMON | dict(
@@ -875,11 +875,10 @@ KEYS = dict(  # what --help says of each key
     decay_every="epochs after which the rate falls to a tenth, each time; 0: half a cosine instead", weight_decay="of matrices",
     coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", muon="factor of the rate of "
     "the blocks' matrices, whose steps Muon makes; 0: as all others", lr_bias="factor of the rate of biases",
-    lr_new="factor of the rate of layers that CLIP does not have", sampler="random, pk, random-count or views (data.batches)",
+    lr_new="factor of the rate of layers that CLIP does not have", sampler="random, random-count or views (data.batches)",
     height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet, clip or half",
     resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
     image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), shift (reid without erasing), none, or one of " + ", ".join(data.IMAGE_AUG[5:]),
-    aware="no mirroring where the caption says left or right",
     back_translation="chance to take captions_bt instead, where the data have it", deletion="chance of each word to be left out",
     synonym="share of words replaced", insertion="share of words inserted", swap="share of words exchanged", eda="rate of one of these four at random",
     prune="chance of a caption to be cut to its nouns, adjectives and pronouns",
@@ -1581,13 +1580,12 @@ def arguments(recipes, description, epilog):
                    "batch in less memory (default: all at once)")
     g.add_argument("--checkpoint-blocks", action="store_true", help="compute each transformer block twice: less memory still")
     g.add_argument("--workers", type=int, help="processes that decode and augment (default: 0 on toy people, else the number of cores, at most 8)")
-    g.add_argument("--cache", metavar="FILE", help="keep the training images scaled and decoded in FILE.npy: 150 kB each at 224x224, made once (default: decode each time)")
     g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
     g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
     return p
 
 
-CHOICES = dict(sampler=["random", "pk", "random-count", "views"], norm=list(data.NORMS), resize=["bilinear", "bicubic"], eval_resize=["bilinear", "bicubic"],
+CHOICES = dict(sampler=["random", "random-count", "views"], norm=list(data.NORMS), resize=["bilinear", "bicubic"], eval_resize=["bilinear", "bicubic"],
                image_aug=data.IMAGE_AUG, same=["pair", "image", "person"])
 
 
@@ -1621,7 +1619,7 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError(f"beta2={recipe['beta2']} must be below 1")
     if masks(recipe) == (0, 0):
         raise ValueError("mask_content and mask_other are both 0: masking is left out by mlm=0 mask_all=0")
-    if "" in (args.out, args.clip, args.tokenizer, args.cache, *args.extra):
+    if "" in (args.out, args.clip, args.tokenizer, *args.extra):
         raise ValueError("an option was given an empty text; is a variable of the shell not set?")
     if len({Path(folder).resolve() for folder in args.extra}) < len(args.extra):
         raise ValueError("--extra names a folder twice")
@@ -1633,8 +1631,6 @@ def settle(args, recipe, choices=CHOICES):
         raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
     if not 0 < args.share <= 1:
         raise ValueError(f"--share {args.share} must be above 0 and at most 1")
-    if args.cache and toy:
-        raise ValueError("--cache is for images in files; toy people are drawn into memory")
     check_device(args.device)
     if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
         raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
@@ -1761,14 +1757,9 @@ def prepare(args, recipe, records, make_heads):
     if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     r, size = recipe, (recipe["height"], recipe["width"])
-    if args.cache:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            data.cache(records, data.Scale(size, r["resize"]), args.cache)
-        wait()
-        records = data.cache(records, data.Scale(size, r["resize"]), args.cache)
     more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
     pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
-                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")), aware=r["aware"], mixup=r.get("mixup", 0.0))
+                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")), mixup=r.get("mixup", 0.0))
     if args.tokenizer or args.clip != "none":
         tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
     else:

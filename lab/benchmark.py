@@ -221,10 +221,9 @@ def generation(which, sources=4):
 
 FOUR = [dict(), dict(), dict(views=0, self_views=1), dict(views=0, self_views=1)]                        # full TBPS-CLIP, view by view
 ONCE = [dict(views=2, self_views=2)]
-ONE = [dict(image_aug="reid", resize="bicubic")]                        # IRRA, UIT
 
 
-def pipeline(passes, size, cached=False, photo=(128, 384), number=200):
+def pipeline(passes, size, photo=(128, 384), number=200):
     """Training items from JPEG files in one process, as a worker makes them. `passes`: what is made of a file each time it is opened."""
     torch.set_num_threads(1)
     folder = tempfile.mkdtemp()
@@ -234,8 +233,6 @@ def pipeline(passes, size, cached=False, photo=(128, 384), number=200):
         small = Image.fromarray(rng.integers(0, 255, (24, 8, 3), np.uint8))
         small.resize(photo, Image.Resampling.BICUBIC).save(f"{folder}/{n}.jpg", quality=92)
         records.append(dict(image=Path(f"{folder}/{n}.jpg"), captions=["a man in a red jacket with a black backpack and white shoes"], pid=n))
-    if cached:
-        records = data.cache(records, data.Scale(size, passes[0].get("resize", "bilinear")), f"{folder}/cache")
     made = [data.Pairs(records, size, text=dict(deletion=0.05), **p) for p in passes]
     return lambda: [pairs[i] for pairs in made for i in range(number)]
 
@@ -266,9 +263,6 @@ ROWS = [  # name, the plain side (or None), ours; each (function, arguments), re
     ("step, toy: all patches, half", (toy_step,), (toy_step, 0.5), 10, 128),
     ("pairs, toy: null-text, direct", (generation, "plain"), (generation, "ours"), 1, 8),
     ("data, 4 views: decoded for each, once", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224)), 3, 200),
-    ("data, 4 views: decoded for each, cached", (pipeline, FOUR, (224, 224)), (pipeline, ONCE, (224, 224), True), 3, 200),
-    ("data, IRRA: decoded, cached", (pipeline, ONE, (384, 128)), (pipeline, ONE, (384, 128), True), 3, 200),
-    ("data, IRRA, photos of 2,000 x 3,000", (pipeline, ONE, (384, 128), False, (2000, 3000), 20), (pipeline, ONE, (384, 128), True, (2000, 3000), 20), 3, 20),
 ]
 QUICK = ["metric, CUHK size 6,156 x 3,074", "search, 1 query in 100,000", "step, toy, batch 128"]
 
