@@ -5,7 +5,6 @@
     python eval.py --checkpoint C --gallery PHOTOS --query "a woman in a green coat"     the pictures of a folder that fit best
     python eval.py --checkpoint C --gallery PHOTOS --serve                               the same as a page in the browser
     python eval.py --features FILE.npz                                                   scores of features from elsewhere
-    python eval.py --checkpoint C --export DIR                                           the encoders as torch.export programs
 
 C is a checkpoint of tbps.py or distill.py, or the weights of a CLIP. Scores are R@1, R@5, R@10, mAP and mINP in percent, text-to-image
 (the protocol of the field: every caption a query, every image of the split in the gallery), image-to-text, and text-to-image without
@@ -580,77 +579,91 @@ def nearest(features, query, top):
 
 # ---- searching ------------------------------------------------------------------------------------------------------
 
-def readable(path):
-    """A path or an argument as text, also where its bytes are none, or would command a terminal."""
+def printable(path):
+    """A path or an argument as text that can be printed: other bytes and control characters become U+FFFD."""
     text = os.fsencode(path).decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class Search:
-    """A model, the pictures of a folder, and their embeddings: what the command line and the page in the browser ask."""
+    """A model and the images of a folder with their embeddings: what the command line and the search page ask.
 
-    def __init__(self, model, tokenizer, info, folder, index, device):
-        import data
-        self.model, self.tokenizer, self.folder, self.device, self.starts = model, tokenizer, Path(folder), device, index.starts
+    view: path or PIL image -> pixels (3, H, W);  clean: a query -> text as in training
+    data: the module, for load_image, normalize_text and tag_words
+    """
+
+    def __init__(self, model, tokenizer, view, clean, data, folder, index, device):
+        self.model, self.tokenizer, self.view, self.clean, self.data = model, tokenizer, view, clean, data
+        self.folder, self.device, self.lock = Path(folder), device, threading.Lock()
+        self.features, self.starts = index.features(), index.starts
         with open(index.list_file, "rb") as f:
             self.list = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self.features, self.view, self.load = index.features(), data.EvalView(info["size"], info["norm"], info["resize"]), data.load_image
-        self.clean, self.plain, self.tag, self.lock = data.clean_caption if info["clean"] else str, data.normalize_text, data.tag_words, threading.Lock()
 
     def entry(self, row):
         """The path below the folder."""
         return json.loads(self.list[self.starts[row]:self.list.find(b"\n", self.starts[row])])[0]
 
-    def path(self, row):
-        """The file of a row, as long as it is a picture below the folder: it may be gone, or replaced by a link."""
+    def name(self, row):
+        return printable(self.entry(row))
+
+    def load(self, row, least=None):
+        """The image of a row as PIL, at least `least` pixels high and wide if the file has them.
+
+        Raises ValueError if the file is gone, or became a link out of the folder."""
         path = self.folder / self.entry(row)
         if not path.exists() or not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"{self.name(row)} is not in the folder any more")
-        return path
-
-    def name(self, row):
-        """The path below the folder, as text."""
-        return readable(self.entry(row))
+        return self.data.load_image(path, least)
 
     def encode(self, texts):
-        """Sentences, cleaned as in training -> (Q, D) of unit length."""
-        if none := [t for t in texts if not self.clean(t).strip()]:
-            raise ValueError(f"the query {none[0][:40]!r} has no word: describe the person in a sentence")
-        texts = [self.clean(t) for t in texts]
+        """Sentences -> (Q, D) of unit length. Raises ValueError if cleaning leaves nothing of one."""
+        cleaned = [self.clean(t) for t in texts]
+        for text, rest in zip(texts, cleaned):
+            if not rest.strip():
+                raise ValueError(f"the query {text[:40]!r} has no word: describe the person in a sentence")
         with self.lock:
-            return embed_texts(self.model, self.tokenizer(texts))
+            return embed_texts(self.model, self.tokenizer(cleaned))
 
-    def left_out(self, text):
-        """How many tokens of a text are beyond the 75 that the encoder reads."""
-        return max(0, len(self.tokenizer.bpe.encode(self.clean(text)).ids) - 75)
-
-    def describe(self, texts):
-        """One query (1, D) from some descriptions of one person: the mean of their directions."""
-        return F.normalize(self.encode(texts).mean(dim=0, keepdim=True), dim=1)
-
-    def like(self, row):
-        """A picture as the query (1, D)."""
-        return torch.from_numpy(self.features[row:row + 1]).float()
+    def unread(self, text):
+        """How many tokens of a query are not read: the encoder takes 75, and cleaning keeps 77 words."""
+        def count(words):
+            return len(self.tokenizer.bpe.encode(self.data.normalize_text(words)).ids)
+        whole = " ".join(filter(None, map(self.clean, text.split())))   # word by word cleaning cuts nothing
+        return count(whole) - min(75, count(self.clean(text)))
 
     def top(self, query, number):
-        """[(row, cosine), ...] of each query (Q, D)."""
+        """[(row, cosine), ...] for each query (Q, D)."""
         score, row = nearest(self.features, query, number)
         return [list(zip(*found)) for found in zip(row.tolist(), score.tolist())]
 
-    def explain(self, row, text):
-        """What in a picture the words of a text answer to; see `word_maps`."""
+    def describe(self, texts, number):
+        """[(row, cosine), ...] for several descriptions of one person: the mean of their directions."""
+        query = F.normalize(self.encode(texts).mean(dim=0, keepdim=True), dim=1)
+        return self.top(query, number)[0]
+
+    def like(self, row, number):
+        """[(row, cosine), ...] of the images most similar to an image of the gallery, without itself."""
+        query = torch.from_numpy(self.features[row:row + 1]).float()
+        return [found for found in self.top(query, number + 1)[0] if found[0] != row][:number]
+
+    def explain(self, picture, text):
+        """What in a PIL image the words of a text respond to; see `word_maps`."""
+        text = self.clean(self.data.normalize_text(text))
         with self.lock:
-            return word_maps(self.model, self.tokenizer, self.view(self.path(row)), self.clean(self.plain(text)), self.tag, self.device)
+            return word_maps(self.model, self.tokenizer, self.view(picture), text, self.data.tag_words, self.device)
 
 
 @torch.no_grad()
 def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
-    """Which parts of a picture (3, H, W) the words of a text answer to: [(word, how much it adds to the cosine, (h, w) map)], the `most` nouns
-    and adjectives that matter most, in the order of the text.
+    """Which parts of an image (3, H, W) the words of a text respond to.
 
-    A word is what the text loses without it, a direction: text minus text without the word. A part is what the picture loses in
-    this direction when a window over it is painted grey (occlusion); windows overlap by half. So this shows what the model reacts to, not
-    where a thing is: a noun that many pictures share has hardly any direction of its own."""
+    -> [(word, what it adds to the cosine, (h, w) map), ...]: the nouns and adjectives that add most, in text order
+
+    The direction of a word is the text feature minus the feature of the text without the word. The map is how much the
+    image loses in this direction when a window is painted grey (occlusion); windows overlap by half. It shows what the
+    model reacts to, not where a thing is: a noun that most images share has hardly a direction of its own.
+    tag: text -> [(start, end, kind), ...] with kind N for nouns, J for adjectives
+    """
     words = [(a, b) for a, b, kind in tag(text) if kind in "NJ"]
     if not words:
         return []
@@ -659,123 +672,243 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
     directions = whole - torch.stack(without)                                                           # (W, D)
     (h, w), (H, W) = model.image.grid, pixels.shape[1:]
     step = int(np.ceil((h * w / 100) ** 0.5))                           # at most a hundred windows of two steps
-    windows = [(y, x, min(h, y + 2 * step), min(w, x + 2 * step)) for y in range(0, max(1, h - step), step) for x in range(0, max(1, w - step), step)]
+    windows = [(y, x, min(h, y + 2 * step), min(w, x + 2 * step))
+               for y in range(0, max(1, h - step), step) for x in range(0, max(1, w - step), step)]
     hidden = pixels.repeat(len(windows) + 1, 1, 1, 1)
     for picture, (top, left, bottom, right) in zip(hidden[1:], windows):
         picture[:, H * top // h:H * bottom // h, W * left // w:W * right // w] = 0
-    image = torch.cat([F.normalize(model.encode_image(part.to(device)).float(), dim=1).cpu() for part in hidden.split(64)])
-    seen, loss = torch.zeros(h, w), torch.zeros(len(words), h, w)
+    image = torch.cat([F.normalize(model.encode_image(some.to(device)).float(), dim=1).cpu()
+                       for some in hidden.split(64)])
+    covered, loss = torch.zeros(h, w), torch.zeros(len(words), h, w)
     for (top, left, bottom, right), lost in zip(windows, (image[:1] - image[1:]) @ directions.T):
         loss[:, top:bottom, left:right] += lost[:, None, None]
-        seen[top:bottom, left:right] += 1
+        covered[top:bottom, left:right] += 1
     adds = image[0] @ directions.T
-    return [(text[slice(*words[n])], adds[n].item(), loss[n] / seen) for n in sorted(adds.argsort(descending=True)[:most].tolist())]
+    shown = sorted(adds.argsort(descending=True)[:most].tolist())
+    return [(text[slice(*words[n])], adds[n].item(), loss[n] / covered) for n in shown]
 
 
-def overlay(picture, heat):
-    """A picture with what is hot in red; heat (h, w) in [0, 1]."""
+MAPS = ("<p class=legend>The number is what the word adds to the score. Red: the parts that speak for the word. Blue, if "
+        "the word lowers the score: the parts that speak against it. The maps show what the model reacts to, which need "
+        "not be where the thing is.</p>")
+RED, BLUE = (230, 30, 20), (20, 60, 230)
+
+
+def overlay(picture, heat, colour):
+    """A grey PIL image with its hot parts in colour; heat (h, w) in [0, 1]."""
     shown = Image.fromarray((255 * heat.clamp(0, 1)).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.composite(Image.new("RGB", picture.size, (230, 30, 20)), picture.convert("L").convert("RGB"), shown.point(lambda v: int(0.75 * v)))
+    mask = shown.point(lambda v: int(0.75 * v))
+    return Image.composite(Image.new("RGB", picture.size, colour), picture.convert("L").convert("RGB"), mask)
 
 
-def explained(search, row, text, height=176):
-    """HTML: a picture beside maps of what answers to the words of a text, on one scale, the root of the strongest word's."""
-    found, picture = search.explain(row, text), search.load(search.path(row), 2 * height)
+def explained(search, row, text):
+    """HTML: an image beside the maps of the words of a text, all on one scale. A map is at least 150 pixels wide."""
+    picture = search.load(row, 600)
+    found = [(word, adds, heat if adds > 0 else -heat) for word, adds, heat in search.explain(picture, text)]
+    height = round(min(600, max(240, 160 * picture.height / picture.width)))
     picture.thumbnail((4 * height, 2 * height))
     most = max([1e-6] + [heat.max().item() for *_, heat in found])
-    cells = [("the picture", picture)] + [(f"{html.escape(word)} {adds:+.3f}", overlay(picture, (heat / most).clamp(min=0).sqrt())) for word, adds, heat in found]
-    return "<div class=row>" + "".join(f'<figure><img src="{thumbnail(shown, height)}"><figcaption>{said}</figcaption></figure>' for said, shown in cells) + "</div>"
+    shown = [figure(picture, search.name(row), "the picture", "large", height)]
+    for word, adds, heat in found:
+        colour = RED if adds > 0 else BLUE
+        shown.append(figure(overlay(picture, (heat / most).clamp(min=0).sqrt(), colour), f"map of the word {word}",
+                            f"{html.escape(word)} {adds:+.3f}", "large", height))
+    return f"<div class=row>{''.join(shown)}</div>"
+
+
+def breakable(name):
+    """A file name as HTML, which is never broken shortly before or inside its ending."""
+    cut = max(0, len(os.path.splitext(name)[0]) - 4)
+    return f"{html.escape(name[:cut])}<span class=ending>{html.escape(name[cut:])}</span>"
 
 
 def results(search, found, links=None):
-    """HTML: the pictures of [(row, cosine), ...], by rank. links(row) is what may stand below each."""
+    """HTML: the images of [(row, cosine), ...], by rank. links: row -> HTML to put below its image."""
     cells = []
     for rank, (row, score) in enumerate(found, start=1):
+        name = search.name(row)
         try:
-            shown = f'<img src="{thumbnail(search.load(search.path(row), 384), 192)}" alt="">'
+            shown = f'<img src="{thumbnail(search.load(row, 384), 192)}" alt="{html.escape(name)}">'
         except (OSError, ValueError):
-            shown = "<p>cannot be read any more</p>"
-        cells.append(f"<figure class=hit>{f'<a href=/photo?row={row}>{shown}</a>' if links else shown}<figcaption><b>{rank}</b> {score:.3f}<br>"
-                     f"{html.escape(search.name(row))}{links(row) if links else ''}</figcaption></figure>")
+            shown = f"<span>{html.escape(name)} cannot be read any more</span>"
+        if links:
+            shown = f'<a href="/photo?row={row}">{shown}</a>'
+        cells.append(f"<figure class=hit>{shown}<figcaption><b>{rank}</b> {score:.3f}<br>{breakable(name)}"
+                     f"{links(row) if links else ''}</figcaption></figure>")
     return f"<div class=hits>{''.join(cells)}</div>"
 
 
 # ---- the search page ------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Find a person</title><link rel=icon href=data:,><style>{style}</style>
-<h1>Find a person in {number:,} pictures</h1>
-<form action=/ method=get><textarea name=q rows=2 autofocus maxlength=20000 placeholder="a woman in a green coat with a black backpack">{text}</textarea>
-<button>Search</button> <label><input name=top type=number min=1 max=200 value={top}> pictures</label>
-<p class=hint>A line is a description; several lines describe the same person, and are averaged.</p></form><main>{main}</main>
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>{title}</title><link rel=icon href=data:,><style>{style}</style>
+<header><h1>Find a person in {number:,} pictures</h1></header>
+<form action=/ method=get role=search>
+<label for=q>Describe the person</label>
+<textarea id=q name=q rows=2 autofocus placeholder="a woman in a green coat with a black backpack">{text}</textarea>
+<button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label>
+<p class=legend>Several lines describe the same person; their features are averaged.</p>
+<p id=status role=status></p></form><main>{main}</main>
 <script nonce={nonce}>
-const form = document.forms[0], text = form.q
+const form = document.forms[0], text = form.q, status = document.getElementById("status")
+let searches = 0
 async function go(url, push) {{
+  const asked = text.value, search = ++searches
   document.body.classList.add("busy")
-  const page = new DOMParser().parseFromString(await (await fetch(url)).text(), "text/html")
-  document.querySelector("main").replaceWith(page.querySelector("main"))
-  text.value = page.querySelector("textarea").value
-  if (push) history.pushState(0, "", url)
-  document.body.classList.remove("busy")
+  status.textContent = "searching ..."
+  try {{
+    const response = await fetch(url), body = await response.text()
+    const page = new DOMParser().parseFromString(body, "text/html"), main = page.querySelector("main")
+    if (search != searches) return
+    if (!main) throw new Error(response.status + " " + body.slice(0, 200))
+    document.querySelector("main").replaceWith(main)
+    document.title = page.title
+    if (text.value == asked) text.value = page.querySelector("textarea").value
+    if (push) history.pushState(0, "", url)
+    status.textContent = ""
+  }} catch (error) {{
+    if (search == searches) status.textContent = "The search failed. Is eval.py still running? " + error.message
+  }} finally {{
+    if (search == searches) document.body.classList.remove("busy")
+  }}
 }}
-text.addEventListener("keydown", e => {{ if (e.key == "Enter" && !e.shiftKey) {{ e.preventDefault(); form.requestSubmit() }} }})
-form.addEventListener("submit", e => {{ e.preventDefault(); go("/?" + new URLSearchParams(new FormData(form)), true) }})
-addEventListener("click", e => {{ const a = e.target.closest("main a[href^='/?']"); if (a && !e.ctrlKey && !e.metaKey) {{ e.preventDefault(); go(a.href, true) }} }})
+text.addEventListener("keydown", e => {{
+  if (e.key == "Enter" && !e.shiftKey) {{ e.preventDefault(); form.requestSubmit() }}
+}})
+form.addEventListener("submit", e => {{
+  e.preventDefault()
+  if (text.value.length > {longest}) status.textContent = "The description is too long; a few sentences are enough."
+  else go("/?" + new URLSearchParams(new FormData(form)), true)
+}})
+addEventListener("click", e => {{
+  const a = e.target.closest("main a[href^='/?']")
+  if (a && !e.ctrlKey && !e.metaKey && !e.shiftKey) {{ e.preventDefault(); go(a.href, true) }}
+}})
 addEventListener("popstate", () => go(location.href, false))
 </script></html>"""
-PAGE_STYLE = """form{margin-bottom:1.5em}textarea{width:100%;box-sizing:border-box;font:inherit;padding:.5em;border:1px solid #888;border-radius:6px}button{font:inherit;padding:.3em 1.2em}
-input{font:inherit;width:4em}.hint,.busy main{opacity:.55}.note{background:#f3f3f3;padding:.5em .8em;border-radius:6px}"""
+PAGE_STYLE = """
+form { margin-bottom: 1.5em }
+textarea { display: block; width: 100%; box-sizing: border-box; font: inherit; margin: .3em 0; padding: .5em }
+button { font: inherit; padding: .3em 1.2em }
+input { font: inherit; width: 4.5em }
+.busy main { opacity: .55 }
+.note { background: #f3f3f3; padding: .5em .8em; border-radius: 6px }
+.more a { display: inline-block; line-height: 26px; margin-right: .8em }
+"""
+LONGEST = 5000      # characters of a query. Percent-encoded, they fit the 65,536 bytes that http.server reads of an URL
+LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 
 
-def answer(search, query):
-    """The main part of the page for a query string -> (text of the field, number of pictures, HTML). Raises ValueError in words."""
-    asked = parse_qs(query, keep_blank_values=True, max_num_fields=20)
+def whole_number(asked, name, low, high, default=None):
+    """A number of the query string; the default if it is missing or empty."""
+    value = asked.get(name, [""])[-1].strip()
+    if not value:
+        return default
+    if not re.fullmatch("[0-9]{1,9}", value) or not low <= int(value) <= high:
+        raise ValueError(f"{name} must be a number from {low} to {high}, not {value[:20]!r}")
+    return int(value)
 
-    def number(name, low, high, default):
-        value = asked.get(name, [default])[-1]
-        if value is not None and not (re.fullmatch("[0-9]{1,9}", value) and low <= int(value) <= high):
-            raise ValueError(f"{name} must be a number from {low} to {high}, not {value[:20]!r}")
-        return None if value is None else int(value)
 
-    text, rows = "\n".join(asked.get("q", [])), len(search.starts) - 1
-    top, like, why = number("top", 1, 200, "20"), number("like", 0, rows, None), number("why", 0, rows, None)
+def answer(search, asked, text):
+    """The main part of the page for a query string as a dict -> HTML. Raises ValueError in words for the user."""
+    top, last = whole_number(asked, "top", 1, 200, 20), len(search.starts) - 1
+    like, why = whole_number(asked, "like", 0, last), whole_number(asked, "why", 0, last)
+    lines = [line for line in text.splitlines() if line.strip()]
 
     def links(row):
-        more = [(f"/?{urlencode(dict(like=row, q=text, top=top))}", "more like this")]
-        if text.strip():
-            more.append((f"/?{urlencode(dict(why=row, q=text, top=top))}", "why?"))
-        return "<br>" + " ".join(f"<a href='{html.escape(url)}'>{said}</a>" for url, said in more)
+        urls = {"more like this": urlencode(dict(like=row, top=top))}
+        if lines:
+            urls["why?"] = urlencode(dict(why=row, q=text, top=top))
+        shown = "".join(f'<a href="/?{html.escape(url)}">{said}</a>' for said, url in urls.items())
+        return f"<br><span class=more>{shown}</span>"
 
-    if len(text) > 20_000:
-        raise ValueError(f"a query of {len(text):,} characters is too long; some sentences are enough")
-    said = [line for line in text.splitlines() if line.strip()]
+    if len(text) > LONGEST:
+        raise ValueError(f"a description of {len(text):,} characters is too long; a few sentences are enough")
     if like is not None:
-        main = f"<h2>Like {html.escape(search.name(like))}</h2>" + results(search, search.top(search.like(like), top)[0], links)
-    elif "q" not in asked:
-        main = ""
-    elif not said:
-        main = "<p class=note>Describe the person in a sentence.</p>"
-    else:
-        main = results(search, search.top(search.describe(said), top)[0], links)
-        if longest := max(map(search.left_out, said)):
-            main = f"<p class=note>A description has room for 75 tokens, about 55 words: the last {longest:,} tokens were not read.</p>" + main
-        if why is not None:
-            main = f"<h2>What in {html.escape(search.name(why))} answers to the words</h2>{explained(search, why, ' '.join(said))}<p>{WHY}</p>" + main
-    return text, top, main
+        return f"<h2>Like {breakable(search.name(like))}</h2>" + results(search, search.like(like, top), links)
+    if not lines:
+        return "<p class=note>Describe the person in a sentence.</p>" if "q" in asked else ""
+    main = ""
+    if why is not None:
+        maps = explained(search, why, " ".join(lines))
+        main += f"<h2>What the words respond to in {breakable(search.name(why))}</h2>{maps}{MAPS}"
+    if unread := max(map(search.unread, lines)):
+        main += f"<p class=note>{unread:,} tokens were not read: the model reads 75 tokens a line, about 55 words.</p>"
+    return main + results(search, search.describe(lines, top), links)
 
 
-WHY = ("Red: painted grey, these parts would cost the word its share of the score, which stands beside it. This is what the model reacts to; it need not be "
-       "where the thing is.")
+class Handler(BaseHTTPRequestHandler):
+    """Answers a browser on this machine. Only row numbers come from outside, never a path."""
+    timeout = 15                                                        # seconds for a client that sends nothing
+    search = None
+
+    def do_GET(self):
+        if not LOCAL.fullmatch(self.headers.get("Host", "")):           # a name of another site that leads here
+            return self.send(403, "text/plain", b"this page answers to localhost only\n")
+        try:
+            url = urlsplit(self.path)
+            asked = parse_qs(url.query, keep_blank_values=True, max_num_fields=20)
+            if url.path == "/":
+                return self.page(asked)
+            row = whole_number(asked, "row", 0, len(self.search.starts) - 1) if url.path == "/photo" else None
+            if row is None:
+                return self.send(404, "text/plain", b"there is nothing here\n")
+            buffer = io.BytesIO()
+            self.search.load(row).save(buffer, "JPEG", quality=92)
+            self.send(200, "image/jpeg", buffer.getvalue())
+        except (ConnectionError, TimeoutError):
+            raise
+        except (ValueError, OSError) as e:
+            self.send(400, "text/plain; charset=utf-8", f"{e}\n".encode("utf-8", "replace"))
+
+    do_HEAD = do_GET
+
+    def page(self, asked):
+        """Send the page for a query string. On a mistake it keeps what was typed."""
+        text, code = "\n".join(asked.get("q", [])), 200
+        try:
+            main, top = answer(self.search, asked, text), whole_number(asked, "top", 1, 200, 20)
+        except (ValueError, OSError) as e:
+            main, top, code = f"<p class=note>{html.escape(str(e))}</p>", 20, 400
+        nonce = base64.b64encode(os.urandom(12)).decode()
+        title = " ".join(text.split())[:80] or ("Pictures like one" if "like" in asked else "")
+        title = html.escape(f"{title} - find a person" if title else "Find a person")
+        shown = PAGE.format(style=STYLE + PAGE_STYLE, number=len(self.search.starts), text=html.escape(text), top=top,
+                            main=main, nonce=nonce, title=title, longest=LONGEST)
+        policy = (f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; "
+                  "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+        self.send(code, "text/html; charset=utf-8", shown.encode("utf-8", "replace"), policy)
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server refuses by itself, also in words: an URL that is too long, a method other than GET."""
+        if code == 414:
+            self.rfile.readline(2 ** 20)                                # else the connection is reset before the answer
+            message = "the description is too long; a few sentences are enough"
+        self.send(code, "text/plain", f"{message or 'this cannot be answered'}\n".encode())
+
+    def send(self, code, kind, body, policy="default-src 'none'; style-src 'unsafe-inline'"):
+        self.send_response(code)
+        for name, value in {"Content-Type": kind, "Content-Length": len(body), "Content-Security-Policy": policy,
+                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                            "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
 
 
 class Server(ThreadingHTTPServer):
-    """Holds a port of localhost; who asks before `serve` answers waits."""
+    """Holds a port of localhost; requests that come before `serve` wait."""
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self, port):
         try:
-            super().__init__(("127.0.0.1", port), None)
+            super().__init__(("127.0.0.1", port), Handler)
         except OSError as e:
-            raise OSError(f"port {port} cannot be had ({e.strerror}); name another with --serve PORT, or 0 for any") from None
+            raise OSError(f"port {port} cannot be used ({e.strerror}); take another with --serve PORT") from None
 
     def handle_error(self, request, client):
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
@@ -783,105 +916,11 @@ class Server(ThreadingHTTPServer):
 
 
 def serve(search, server):
-    """Answers on localhost until Ctrl-C. Only numbers of rows come from outside, never a path."""
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 15                                                    # seconds for a client that sends nothing
-
-        def do_GET(self):
-            hosts = {f"{name}:{self.server.server_port}" for name in ("localhost", "127.0.0.1")}
-            if self.headers.get("Host") not in hosts:                   # a foreign site's name that was made to lead here
-                return self.send(403, "text/plain", b"this page answers to localhost only\n")
-            try:
-                url = urlsplit(self.path)
-                if url.path == "/":
-                    nonce = base64.b64encode(os.urandom(12)).decode()
-                    self.page(200, nonce, *answer(search, url.query))
-                elif url.path == "/photo" and re.fullmatch("[0-9]{1,9}", row := parse_qs(url.query).get("row", [""])[0]) and int(row) < len(search.starts):
-                    buffer = io.BytesIO()
-                    search.load(search.path(int(row))).save(buffer, "JPEG", quality=92)
-                    self.send(200, "image/jpeg", buffer.getvalue())
-                else:
-                    self.send(404, "text/plain", b"there is nothing here\n")
-            except (ValueError, OSError) as e:
-                if isinstance(e, (ConnectionError, TimeoutError)):
-                    raise
-                self.page(400, "", "", 20, f"<p class=note>{html.escape(str(e))}</p>")
-
-        do_HEAD = do_GET
-
-        def page(self, code, nonce, text, top, main):
-            shown = PAGE.format(style=STYLE + PAGE_STYLE, number=len(search.starts), text=html.escape(text), top=top, main=main, nonce=nonce)
-            self.send(code, "text/html; charset=utf-8", shown.encode("utf-8", "replace"), f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; "
-                      f"script-src 'nonce-{nonce}'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-        def send(self, code, kind, body, policy="default-src 'none'; style-src 'unsafe-inline'"):
-            self.send_response(code)
-            for name, value in {"Content-Type": kind, "Content-Length": len(body), "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-                                "Referrer-Policy": "no-referrer", "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server.RequestHandlerClass = Handler
+    """Answer on localhost until Ctrl-C."""
+    Handler.search = search
     print(f"search page: http://localhost:{server.server_port}/   (Ctrl-C ends it)", flush=True)
     with server:
         server.serve_forever()
-
-
-# ---- export ---------------------------------------------------------------------------------------------------------
-
-class ImageEncoder(torch.nn.Module):
-    """(B, 3, H, W) pixels, scaled and normalised -> (B, D) of unit length."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.tower = model.image
-
-    def forward(self, pixels):
-        first = torch.zeros(pixels.shape[0], dtype=torch.int64)         # the class token
-        return F.normalize(self.tower.project(self.tower(pixels, at=first)[:, 0]), dim=1)
-
-
-class TextEncoder(torch.nn.Module):
-    """(B, 77) token ids -> (B, D) of unit length. All 77 positions are computed: where a text ends must not change the program."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.tower = model.text
-
-    def forward(self, tokens):
-        end = self.tower(tokens, at=tokens.argmax(dim=1))[:, 0]
-        return F.normalize(self.tower.ln_post(end) @ self.tower.proj, dim=1)
-
-
-@torch.no_grad()
-def export(model, tokenizer, info, folder):
-    """Writes image.pt2, text.pt2 (torch.export, any batch size), tokenizer.json and info.json (what pictures and texts need), and checks
-    what it wrote against the model: -> the largest difference of a feature. Raises ValueError if that is not rounding."""
-    import data
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no empty folder; name another, so that nothing is overwritten")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = tokenizer(["a man in a red jacket", "a woman", "a person with a black backpack and a white hat"])
-    worst = 0.0
-    for name, encoder, encode, x in (("image", ImageEncoder(model), model.encode_image, torch.randn(3, 3, *info["size"])),
-                                     ("text", TextEncoder(model), model.encode_text, tokens)):
-        path = folder / f"{name}.pt2"
-        torch.export.save(torch.export.export(encoder.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
-        program = torch.export.load(path).module()
-        for some in (x, x[:1], torch.cat([x, x])):
-            worst = max(worst, (program(some) - F.normalize(encode(some), dim=1)).abs().max().item())
-    if not worst < 1e-4:
-        raise ValueError(f"the exported programs differ from the checkpoint by {worst:.2g}: do not use {folder}")
-    tokenizer.bpe.save(str(folder / "tokenizer.json"))
-    mean, std = data.mean_std(info["norm"])
-    (folder / "info.json").write_text(json.dumps(dict(size=info["size"], mean=mean, std=std, resize=info["resize"], clean=info["clean"], context=data.CONTEXT,
-                                                      start=tokenizer.eot - 1, end=tokenizer.eot, embed=model.arch["embed"]), indent=1))
-    return worst
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -959,13 +998,13 @@ def search_gallery(args):
     folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of pictures")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; --gallery takes a folder of pictures")
-    queries = [readable(q) for q in args.query]
+    queries = [printable(q) for q in args.query]
     if args.queries:
         try:
             lines = data.need(args.queries, "the file of queries", "it has one query per line").read_text(encoding="utf-8-sig").splitlines()
         except (UnicodeDecodeError, IsADirectoryError):
             raise ValueError(f"{args.queries} is no text in UTF-8 with a query per line") from None
-        queries += [readable(line.expandtabs(1)) for line in lines if line.strip()]
+        queries += [printable(line.expandtabs(1)) for line in lines if line.strip()]
     if any(not q.strip() for q in queries):
         raise ValueError("a query is empty: describe the person in a sentence")
     if args.explain and not queries:
@@ -985,26 +1024,27 @@ def search_gallery(args):
     if rank:
         return
     if bad:
-        print(f"skipped, as they cannot be read as pictures ({len(bad):,}): {', '.join(map(readable, bad))}", file=sys.stderr)
+        print(f"skipped, as they cannot be read as pictures ({len(bad):,}): {', '.join(map(printable, bad))}", file=sys.stderr)
     if skipped:
         print("skipped, as only " + " ".join(sorted(SUFFIXES)) + " are read: " +
               ", ".join(f"{number:,} {ending}" for ending, number in skipped.most_common()), file=sys.stderr)
     for e in failed:
-        print(f"{readable(e.filename)} cannot be listed ({e.strerror}); what the index holds of it is kept", file=sys.stderr)
+        print(f"{printable(e.filename)} cannot be listed ({e.strerror}); what the index holds of it is kept", file=sys.stderr)
     if not index.starts:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
-    print(f"{len(index.starts):,} pictures; index: {readable(index.rows_file)}", flush=True)
-    search = Search(model, tokenizer, info, folder, index, args.device)
+    print(f"{len(index.starts):,} pictures; index: {printable(index.rows_file)}", flush=True)
+    clean = data.clean_caption if info["clean"] else str
+    search = Search(model, tokenizer, view, clean, data, folder, index, args.device)
 
     def chapters():
         for query, found in zip(queries, search.top(search.encode(queries), args.top)):
-            if left := search.left_out(query):
-                print(f"{query[:40]}...: its last {left:,} tokens were not read; there is room for 75, about 55 words", file=sys.stderr)
+            if unread := search.unread(query):
+                print(f"{query[:40]}...: its last {unread:,} tokens were not read; there is room for 75, about 55 words", file=sys.stderr)
             print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
-            why = "".join(explained(search, row, query) for row, _ in found[:args.explain])
-            yield query, results(search, found) + (why and f"<p>{WHY}</p>{why}")
+            maps = "".join(explained(search, row, query) for row, _ in found[:args.explain])
+            yield query, results(search, found) + (maps and MAPS + maps)
     if queries:
-        write_page(args.page or "search.html", f"{readable(folder)}, {info['method']}", chapters())
+        write_page(args.page or "search.html", f"{printable(folder)}, {info['method']}", chapters())
         print(f"\npage: {args.page or 'search.html'}", flush=True)
     if server:
         serve(search, server)
@@ -1033,18 +1073,16 @@ def main():
     g.add_argument("--index", metavar="FILE", help="where the embeddings are kept (default: beside the gallery)")
     g.add_argument("--explain", type=int, default=0, metavar="N", help="show for the first N pictures of a query which parts answer to its words")
     g.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="a search page on localhost (default port: 8000)")
-    g = p.add_argument_group("export")
-    g.add_argument("--export", metavar="DIR", help="write both encoders as torch.export programs, and check them")
     args = p.parse_args()
     tbps.check_device(args.device)
     if args.page:
         data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
     if args.page or args.query or args.queries:
         check_page(args.page or "search.html")
-    if "" in (args.gallery, args.queries, args.index, args.page, args.features, args.export, *args.checkpoint):
+    if "" in (args.gallery, args.queries, args.index, args.page, args.features, *args.checkpoint):
         raise ValueError("an option was given an empty text; is a variable of the shell not set?")
-    if sum(map(bool, (args.features, args.export, args.gallery))) > 1 or args.features and (args.checkpoint or args.page) or args.export and (args.dataset or args.page):
-        raise ValueError("one thing at a time: --features FILE, --checkpoint C --export DIR, --checkpoint C --gallery PHOTOS, or --checkpoint C for scores")
+    if args.features and (args.checkpoint or args.page or args.gallery):
+        raise ValueError("one thing at a time: --features FILE, --checkpoint C --gallery PHOTOS, or --checkpoint C for scores")
     if args.top < 1 or args.explain < 0 or args.workers < 0 or args.serve is not None and not 0 <= args.serve <= 65535:
         raise ValueError("--top must be at least 1, --explain and --workers at least 0, and a port at most 65535")
     if (args.query or args.queries or args.serve is not None) and not args.gallery:
@@ -1053,11 +1091,7 @@ def main():
         return score_features(args.features)
     if not args.checkpoint:
         raise ValueError("name a checkpoint with --checkpoint, or features with --features; --help tells what can be done")
-    if args.export:
-        model, tokenizer, info = open_model(args.checkpoint[0], "cpu", args.tokenizer, args.size)
-        worst = export(model, tokenizer, info, Path(args.export))
-        print(f"{args.export}: image.pt2, text.pt2, tokenizer.json, info.json; they differ from the checkpoint by {worst:.1g} at most")
-    elif args.gallery:
+    if args.gallery:
         search_gallery(args)
     else:
         compare(args)
@@ -1101,5 +1135,12 @@ def score_features(file):
 
 
 if __name__ == "__main__":
-    from data import command
-    command(main)
+    try:
+        import data
+        import tbps                                                     # noqa: F401
+    except ModuleNotFoundError as e:
+        if e.name not in ("data", "tbps", "losses"):
+            raise
+        print(f"error: {e.name}.py must be beside eval.py; alone, eval.py is a module: import eval", file=sys.stderr)
+        sys.exit(2)
+    data.command(main)

@@ -66,7 +66,7 @@ def test_curve_and_table_hold_what_they_are_given():
     svg = evaluation.curve("loss", {"a<b": [(0, 1.0), (1, 0.5)], "flat": [(0, 0.0), (1, 0.0)]})
     assert svg.count("<polyline") == 2 and "a&lt;b" in svg and "nan" not in svg
     assert 'role="img" aria-label="loss by epoch"' in svg
-    assert len(set(re.findall(r'stroke-dasharray="[^"]*"', svg))) == 2                                  # not only colours
+    assert len(set(re.findall(r'stroke-dasharray="[^"]*"', svg))) == 2                          # not only colours
     assert evaluation.curve("none", {"a": []}) == ""
     page = evaluation.table({"t2i": {"R@1": 62.123, "mAP": 5.0}, "own": {"R@1": 1.0, "dropped": 3}})
     assert "<td>62.12</td>" in page and "<th scope=col>dropped</th>" in page and "<th scope=row>t2i</th>" in page

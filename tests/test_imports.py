@@ -49,8 +49,6 @@ WIDE = [
     "tests/test_data_pictures.py",
     "tests/test_data_records.py",
     "tests/test_distill.py",
-    "tests/test_eval.py",
-    "tests/test_eval_pages.py",
     "tests/test_generate.py",
     "tests/test_golden.py",
     "tests/test_irra.py",
@@ -60,8 +58,6 @@ WIDE = [
     "tests/test_official.py",
     "tests/test_probes.py",
     "tests/test_scale.py",
-    "tests/test_search.py",
-    "tests/test_search_index.py",
     "tests/test_train.py",
 ]
 LONG = [

@@ -141,7 +141,7 @@ def test_lines_without_rows_are_cut(three, cut, left):
 
 
 def test_keep_is_atomic(three):
-    """Both new files are written, then the rows are replaced, then the list: wherever that ends, rows fit their lines."""
+    """Both new files are written, then replaced, the rows first: wherever that ends, rows fit lines."""
     rows_file, list_file = (three.with_name(f"i.{ending}") for ending in ("f16", "jsonl"))
     old = rows_file.read_bytes(), list_file.read_bytes()
     evaluation.Index(three, "w", 2).keep([True, False, True])
