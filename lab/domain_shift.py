@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
 import tbps                                                             # noqa: E402
-from lab import ablations, people                                       # noqa: E402
+from lab import people, tables                                          # noqa: E402
 
 PAINT, CAPTION, READ = people.paint, people.write_caption, data.read
 SETS = {  # name: (data set, what is drawn otherwise, which views)
@@ -62,7 +62,7 @@ def main():
             found.setdefault(named(path), {}).setdefault(name, []).append(tbps.evaluate(model, tokenizer, info, found_records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"])
     print(f"| R@1 | seeds | {' | '.join(sets)} |\n" + "|---" * (2 + len(sets)) + "|")
     for row, scores in found.items():
-        print(f"| {row.replace('_', ' ')} | {len(scores[args.only[0]])} | {' | '.join(map(ablations.mean, scores.values()))} |")
+        print(f"| {row.replace('_', ' ')} | {len(scores[args.only[0]])} | {' | '.join(map(tables.mean_std, scores.values()))} |")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ WIDE = [
     "distill.py",
     "eval.py",
     "generate.py",
-    "lab/ablations.py",
     "lab/benchmark.py",
     "lab/check_generated.py",
     "lab/check_restoration.py",
@@ -59,6 +58,9 @@ WIDE = [
     "tests/test_probes.py",
     "tests/test_scale.py",
     "tests/test_train.py",
+    "tests/test_weights.py",
+    "tests/test_weights_config.py",
+    "tests/tiny_clip.py",
 ]
 LONG = [
     "data.py",
