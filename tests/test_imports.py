@@ -49,6 +49,8 @@ WIDE = [
     "tests/test_data_records.py",
     "tests/test_distill.py",
     "tests/test_generate.py",
+    "tests/test_generate_steps.py",
+    "tests/test_generate_training.py",
     "tests/test_golden.py",
     "tests/test_irra.py",
     "tests/test_lab.py",
@@ -61,17 +63,18 @@ WIDE = [
     "tests/test_weights.py",
     "tests/test_weights_config.py",
     "tests/tiny_clip.py",
+    "tests/tiny_diffusion.py",
 ]
 LONG = [
     "data.py",
     "eval.py",
     "generate.py",
     "tbps.py",
-    "tests/test_data.py",
     "tests/test_distill.py",
     "tests/test_generate.py",
 ]
 LONG_FUNCTIONS = [
+    "generate.py",
     "tbps.py",
 ]
 
