@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
@@ -34,6 +35,7 @@ from diffusers.models.attention_processor import Attention
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import data
@@ -175,16 +177,12 @@ class Words(nn.Module):
 
 def load_words(folder):
     """The text encoder in a folder of the diffusers layout, with the names that Hugging Face gives its tensors."""
-    config = json.loads(data.need(folder / "config.json", "the text encoder's configuration", "the folder has the layout of diffusers").read_text())
+    config = data.load_json(folder / "config.json")
     path = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()), folder / "model.safetensors")
     weights = tbps.read_file(data.need(path, "the text encoder's weights", "or pytorch_model.bin"))
     weights = {"text_model." + n.removeprefix("text_model."): w for n, w in weights.items()}           # transformers 5 saves it without
     weights = tbps.to_openai_names({n: w for n, w in weights.items() if not re.search(tbps.NOT_WEIGHTS, n)}, path)
-    for pattern, replacement in tbps.OPENAI_NAMES:
-        weights = {re.sub(pattern, replacement, n): w.float() for n, w in weights.items()}
-    weights = {re.sub("^text", "tower", n): w for n, w in weights.items()}
-    if config.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
-        raise ValueError(f"{folder}: the activation {config['hidden_act']!r} is not one of CLIP's")
+    weights = {re.sub("^text", "tower", tbps.rename(n, tbps.OPENAI_TO_OURS)): w.float() for n, w in weights.items()}
     width, heads = config["hidden_size"], config["num_attention_heads"]
     words = Words(config["vocab_size"], width, config["num_hidden_layers"], width // heads, config.get("hidden_act", "quick_gelu") == "quick_gelu",
                   config["max_position_embeddings"])
@@ -212,9 +210,86 @@ def save_words(words, folder):
         max_position_embeddings=len(arch.pos), hidden_act="quick_gelu" if arch.blocks[0].quick_gelu else "gelu")))
 
 
-FOLDERS = ["unet", "scheduler", "text_encoder", "tokenizer", "vae"]
-FILES = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
-         "merges.txt", "tokenizer.json"]
+WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+PARTS = {  # folder -> its configuration, its weights (one of them)
+    "unet": ("config.json", WEIGHTS),
+    "vae": ("config.json", WEIGHTS),
+    "text_encoder": ("config.json", ["model.safetensors", "pytorch_model.bin"]),
+    "scheduler": ("scheduler_config.json", []),
+    "tokenizer": (None, ["merges.txt", "tokenizer.json"]),
+}
+ALLOWED = {  # key of a configuration -> what works here, first what holds if the key is absent
+    "unet": {
+        "_class_name": ["UNet2DConditionModel"],
+        "addition_embed_type": [None],                                  # SDXL
+        "class_embed_type": [None],
+        "num_class_embeds": [None],                                     # the x4 upscaler
+        "encoder_hid_dim_type": [None],                                 # Kandinsky, DeepFloyd IF
+    },
+    "vae": {"_class_name": ["AutoencoderKL"]},
+    "text_encoder": {"hidden_act": ["quick_gelu", "gelu"], "max_position_embeddings": [data.CONTEXT]},
+    "scheduler": {
+        "num_train_timesteps": [1000],
+        "prediction_type": ["epsilon", "v_prediction"],
+        "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
+    },
+}
+SIZES = {  # whole numbers that a configuration must have, with diffusers' defaults
+    "unet": dict(in_channels=4, out_channels=4, cross_attention_dim=1280),
+    "vae": dict(latent_channels=4),
+    "text_encoder": dict(hidden_size=None, num_attention_heads=None, num_hidden_layers=None, vocab_size=None),
+    "scheduler": {},
+}
+
+
+def check_value(file, key, value, allowed, why=""):
+    if value not in allowed:
+        raise ValueError(f"{file}: {key} is {value!r}, wanted is {' or '.join(map(repr, allowed))}{why}\n"
+                         "  Only models like Stable Diffusion 1.x can make pairs")
+
+
+def check_diffusion(folder):
+    """Raises FileNotFoundError or ValueError, naming the file, what is there and what is wanted, if the folder does not hold
+    a diffusion model that can be edited here. Reads the configurations, not the weights."""
+    layout = "a diffusion model is a folder in the layout of diffusers, with unet, vae, scheduler, text_encoder and tokenizer"
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; {layout}")
+    config, has_vae = {}, (folder / "vae").exists()
+    for part, (config_name, weights) in PARTS.items():
+        if part == "vae" and not has_vae:
+            continue
+        data.need(folder / part, "a part of the diffusion model", layout)
+        if weights and not any((folder / part / name).exists() for name in weights):
+            data.need(folder / part / weights[0], "a part of the diffusion model", f"or {weights[1]}; other variants are not read")
+        if config_name is None:
+            continue
+        file = data.need(folder / part / config_name, "the configuration of a part", layout)
+        found = data.load_json(file)
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} is not a JSON object; is the download complete?")
+        for key, allowed in ALLOWED[part].items():
+            check_value(file, key, found.get(key, allowed[0]), allowed)
+        config[part] = SIZES[part] | {key: found[key] for key in SIZES[part] if key in found}
+        for key, size in config[part].items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{file}: {key} should be a whole number from 1 up, not {size!r}; is this the file of another model?")
+    check_sizes(folder, config["unet"], config.get("vae"), config["text_encoder"])
+
+
+def check_sizes(folder, unet, vae, text):
+    """Whether the parts fit together."""
+    if not vae and unet["in_channels"] != 3:
+        raise ValueError(f"{folder / 'unet/config.json'}: in_channels is {unet['in_channels']}, so the UNet works on latents, but {folder} "
+                         "has no vae/; fetch it. Without a VAE the UNet works on pixels and has 3")
+    channels, what = (vae["latent_channels"], "channels of the VAE") if vae else (3, "of pixels")
+    for key in ("in_channels", "out_channels"):
+        more = "; inpainting and upscaling models take more" if unet[key] > channels else ""
+        check_value(folder / "unet/config.json", key, unet[key], [channels], f", the {what}{more}")
+    check_value(folder / "unet/config.json", "cross_attention_dim", unet["cross_attention_dim"], [text["hidden_size"]],
+                ", the width of the text encoder")
+    if text["hidden_size"] % text["num_attention_heads"]:
+        raise ValueError(f"{folder / 'text_encoder/config.json'}: hidden_size {text['hidden_size']} cannot be shared by "
+                         f"{text['num_attention_heads']} heads")
 
 
 def find_diffusion(source):
@@ -222,25 +297,34 @@ def find_diffusion(source):
     folder = Path(source)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=[f"{f}/{name}" for f in FOLDERS for name in FILES]))
+            folder = Path(snapshot_download(str(source), allow_patterns=[f"{part}/{name}" for part, (config, files) in PARTS.items() for name in (config, *files)]))
         except (HfHubHTTPError, OSError, ValueError) as e:
             raise FileNotFoundError(f"no diffusion model from {source}: it is no folder here, and the hub cannot give it ({type(e).__name__})\n  Fetch it on a "
                                     "machine with network and name its folder with --diffusion") from None
-    for name in FOLDERS[:-1]:
-        data.need(folder / name, "a part of the diffusion model", "a folder in the layout of diffusers has unet, vae, scheduler, text_encoder and tokenizer")
+    check_diffusion(folder)
     return folder
+
+
+def load_part(cls, folder, name):
+    """A model of diffusers with the weights in folder/name; every tensor must be there."""
+    try:
+        part, report = cls.from_pretrained(folder, subfolder=name, low_cpu_mem_usage=False, output_loading_info=True)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as e:
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{folder / name} cannot be read as {cls.__name__}: {reason}\n  Is the download complete?") from None
+    if missing := report["missing_keys"]:
+        raise ValueError(f"{folder / name} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}; are config.json and weights of the same model?")
+    return part
 
 
 def load_diffusion(source, steps=50, device="cpu"):
     """A model as Stable Diffusion 1.x is published. Without vae/ it works on pixels."""
     folder = find_diffusion(source)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", low_cpu_mem_usage=False) if (folder / "vae").exists() else None
+    unet = load_part(UNet2DConditionModel, folder, "unet")
+    vae = load_part(AutoencoderKL, folder, "vae") if (folder / "vae").exists() else None
     words, tokenizer = load_words(folder / "text_encoder"), data.load_tokenizer(folder / "tokenizer")
     if tokenizer.vocab != len(words.tower.tok.weight):
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab:,} tokens, the text encoder {len(words.tower.tok.weight):,}: they do not belong together")
-    if unet.config.cross_attention_dim != words.tower.pos.shape[1]:
-        raise ValueError(f"{folder}: the UNet looks at words of {unet.config.cross_attention_dim} numbers, the text encoder has {words.tower.pos.shape[1]}")
     return Diffusion(unet, vae, DDIMScheduler.from_pretrained(folder, subfolder="scheduler"), words, tokenizer, steps, device)
 
 
@@ -260,8 +344,6 @@ class Diffusion:
         scheduler.set_timesteps(steps)
         self.scheduler, self.kind, self.alphas, self.steps = scheduler, scheduler.config.prediction_type, scheduler.alphas_cumprod.double().tolist(), scheduler.timesteps.tolist()
         self.stride = scheduler.config.num_train_timesteps // steps
-        if self.kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"the model predicts {self.kind!r}; epsilon and v_prediction are known")
 
     def read(self, captions, learn=False):
         """Captions -> what the UNet looks at, (B, 77, C). Padded with the end symbol, as Stable Diffusion was trained."""
