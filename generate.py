@@ -182,7 +182,7 @@ def load_words(folder):
     weights = tbps.read_file(data.need(path, "the text encoder's weights", "or pytorch_model.bin"))
     weights = {"text_model." + n.removeprefix("text_model."): w for n, w in weights.items()}           # transformers 5 saves it without
     weights = tbps.to_openai_names({n: w for n, w in weights.items() if not re.search(tbps.NOT_WEIGHTS, n)}, path)
-    weights = {re.sub("^text", "tower", tbps.rename(n, tbps.OPENAI_TO_OURS)): w.float() for n, w in weights.items()}
+    weights = {re.sub("^text", "tower", tbps.rename(n, tbps.OPENAI_NAMES)): w.float() for n, w in weights.items()}
     width, heads = config["hidden_size"], config["num_attention_heads"]
     words = Words(config["vocab_size"], width, config["num_hidden_layers"], width // heads, config.get("hidden_act", "quick_gelu") == "quick_gelu",
                   config["max_position_embeddings"])
