@@ -363,7 +363,7 @@ def test_random_count_batches():
     assert len(seen) == len(set(seen)) and 0.9 < len(seen) / len(pids) <= 1
     share = np.mean([np.mean([Counter(pids[i] for i in b)[pids[j]] > 1 for j in b]) for b in batches])
     assert 0.40 < share < 0.60
-    with pytest.raises(ValueError, match="needs 64 persons .* the set has 63"):
+    with pytest.raises(ValueError, match="needs 64 persons for batch=128; the set has 63"):
         data.batches("random-count", range(63), 128, seed=0)
 
 

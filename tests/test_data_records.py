@@ -53,7 +53,7 @@ def test_a_stray_quotation_mark_in_other_orders_of_columns(head, rows, tmp_path)
 
 
 def test_captions_with_lines_separators_and_quotation_marks(tmp_path):
-    captions = ["A man,\nin red, blue, green,\r\nand white, 1, 2", 'a "red" coat', "one\n\n1,train", "a man"]
+    captions = ["A man,\nin red, blue, green,\r\nand white, 1, 2", 'a "red" coat', "one\n\n1, train, 2", "a man"]
     quoted = ['"{}"'.format(c.replace('"', '""')) for c in captions]
     records = read_csv(tmp_path, HEAD + "\n".join(f"{n}.png,{c},{n},train\n" for n, c in enumerate(quoted)))
     assert [r["captions"] for r in records] == [[c] for c in captions]
@@ -99,8 +99,8 @@ def test_odd_separators_of_lines_in_generated_pairs(tmp_path):
     (dict(captions_bt=5), "captions_bt are 5, not a list of sentences"),
     (dict(captions_bt=["\udc00"]), "captions_bt hold half of a character"),
     (dict(captions_bt=["one", "two"]), "2 captions_bt belong to 1 captions"),
-    (dict(id=2 ** 63), "pid is 9223372036854775808, it must fit in 64 bits"),
-    (dict(id=-2 ** 63 - 1), "pid is -9223372036854775809, it must fit in 64 bits"),
+    (dict(id=2 ** 63), "pid is 9223372036854775808, it must be a whole number of at most 64 bits"),
+    (dict(id=-2 ** 63 - 1), "pid is -9223372036854775809, it must be a whole number of at most 64 bits"),
     (dict(id="p12"), "pid is 'p12', it must be a whole number"),
     (dict(id=1.5), "pid is 1.5, it must be a whole number"),
     (dict(id=None), "pid is None, it must be a whole number"),
@@ -120,7 +120,7 @@ def test_numbers_that_count_as_ids(tmp_path):
     assert [r["pid"] for r in read_cuhk(tmp_path, *rows)] == [3, 3, 3, 2 ** 63 - 1]
 
 
-@pytest.mark.parametrize("rows, words", [("5", "should be a list"), ('{"a": 1}', "should be a list"), ("[5]", "row 1: it should be an object"),
+@pytest.mark.parametrize("rows, words", [("5", "should be a list"), ('{"a": 1}', "should be a list"), ("[5]", "should be a list of objects"),
                                          ("[" * 100_000, "is not JSON"), ('[{"id": 1}]', "row 1: it has no captions, file_path, split")])
 def test_json_of_another_shape(rows, words, tmp_path):
     with pytest.raises(ValueError, match=f"reid_raw.json.*{words}"):
@@ -130,17 +130,17 @@ def test_json_of_another_shape(rows, words, tmp_path):
 def test_the_rows_of_any_reader_are_checked(tmp_path, monkeypatch):
     """A reader that somebody adds: paths may be strings, ids must be numbers."""
     row = dict(image=str(tmp_path / "a.png"), captions=("a man",), pid=np.int64(4), split="train")
-    monkeypatch.setattr(data, "read_csv", lambda root: [row])
+    monkeypatch.setitem(data.READERS, "csv", lambda root: [row])
     assert data.read("csv", tmp_path, "train", hold_out=False) == [dict(image=tmp_path / "a.png", captions=["a man"], pid=4)]
     pixels = np.zeros((96, 48, 3), np.uint8)
-    monkeypatch.setattr(data, "read_csv", lambda root: [row | dict(image=pixels), row | dict(image=pixels.copy())])
+    monkeypatch.setitem(data.READERS, "csv", lambda root: [row | dict(image=pixels), row | dict(image=pixels.copy())])
     assert len(data.read("csv", tmp_path, "train", hold_out=False)) == 2
     for changes, words in ((dict(pid="tom"), "row 1: pid is 'tom'"), (dict(image=pixels.astype(float)), "row 1: image is array"),
                            (dict(image=pixels[0]), "row 1: image is array"), (dict(image=None), "row 1: image is None")):
-        monkeypatch.setattr(data, "read_csv", lambda root: [row | changes])
+        monkeypatch.setitem(data.READERS, "csv", lambda root: [row | changes])
         with pytest.raises(ValueError, match=words):
             data.read("csv", tmp_path, "train")
-    monkeypatch.setattr(data, "read_csv", lambda root: [dict(image="a.png")])
+    monkeypatch.setitem(data.READERS, "csv", lambda root: [dict(image="a.png")])
     with pytest.raises(ValueError, match="row 1: it has no captions, pid, split"):
         data.read("csv", tmp_path, "train")
 
@@ -156,7 +156,7 @@ def test_rows_of_one_image_are_merged(tmp_path, people):
     for n in range(6):
         Image.fromarray(people[n]["image"]).save(tmp_path / f"imgs/{n}.png")
     said = run("data.py", "--dataset", "cuhk", "--data-root", tmp_path, "--sheet", tmp_path / "s.html", code=1)
-    assert "6 of 12 rows name an image of an earlier row" in said and "train            1         2         4" in said
+    assert "6 of 12 rows name the image of another row" in said and "train            1         2         4" in said
     for changes in (dict(id=9), dict(split="test")):
         with pytest.raises(ValueError, match="row 2: .*0.png has another pid or split than in .*row 1"):
             read_cuhk(tmp_path, rows[0], rows[1] | changes)

@@ -27,7 +27,6 @@ CYCLIC = [
     "eval.py",
 ]
 WIDE = [
-    "data.py",
     "distill.py",
     "eval.py",
     "generate.py",
