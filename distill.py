@@ -332,8 +332,6 @@ SHRUNK = ["half", "narrow"]
 def shrink(model, kind):
     """A smaller dual encoder out of a trained one. "half": every second block of both towers, the last one included; "narrow": every second
     channel, head and hidden unit. It has to learn again, but starts from something."""
-    if model.arch["prompt"] or model.arch["adapter"]:
-        raise ValueError("a model with a prompt or an adapter cannot be made smaller")
     arch, weights = dict(model.arch), {n: w for n, w in model.state_dict().items() if not n.startswith("heads.")}
     if kind == "half":
         kept = {tower: list(range(1 - arch[f"{tower}_layers"] % 2, arch[f"{tower}_layers"], 2)) for tower in ("image", "text")}

@@ -148,9 +148,9 @@ class ImageTower(nn.Module):
     """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
     and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
 
-    def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True, adapter=0.0):
+    def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True):
         super().__init__()
-        self.checkpoint_blocks, self.adapter, self.patch_drop = False, None, 0.0
+        self.checkpoint_blocks, self.patch_drop = False, 0.0
         self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
         if min(self.grid) < 1:
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
@@ -163,18 +163,10 @@ class ImageTower(nn.Module):
         self.blocks = nn.ModuleList(Block(width, head_width, quick_gelu=quick_gelu) for _ in range(layers))
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         init_blocks(self.blocks, width)
-        if adapter:
-            self.adapt(adapter)
-
-    def adapt(self, share):
-        """CLIP-Adapter (arXiv 2110.04544): this share of a feature comes from two small layers behind the tower."""
-        D = self.proj.shape[1]
-        self.share, self.adapter = share, nn.Sequential(nn.Linear(D, D // 4, bias=False), nn.ReLU(), nn.Linear(D // 4, D, bias=False))
 
     def project(self, x):
         """Class tokens (B, C) as `forward` gives them -> features (B, D)."""
-        x = self.ln_post(x) @ self.proj
-        return x if self.adapter is None else self.share * self.adapter(x) + (1 - self.share) * x
+        return self.ln_post(x) @ self.proj
 
     def forward(self, pixels, at=None, keep=None, mix=None):
         """keep (B, K): only these patches, by number, go through the transformer; in training with a patch_drop a share of them at random (FLIP,
@@ -193,33 +185,21 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above. With a prompt of M learned words between the
-    start and the caption T is M more, but never beyond the context."""
+    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above."""
 
-    def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True, prompt=0):
+    def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
         self.checkpoint_blocks = False
         self.tok = nn.Embedding(vocab, width)
         self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))      # about as large as the tokens
-        self.prompt = nn.Parameter(torch.zeros(prompt, width)) if prompt else None                      # (M, C), CoOp (arXiv 2109.01134)
         self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         nn.init.normal_(self.tok.weight, std=0.02)
         init_blocks(self.blocks, width)
 
-    def prompted(self, tokens):
-        """-> embeddings with the prompt (B, T, C), where they end (B,). What has no room is cut before a caption's end."""
-        M, eot = len(self.prompt), tokens.argmax(dim=1)
-        last = min(tokens.shape[1], len(self.pos) - M) - 1
-        x = self.tok(torch.cat([tokens[:, :last], torch.where(eot > last, tokens.amax(dim=1), tokens[:, last])[:, None]], dim=1))
-        return torch.cat([x[:, :1], self.prompt.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1), eot.clamp(max=last) + M
-
     def forward(self, tokens, at=None, mix=None):
         x = self.tok(tokens)                                                                            # (B, T, C)
-        if self.prompt is not None:
-            x, end = self.prompted(tokens)
-            at = None if at is None else end
         x = x + self.pos[:x.shape[1]]
         for n, block in enumerate(self.blocks[:-1]):
             x = kept(block, self.checkpoint_blocks, x, causal=True)
@@ -232,13 +212,13 @@ class DualEncoder(nn.Module):
     a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
 
     def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
-                 head_width=64, text_head_width=None, stride=None, quick_gelu=True, prompt=0, adapter=0.0, text_dropout=0.0, patch_drop=0.0, lock_patch=False):
+                 head_width=64, text_head_width=None, stride=None, quick_gelu=True, text_dropout=0.0, patch_drop=0.0, lock_patch=False):
         super().__init__()
         self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
                          text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, head_width=head_width,
-                         text_head_width=text_head_width or head_width, stride=stride or patch, quick_gelu=quick_gelu, prompt=prompt, adapter=adapter)
-        self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu, adapter)
-        self.text = TextTower(vocab, context, text_width, text_head_width or head_width, text_layers, embed, text_dropout, quick_gelu, prompt)
+                         text_head_width=text_head_width or head_width, stride=stride or patch, quick_gelu=quick_gelu)
+        self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu)
+        self.text = TextTower(vocab, context, text_width, text_head_width or head_width, text_layers, embed, text_dropout, quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
         self.image.patch_drop = patch_drop
@@ -723,6 +703,14 @@ def read_foreign_clip(saved, path, image_size, stride):
     return arch, {rename(name, OPENAI_NAMES): w for name, w in weights.items()}, left_out
 
 
+def encoder_of(arch, source, **options):
+    """A DualEncoder of a checkpoint's architecture."""
+    arch, few_shot = dict(arch), ("prompt", "adapter")                  # keys of lab/few_shot.py and of the first edition
+    if any([arch.pop(key, 0) for key in few_shot]):
+        raise ValueError(f"{source} has a prompt (CoOp) or an adapter (CLIP-Adapter): only lab/few_shot.py knows those, and trains and scores them")
+    return DualEncoder(**arch | options)
+
+
 def load_clip(source, image_size=None, stride=None, **options):
     """A DualEncoder with the weights of `source`: OpenAI's TorchScript archive or a plain state dict, open_clip's safetensors or
     bin, Hugging Face's model.safetensors (also in shards) or pytorch_model.bin, the folder of one of them, a hub id; a checkpoint of
@@ -742,7 +730,7 @@ def load_clip(source, image_size=None, stride=None, **options):
         arch, weights, left_out = read_foreign_clip(saved, path, image_size, stride)
     old_grid = patch_grid(arch["image_size"], arch["patch"], arch["stride"])
     asked = {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v is not None}
-    model = DualEncoder(**arch | options | asked)
+    model = encoder_of(arch, path, **options | asked)
     copy_weights(model, weights, path, old_grid)
     if left_out:
         print(f"clip: left out, for they are no encoders: {', '.join(left_out)}")
@@ -822,7 +810,7 @@ def load_checkpoint(path, device="cpu", make_heads=None):
         raise ValueError(f"{path} is not a checkpoint of this program")
     if saved["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version ({saved['version']}, this is {VERSION}); update the program")
-    model = DualEncoder(**saved["arch"])
+    model = encoder_of(saved["arch"], path)
     weights = {n: w for n, w in saved["weights"].items() if make_heads or not n.startswith("heads.")}
     if make_heads:
         for name, head in make_heads(saved["recipe"], model, len(weights.get("heads.id.bias", ()))).items():
@@ -848,14 +836,11 @@ COMMON = dict(  # what every method has
     tau=0.0, text_dropout=0.05, patch_drop=0.0, lock_patch=True)
 TBPS_CLIP = COMMON | dict(
     itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False,
-    soft=0.5, soft_ramp=1.0, teacher_pass=True,
-    prompt="", adapter=0.0)
+    soft=0.5, soft_ramp=1.0, teacher_pass=True)
 SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
 BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
                              deletion=0.0)
 BEST = SIMPLIFIED | dict(image_aug="shift")      # what stayed of all four papers on toy people (README, "The best of all four"): CTLG's augmentation instead of the pool
-COOP = BASELINE | dict(prompt="a pedestrian photo of", epochs=20, lr=1e-3)
-ADAPTER = BASELINE | dict(adapter=0.4, epochs=20, lr=1e-3)
 SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
     epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5, coupled=True, eps=1e-3, beta2=0.999,
     lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip", eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0,
@@ -890,7 +875,6 @@ KEYS = dict(  # what --help says of each key
     ss_text="weight: the same between two caption variations", mvs="a second image view in N-ITC", mvs_text="a second caption variation in N-ITC",
     soft="share of the model's own belief in the targets of N-ITC", soft_ramp="epochs until `soft` is reached",
     teacher_pass="the teacher's texts get a dropout mask of their own",
-    prompt="CoOp: words before every caption, which alone learn", adapter="CLIP-Adapter: share of an image feature that comes from layers which alone learn",
     sdm="weight: similarity distribution matching", cmpm="weight: projection matching", id="weight: classifying persons",
     triplet="weight: nearest of other persons, margin 0.05",
     restoration="weight: dropped patches from a grey image and the caption", mlm="weight: masked words from the image",
@@ -1177,8 +1161,6 @@ METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
     "best": (BEST, tbps_clip_heads, tbps_clip_losses),
-    "coop": (COOP, tbps_clip_heads, tbps_clip_losses),
-    "adapter": (ADAPTER, tbps_clip_heads, tbps_clip_losses),
     "irra": (IRRA, irra_heads, irra_losses),
     "uit": (UIT, irra_heads, irra_losses),
     "ctlg": (CTLG, lambda *_: {}, ctlg_losses),
@@ -1274,23 +1256,6 @@ def make_optimizers(model, recipe, fused):
     return optimizers
 
 
-def adapt(model, recipe, tokenizer):
-    """Puts a prompt before the text tower, an adapter behind the image tower, if the weights have none, and makes all else stay as it is."""
-    model.requires_grad_(False)
-    if recipe["prompt"] and model.text.prompt is not None:
-        model.text.prompt.requires_grad_(True)
-    elif recipe["prompt"]:
-        words = torch.tensor(tokenizer.bpe.encode(recipe["prompt"]).ids)
-        if not 1 <= len(words) <= 40:
-            raise ValueError(f"prompt={recipe['prompt']!r} makes {len(words)} tokens; 1 to 40 leave room for a caption")
-        model.text.prompt, model.arch["prompt"] = nn.Parameter(model.text.tok(words).clone()), len(words)
-    if recipe["adapter"]:
-        if model.image.adapter is None:
-            model.image.adapt(recipe["adapter"])
-        model.image.adapter.requires_grad_(True)
-        model.image.share = model.arch["adapter"] = recipe["adapter"]
-
-
 def build(args, recipe, tokenizer, persons, make_heads):
     """The model for a run, with its method's heads."""
     torch.manual_seed(data.derive_seed(args.seed))
@@ -1300,10 +1265,6 @@ def build(args, recipe, tokenizer, persons, make_heads):
         model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=tokenizer.vocab) | options)
     else:
         model = load_clip(args.clip, size, stride, **options)
-    if model.arch["prompt"] and "prompt" not in recipe:
-        raise ValueError(f"the weights of {args.clip} have a prompt, for which {args.method} has no place")
-    if recipe.get("prompt") or recipe.get("adapter"):
-        adapt(model, recipe, tokenizer)
     for name, head in make_heads(recipe, model, persons).items():
         model.heads[name] = head
     if recipe["tau"]:
@@ -1635,8 +1596,6 @@ def settle(args, recipe, choices=CHOICES):
     if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
         raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
     args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
-    if args.clip == "none" and (recipe.get("prompt") or recipe.get("adapter")):
-        raise ValueError("a prompt and an adapter learn around encoders that do not: name trained ones with --clip")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
     args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
@@ -1654,7 +1613,7 @@ def check_device(device):
 
 
 TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]
-SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "patch_drop", "mask_content", "mask_other", "drop", "adapter"]
+SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "patch_drop", "mask_content", "mask_other", "drop"]
 LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "triplet", "restoration", "mlm"]
 
 
@@ -1664,7 +1623,7 @@ def masks(recipe):
 
 
 def differences(recipe, base):
-    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != base[k])
+    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != base.get(k))
 
 
 def typed(key, value, like):

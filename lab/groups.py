@@ -187,19 +187,26 @@ GROUPS["layers"] = FINE_TUNE, {
     "layer 0 dropped < all text layers": text_layers("drop", 0),
     "layer 1 dropped < all text layers": text_layers("drop", 1),
 }
-FROZEN_ENCODERS = {
-    "full fine-tuning": CLIP,
-    "CoOp < full fine-tuning": "--method coop",
-    "CLIP-Adapter < full fine-tuning": "--method adapter",
-}
-FEW_PERSONS = FROZEN_ENCODERS | {
+
+
+def frozen_encoders(common):
+    """Full fine-tuning, and learners around frozen encoders."""
+    few_shot = common.replace("tbps.py", "lab/few_shot.py")
+    return {
+        "full fine-tuning": CLIP,
+        "CoOp < full fine-tuning": f"{few_shot} --method coop",
+        "CLIP-Adapter < full fine-tuning": f"{few_shot} --method adapter",
+    }
+
+
+FEW_PERSONS = {
     "TBPS-CLIP simplified < full fine-tuning": SIMPLIFIED,
     "simplified, shift < full fine-tuning": SHIFT,
 }
-GROUPS["share-0.05"] = TWENTIETH, FEW_PERSONS
-GROUPS["share-0.1"] = TENTH, FEW_PERSONS
-GROUPS["share-0.25"] = QUARTER, FROZEN_ENCODERS
-GROUPS["share-1"] = FINE_TUNE, FROZEN_ENCODERS
+GROUPS["share-0.05"] = TWENTIETH, frozen_encoders(TWENTIETH) | FEW_PERSONS
+GROUPS["share-0.1"] = TENTH, frozen_encoders(TENTH) | FEW_PERSONS
+GROUPS["share-0.25"] = QUARTER, frozen_encoders(QUARTER)
+GROUPS["share-1"] = FINE_TUNE, frozen_encoders(FINE_TUNE)
 GROUPS["why-few"] = TENTH, {            # do its losses or its augmentation cost TBPS-CLIP simplified, with few persons?
     "full fine-tuning": CLIP,
     "simplified < full fine-tuning": SIMPLIFIED,

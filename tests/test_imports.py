@@ -54,14 +54,10 @@ WIDE = [
     "tests/test_irra.py",
     "tests/test_lab.py",
     "tests/test_losses.py",
-    "tests/test_model.py",
     "tests/test_official.py",
     "tests/test_probes.py",
     "tests/test_scale.py",
     "tests/test_train.py",
-    "tests/test_weights.py",
-    "tests/test_weights_config.py",
-    "tests/tiny_clip.py",
     "tests/tiny_diffusion.py",
 ]
 LONG = [

@@ -40,7 +40,7 @@ KINDS_OF_TENSORS = sorted({n.replace("resblocks.0", "resblocks.1") for n in open
 
 @pytest.mark.parametrize("name", KINDS_OF_TENSORS)
 def test_every_kind_of_tensor_matters(name, tmp_path):
-    """Changed in the file, it changes the features. Of the attention biases the part for k does not: softmax ignores it."""
+    """A change in the file changes the features. Softmax ignores the bias of k, so that part stays as it is."""
     weights = openai_tiny()
     change = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(0))
     if name.endswith("in_proj_bias"):
@@ -54,11 +54,13 @@ def test_every_kind_of_tensor_matters(name, tmp_path):
 
 # ---- what people wrap weights in ------------------------------------------------------------------------------------
 
-CONSTANTS = {"input_resolution": torch.tensor(24), "visual.attn_mask": torch.zeros(2, 2), "attn_mask": torch.zeros(2, 2),
-             "text_model.embeddings.position_ids": torch.arange(77)[None]}
+CONSTANTS = {
+    "input_resolution": torch.tensor(24), "visual.attn_mask": torch.zeros(2, 2), "attn_mask": torch.zeros(2, 2),
+    "text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "clip.", "model.", "_orig_mod.module.", "module._orig_mod.", "module.clip."])
+@pytest.mark.parametrize("prefix", [
+    "module.", "_orig_mod.", "clip.", "model.", "_orig_mod.module.", "module._orig_mod.", "module.clip."])
 @pytest.mark.parametrize("layout", ["OpenAI's names", "Hugging Face's names"])
 @pytest.mark.parametrize("key", [None, "model", "state_dict"])
 def test_known_wrappers_and_constants_are_removed(prefix, layout, key, tmp_path):
@@ -82,8 +84,9 @@ def test_two_models_in_one_file_are_refused(tmp_path):
 
 
 def numpy_values():
-    return dict(best=np.float64(1), epoch=np.int64(3), done=np.bool_(True), name=np.str_("a"), curve=np.arange(6.0).reshape(2, 3),
-                counts=np.array([1, 2], dtype=np.int32), half=np.float16([1.5]))
+    return dict(
+        best=np.float64(1), epoch=np.int64(3), done=np.bool_(True), name=np.str_("a"),
+        curve=np.arange(6.0).reshape(2, 3), counts=np.array([1, 2], dtype=np.int32), half=np.float16([1.5]))
 
 
 def test_numpy_values_beside_the_weights(tmp_path):
@@ -104,7 +107,8 @@ def test_numpy_1_wrote_other_names(tmp_path):
 
 @pytest.mark.parametrize("value, name", [
     (argparse.Namespace(lr=1), "argparse.Namespace"), (pathlib.PosixPath("a"), "pathlib.PosixPath"),
-    (collections.defaultdict(list), "collections.defaultdict"), (print, "print"), (np.array([print], dtype=object), "print")])
+    (collections.defaultdict(list), "collections.defaultdict"), (print, "print"),
+    (np.array([print], dtype=object), "print")])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_other_classes_beside_the_weights_are_named(value, name, zipped, tmp_path):
     torch.save(dict(model=openai_tiny(), args=value), tmp_path / "best.pth", _use_new_zipfile_serialization=zipped)
@@ -166,7 +170,7 @@ def without(name):
     ({SOME: torch.ones(127)}, "image.blocks.1.ln2.bias is (127,) torch.float32, it should be (128,)"),
     ({SOME: torch.ones(128).long()}, "of floating point"),
     ({"text_projection": torch.ones(5)}, "should have 2 dimensions"),
-    ({"visual.positional_embedding": torch.ones(12, 128)}, "has 11 positions of 8x8 patches, which fit no usual image size"),
+    ({"visual.positional_embedding": torch.ones(12, 128)}, "11 positions of 8x8 patches, which fit no usual"),
     ({"positional_embedding": torch.ones(32, 64)}, "reads texts of 32 tokens; captions here take 77"),
 ])
 def test_a_wrong_tensor_is_named(change, sentence, tmp_path):
@@ -181,7 +185,8 @@ def test_a_wrong_tensor_is_named(change, sentence, tmp_path):
     ([1], "no dict of named tensors but a list"), (dict(a=1), "not a dict of tensors"),
     ({n: w for n, w in hugging_face(openai_tiny()).items() if "1.self_attn.k_proj.bias" not in n or "text" not in n},
      "lacks text_model.encoder.layers.1.self_attn.k_proj.bias"),
-    (dict(model={f"{p}.{n}": w for n, w in openai_tiny().items() for p in ("base_model", "ema_model")}), "more than one encoder"),
+    (dict(model={f"{p}.{n}": w for n, w in openai_tiny().items() for p in ("base_model", "ema_model")}),
+     "more than one encoder"),
 ])
 def test_a_file_without_a_clip_is_refused(content, sentence, tmp_path):
     torch.save(content, tmp_path / "clip.pt")
@@ -215,7 +220,8 @@ def test_a_missing_file_is_said_with_what_is_there(tmp_path):
 
 
 def test_without_network_a_run_says_how_to_fetch_the_weights(tmp_path, cuhk):
-    said = error("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--clip", "openai/clip-vit-base-patch16", "--out", tmp_path / "r")
-    assert "no CLIP weights from openai/clip-vit-base-patch16: the hub cannot be reached" in said and "--clip none" in said
+    hub_id = "openai/clip-vit-base-patch16"
+    said = error("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--clip", hub_id, "--out", tmp_path / "r")
+    assert f"no CLIP weights from {hub_id}: the hub cannot be reached" in said and "--clip none" in said
     assert "hf download openai/clip-vit-base-patch16" in said and "--local-dir clip-vit-base-patch16" in said
     assert "/ViT-B-16.pt" in said and tbps.OPENAI_VOCABULARY in said

@@ -1,4 +1,4 @@
-"""A tiny CLIP whose weights are a formula, its features by open_clip and transformers, and its files in every format."""
+"""A tiny CLIP whose weights are a formula; its features by open_clip and transformers; its files in every format."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 
 def openai_tiny():
-    """Tensors with OpenAI's names: image 24x24 in patches of 8, widths 128 and 64, 2 + 2 layers, a vocabulary of 100."""
+    """Tensors with OpenAI's names: image 24x24 in patches of 8, widths 128 and 64, 2 + 2 layers, 100 tokens."""
     shapes = {
         "logit_scale": (), "positional_embedding": (77, 64), "text_projection": (64, 32),
         "token_embedding.weight": (100, 64), "ln_final.weight": (64,), "ln_final.bias": (64,),
@@ -34,7 +34,7 @@ def openai_tiny():
         v = torch.sin(0.7 * n ** 2 + j).reshape(shapes[name])
         if name == "logit_scale":
             v = torch.tensor(math.log(50))
-        elif v.ndim == 1:                                               # far from 0 and 1, or swapped norms and biases would not show
+        elif v.ndim == 1:                                               # not 0 and 1: swapped norms and biases show
             v = 1 + 0.3 * v if "ln_" in name and name.endswith("weight") else 0.3 * v
         else:
             v = 0.2 * v
@@ -50,8 +50,8 @@ IMAGE = [[-0.072438, 0.270198, -0.176082, 0.021714, 0.227601, 0.019013],
 TEXT = [[0.244224, 0.018627, -0.036235, 0.414016, -0.024884, -0.048382],
         [0.309104, -0.078431, -0.066777, 0.190527, -0.288913, 0.069183]]
 
-# The same weights with other settings, which only a config tells: heads of 32 (image) and 16 (text), the exact GELU, and a picture
-# prepared with mean and std 0.5; by open_clip 3.3.0 and transformers 5.24.0 with their own preprocessing, which agree to 3e-7
+# The same weights with settings that only a config tells: heads of 32 (image) and 16 (text), exact GELU, and a picture
+# with mean and std 0.5. By open_clip 3.3.0 and transformers 5.24.0 with their own preprocessing, which agree to 3e-7
 PICTURE = torch.sin(0.37 * torch.arange(24 * 24 * 3, dtype=torch.float64) ** 2)
 PICTURE = (127.5 + 127 * PICTURE).round().byte().reshape(24, 24, 3).numpy()
 OTHER_IMAGE = [[-0.123847, 0.190612, -0.12962, 0.233238, 0.264619, 0.021202]]
