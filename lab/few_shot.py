@@ -99,8 +99,10 @@ def encoder_of(arch, source, **options):
     return FewShotEncoder(**arch | options)
 
 
-def parse_args(parse=tbps.parse_args):
-    args, recipe = parse()
+def parse_args(argv=None, parse=tbps.parse_args):
+    fractions = mock.patch.object(tbps, "SHARES", [*tbps.SHARES, "adapter"])
+    with mock.patch.dict(tbps.METHODS, METHODS), mock.patch.dict(tbps.KEYS, KEYS), fractions:
+        args, recipe = parse(argv)
     if args.method not in METHODS:
         raise ValueError(f"--method is {' or '.join(METHODS)} here; tbps.py has all others")
     if args.clip == "none":
@@ -116,8 +118,8 @@ def build(args, recipe, tokenizer, persons, make_heads, build=tbps.build):
 
 def main():
     """tbps.main with two more methods and another model."""
-    names = dict(parse_args=parse_args, build=build, encoder_of=encoder_of, SHARES=[*tbps.SHARES, "adapter"])
-    with mock.patch.dict(tbps.METHODS, METHODS), mock.patch.dict(tbps.KEYS, KEYS), mock.patch.multiple(tbps, **names):
+    names = dict(parse_args=parse_args, build=build, encoder_of=encoder_of)
+    with mock.patch.dict(tbps.METHODS, METHODS), mock.patch.multiple(tbps, **names):
         tbps.main()
 
 

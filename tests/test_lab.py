@@ -11,9 +11,9 @@ import distill
 import generate
 import tbps
 from conftest import ROOT, error
-from lab import ablations, groups, tables, tour
+from lab import ablations, few_shot, groups, tables, tour
 
-PARSERS = {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}
+PARSERS = {"tbps.py": tbps, "lab/few_shot.py": few_shot, "distill.py": distill, "generate.py": generate}
 # how many words come before the options of tbps.py
 OWN_WORDS = {"lab/probes.py": 2, "lab/domain_shift.py": 3, "lab/train_variants.py": 1}
 
