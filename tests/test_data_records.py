@@ -1,4 +1,4 @@
-"""What users' annotation files hold: every mistake is a sentence that names the file and the row, before anything is trained."""
+"""Annotation files as users have them: each mistake is a sentence that names the file and the row."""
 
 import gzip
 import json
@@ -32,11 +32,11 @@ def read_cuhk(folder, *rows, encode=json.dumps):
 # ---- csv: no row is lost --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rows, line", [
-    ('a.png,a man,1,train\nb.png,"a man,2,train\nc.png,another man",3,train\n', 3),         # joins two rows, and is closed
+    ('a.png,a man,1,train\nb.png,"a man,2,train\nc.png,another man",3,train\n', 3),         # joins two rows
     ('a.png,a man,1,train\nb.png,"a man,2,train\nc.png,"another man",3,train\n', 3),
     ('a.png,a man,1,train\nb.png,"a man,2,train\nc.png,another man,3,train\n', 3),          # never closed
-    ('\na.png,"a 5" bag",1,train\n', 3),                                                     # a quotation mark in a quoted caption
-    ('a.png,"a man,1,train\r\n' + "b.png,a woman,2,train\r\n" * 9000, 2),                    # the csv module gives up: field limit
+    ('\na.png,"a 5" bag",1,train\n', 3),                                                     # inside a quoted caption
+    ('a.png,"a man,1,train\r\n' + "b.png,a woman,2,train\r\n" * 9000, 2),          # beyond the field limit of csv
 ])
 def test_a_stray_quotation_mark(rows, line, tmp_path):
     with pytest.raises(ValueError, match=f"x.csv, line {line}: .*stray quotation mark"):
@@ -71,7 +71,8 @@ def test_byte_order_marks_are_accepted(tmp_path):
     assert data.read("pairs", tmp_path, "train", hold_out=False)[0]["pid"] == 7
 
 
-@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("cp1252", "cp1252"), ("gbk", "GBK")])
+@pytest.mark.parametrize("encoding, name", [
+    ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("cp1252", "cp1252"), ("gbk", "GBK")])
 def test_the_encoding_is_named(encoding, name, tmp_path):
     caption = "一个穿红色外套的男人，背着黑色背包" if encoding == "gbk" else "un homme à la veste dorée, très élégant"
     for read in (lambda: read_csv(tmp_path, (HEAD + f"a.png,{caption},1,train\n").encode(encoding)),
@@ -120,8 +121,13 @@ def test_numbers_that_count_as_ids(tmp_path):
     assert [r["pid"] for r in read_cuhk(tmp_path, *rows)] == [3, 3, 3, 2 ** 63 - 1]
 
 
-@pytest.mark.parametrize("rows, words", [("5", "should be a list"), ('{"a": 1}', "should be a list"), ("[5]", "should be a list of objects"),
-                                         ("[" * 100_000, "is not JSON"), ('[{"id": 1}]', "row 1: it has no captions, file_path, split")])
+@pytest.mark.parametrize("rows, words", [
+    ("5", "should be a list of objects"),
+    ('{"a": 1}', "should be a list of objects"),
+    ("[5]", "should be a list of objects"),
+    ("[" * 100_000, "is not JSON"),
+    ('[{"id": 1}]', "row 1: it has no captions, file_path, split"),
+])
 def test_json_of_another_shape(rows, words, tmp_path):
     with pytest.raises(ValueError, match=f"reid_raw.json.*{words}"):
         read_cuhk(tmp_path, encode=lambda _: rows)
@@ -131,12 +137,15 @@ def test_the_rows_of_any_reader_are_checked(tmp_path, monkeypatch):
     """A reader that somebody adds: paths may be strings, ids must be numbers."""
     row = dict(image=str(tmp_path / "a.png"), captions=("a man",), pid=np.int64(4), split="train")
     monkeypatch.setitem(data.READERS, "csv", lambda root: [row])
-    assert data.read("csv", tmp_path, "train", hold_out=False) == [dict(image=tmp_path / "a.png", captions=["a man"], pid=4)]
+    record = dict(image=tmp_path / "a.png", captions=["a man"], pid=4)
+    assert data.read("csv", tmp_path, "train", hold_out=False) == [record]
     pixels = np.zeros((96, 48, 3), np.uint8)
     monkeypatch.setitem(data.READERS, "csv", lambda root: [row | dict(image=pixels), row | dict(image=pixels.copy())])
     assert len(data.read("csv", tmp_path, "train", hold_out=False)) == 2
-    for changes, words in ((dict(pid="tom"), "row 1: pid is 'tom'"), (dict(image=pixels.astype(float)), "row 1: image is array"),
-                           (dict(image=pixels[0]), "row 1: image is array"), (dict(image=None), "row 1: image is None")):
+    for changes, words in ((dict(pid="tom"), "row 1: pid is 'tom'"),
+                           (dict(image=pixels.astype(float)), "row 1: image is array"),
+                           (dict(image=pixels[0]), "row 1: image is array"),
+                           (dict(image=None), "row 1: image is None")):
         monkeypatch.setitem(data.READERS, "csv", lambda root: [row | changes])
         with pytest.raises(ValueError, match=words):
             data.read("csv", tmp_path, "train")
@@ -148,7 +157,9 @@ def test_the_rows_of_any_reader_are_checked(tmp_path, monkeypatch):
 # ---- rows of one image ----------------------------------------------------------------------------------------------
 
 def test_rows_of_one_image_are_merged(tmp_path, people):
-    rows = [cuhk_row(captions=[f"caption {n}"], file_path=f"{n // 2}.png", id=n // 4, split=["train", "val", "test"][n // 4]) for n in range(12)]
+    splits = ["train", "val", "test"]
+    rows = [cuhk_row(captions=[f"caption {n}"], file_path=f"{n // 2}.png", id=n // 4, split=splits[n // 4])
+            for n in range(12)]
     rows[1] |= dict(captions_bt=["translated"], file_path="./0.png")
     train = read_cuhk(tmp_path, *rows)
     assert [r["captions"] for r in train] == [["caption 0", "caption 1"], ["caption 2", "caption 3"]]
@@ -169,11 +180,23 @@ def spoilt_vocabularies():
     lines = ["version", "a b</w>", *(f"{a} {b}" for a in "cdefgh" for b in "klmnop")]
     good = gzip.compress("\n".join(lines).encode())
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1356917\n"
-    return {"cut.gz": good[:-20], "empty.gz": b"", "header.gz": good[:8], "crc.gz": good[:-8] + bytes(4) + good[-4:],
-            "stream.gz": good[:30] + b"\xff" * 20 + good[50:], "other.gz": b"<html>", "pointer.gz": pointer, "pointer.json": pointer,
-            "cut.json": b'{"model": {"merges": ["a', "utf16.json": "{}".encode("utf-16"), "unigram.json": b'{"model": {"vocab": [["a", 0.5]]}}',
-            "list.json": b"[]", "numbers.json": b'{"model": {"vocab": {}, "merges": [1, 2]}}', "order.txt": b"version\na b\nab c\nxy z",
-            "none.json": b'{"model": {"vocab": {}, "merges": []}}'}
+    return {
+        "cut.gz": good[:-20],
+        "empty.gz": b"",
+        "header.gz": good[:8],
+        "crc.gz": good[:-8] + bytes(4) + good[-4:],
+        "stream.gz": good[:30] + b"\xff" * 20 + good[50:],
+        "other.gz": b"<html>",
+        "pointer.gz": pointer,
+        "pointer.json": pointer,
+        "cut.json": b'{"model": {"merges": ["a',
+        "utf16.json": "{}".encode("utf-16"),
+        "unigram.json": b'{"model": {"vocab": [["a", 0.5]]}}',
+        "list.json": b"[]",
+        "numbers.json": b'{"model": {"vocab": {}, "merges": [1, 2]}}',
+        "none.json": b'{"model": {"vocab": {}, "merges": []}}',
+        "order.txt": b"version\na b\nab c\nxy z",
+    }
 
 
 @pytest.mark.parametrize("name", spoilt_vocabularies())
@@ -188,7 +211,8 @@ def test_a_tokenizer_json_with_a_byte_order_mark(people, tmp_path):
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
     spec = json.loads(tokenizer.bpe.to_str())
     (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(spec).encode())
-    (tmp_path / "merges.txt").write_bytes(b"\xef\xbb\xbfversion\r\n" + "\r\n".join(" ".join(m) for m in tokenizer.merges).encode())
+    merges = "\r\n".join(" ".join(m) for m in tokenizer.merges)
+    (tmp_path / "merges.txt").write_bytes(b"\xef\xbb\xbfversion\r\n" + merges.encode())
     for name in ("tokenizer.json", "merges.txt"):
         assert data.load_tokenizer(tmp_path / name).merges == tokenizer.merges
 
