@@ -1,28 +1,28 @@
-"""Evaluation and search: ranking metrics, embedding, the report page, searching a folder of pictures.
+"""Evaluation and search: ranking metrics, embedding, report pages, and search in a folder of images.
 
-    python eval.py --checkpoint runs/toy-tbps-clip-simplified-0/best.pt                  scores on the data set it was trained on
-    python eval.py --checkpoint A B --dataset cuhk icfg --data-root DIR                  a table: checkpoints x data sets
-    python eval.py --checkpoint C --gallery PHOTOS --query "a woman in a green coat"     the pictures of a folder that fit best
-    python eval.py --checkpoint C --gallery PHOTOS --serve                               the same as a page in the browser
-    python eval.py --features FILE.npz                                                   scores of features from elsewhere
+    python eval.py --checkpoint runs/NAME/best.pt                                    scores on the data set of the run
+    python eval.py --checkpoint A B --dataset cuhk icfg --data-root DIR              a table: checkpoints x data sets
+    python eval.py --checkpoint C --gallery PHOTOS --query "a woman in a green coat" the images that fit best
+    python eval.py --checkpoint C --gallery PHOTOS --serve                           the same as a page in the browser
+    python eval.py --features FILE.npz                                               scores of another model's features
 
-C is a checkpoint of tbps.py or distill.py, or the weights of a CLIP. Scores are R@1, R@5, R@10, mAP and mINP in percent, text-to-image
-(the protocol of the field: every caption a query, every image of the split in the gallery), image-to-text, and text-to-image without
-the image that the caption was written for, with a self-contained page of queries and their top 10. As a module it needs torch,
-torchvision, numpy and what these bring along (Pillow, tqdm): `retrieval_metrics` can be copied as it stands. CUHK-PEDES (6,156
-queries x 3,074 images) takes it 0.25 s on 2 cores."""
+C is a checkpoint of tbps.py or distill.py, or the weights of a CLIP. Scores are R@1, R@5, R@10, mAP and mINP in percent
+of text to image (the protocol of the field: each caption is a query, each image is in the gallery), image to text, and
+text to image excluding the source image of the query. The page shows queries and their top 10.
+
+As a module, this file imports nothing of ours: copy it, or one of its chapters. Scoring CUHK-PEDES (6,156 queries,
+3,074 images) takes 0.25 s on 2 CPU cores."""
 
 import argparse
-import array
 import base64
 import collections
+import functools
 import hashlib
 import html
 import io
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import stat
@@ -42,11 +42,18 @@ from tqdm import tqdm
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
-def check_features(query, gallery):
-    if not len(query) or not len(gallery):
-        raise ValueError(f"nothing to score: {len(query)} queries, {len(gallery)} gallery images")
+def check_features(query, gallery, q_pid, g_pid, own):
+    Q, G = len(query), len(gallery)
+    if 0 in (*query.shape, *gallery.shape):
+        raise ValueError(f"nothing to score: {Q} queries, {G} gallery images, {gallery.shape[-1]} numbers each")
+    shapes = dict(query=query.shape, gallery=gallery.shape, q_pid=q_pid.shape, g_pid=g_pid.shape)
+    shapes |= {} if own is None else dict(own=own.shape)
+    if list(shapes.values()) != [(Q, gallery.shape[1]), gallery.shape[:2], (Q,), (G,), (Q,)][:len(shapes)]:
+        raise ValueError("the shapes do not fit: " + ", ".join(f"{name} {tuple(s)}" for name, s in shapes.items()))
     if not (query.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("the features hold values that are not finite")
+    if own is not None and not ((own >= 0) & (own < G)).all():
+        raise ValueError(f"own must be rows of the gallery, 0 to {G - 1}")
 
 
 def count_higher(score, correct):
@@ -86,8 +93,7 @@ def match_ranks(query, gallery, q_pid, g_pid, own=None):
         if own is not None:
             score.scatter_(1, own[rows, None], -torch.inf)
             valid &= correct != own[rows, None]
-        higher = count_higher(score, correct)
-        ranks[rows, :len(j)] = torch.where(valid, higher + 1.0, torch.inf)
+        ranks[rows, :len(j)] = torch.where(valid, count_higher(score, correct) + 1.0, torch.inf)
     return ranks
 
 
@@ -106,12 +112,12 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
 
     Scores are fp32; ties rank in gallery order. No ranking is stored: for each correct image we count the images that
     score higher, by a search in the sorted scores, in chunks of queries. Memory beyond the features is a few megabytes.
-    Raises ValueError if a query has no correct image in the gallery, or if features are not finite.
+    Raises ValueError if a query has no correct image in the gallery, or if features are not finite or do not fit.
     """
     query, gallery = (F.normalize(torch.as_tensor(x).float(), dim=1) for x in (query, gallery))
     q_pid, g_pid = (torch.as_tensor(p).to(query.device) for p in (q_pid, g_pid))
     own = None if own is None else torch.as_tensor(own).to(query.device)
-    check_features(query, gallery)
+    check_features(query, gallery, q_pid, g_pid, own)
     ranks = match_ranks(query, gallery, q_pid, g_pid, own).sort(dim=1).values                           # (Q, R)
     found = ranks.isfinite().sum(dim=1)                                                                 # (Q,)
     dropped = int((found == 0).sum())
@@ -134,13 +140,9 @@ def format_scores(scores):
     return " ".join(parts)
 
 
-# ---- embedding ------------------------------------------------------------------------------------------------------
+# ---- embedding and evaluation ---------------------------------------------------------------------------------------
 
-def process():
-    """(rank, number) of the processes of torchrun; (0, 1) without it."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+EXCLUDED = "text to image, excluding the source image"
 
 
 def progress_bar(*items, **options):
@@ -151,23 +153,101 @@ def progress_bar(*items, **options):
     return tqdm(*items, **options)
 
 
+def process():
+    """(rank, number) of the processes of torchrun; (0, 1) without it."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def all_gather_rows(x):
+    """Rows rank, rank + W, ... of each of W processes -> all rows, in order, on the CPU. A process may have none."""
+    rank, ranks = process()
+    if ranks == 1:
+        return x
+    parts = [None] * ranks
+    torch.distributed.all_gather_object(parts, x)
+    row = max(parts, key=len).shape[1:]                                 # of a process that has some
+    rows = x.new_empty(sum(map(len, parts)), *row)
+    for r, part in enumerate(parts):
+        rows[r::ranks] = part.view(-1, *row)
+    return rows
+
+
+class Images(torch.utils.data.Dataset):
+    """Images as the encoder takes them: view(item) -> pixels (3, H, W)."""
+
+    def __init__(self, items, view):
+        self.items, self.view = items, view
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.view(self.items[i])
+
+
+def evaluation_set(records, preprocessing, tokenizer):
+    """The records of a split, dict(image, captions, pid), as `evaluate` takes them -> images, tokens, pid, source."""
+    captions = [preprocessing.text(c) for r in records for c in r["captions"]]
+    source = torch.tensor([n for n, r in enumerate(records) for _ in r["captions"]])
+    pid = torch.tensor([r["pid"] for r in records])
+    return Images([r["image"] for r in records], preprocessing.image), tokenizer(captions), pid, source
+
+
 @torch.no_grad()
+def embed_batches(model, images, device, workers, batch):
+    """Yield the features (B, D) of a dataset of pixels (3, H, W), batch by batch: fp32 of unit length, on the CPU."""
+    pinned = torch.device(device).type == "cuda"
+    model.eval()
+    for pixels in torch.utils.data.DataLoader(images, batch, num_workers=workers, pin_memory=pinned):
+        yield F.normalize(model.encode_image(pixels.to(device, non_blocking=True)).float(), dim=1).cpu()
+
+
 def embed_images(model, images, device="cpu", workers=0, batch=256, progress=True):
     """A dataset of pixels (3, H, W) -> (G, D) fp32 features of unit length, on the CPU, in order."""
-    loader = torch.utils.data.DataLoader(images, batch, num_workers=workers, pin_memory=torch.device(device).type == "cuda")
-    model.eval()
-    return torch.cat([F.normalize(model.encode_image(pixels.to(device, non_blocking=True)).float(), dim=1).cpu()
-                      for pixels in progress_bar(loader, desc="images", leave=False, disable=not progress)])
+    batches, total = embed_batches(model, images, device, workers, batch), -(-len(images) // batch)
+    bar = progress_bar(batches, total=total, desc="images", leave=False, disable=not progress)
+    return torch.cat(list(bar) or [torch.empty(0, 0)])
 
 
 @torch.no_grad()
 def embed_texts(model, tokens, batch=128):
-    """(Q, T) ids -> (Q, D) fp32 features of unit length, on the CPU, in order. Batches hold captions of like length, as the
-    encoder's cost goes with the longest."""
+    """(Q, T) ids -> (Q, D) fp32 features of unit length, on the CPU, in order.
+
+    A batch holds captions of similar length: the text encoder costs as much as the longest needs."""
     model.eval()
     order = torch.argsort(tokens.argmax(dim=1), stable=True)
-    text = torch.cat([F.normalize(model.encode_text(tokens[rows]).float(), dim=1).cpu() for rows in order.split(batch)])
-    return text[torch.argsort(order)]
+    if not len(tokens):                                                 # one of many processes may have none
+        return torch.empty(0, 0)
+    features = [F.normalize(model.encode_text(tokens[rows]).float(), dim=1).cpu() for rows in order.split(batch)]
+    return torch.cat(features)[torch.argsort(order)]
+
+
+def embed(model, images, tokens, device="cpu", workers=0, progress=True):
+    """-> features of unit length, images (G, D) and texts (Q, D). Each process embeds its part; all get all of them.
+
+    images: a dataset of pixels (3, H, W);  tokens (Q, T)"""
+    rank, ranks = process()
+    part = torch.utils.data.Subset(images, range(rank, len(images), ranks))
+    image = embed_images(model, part, device, workers, progress=progress and rank == 0)
+    return all_gather_rows(image), all_gather_rows(embed_texts(model, tokens[rank::ranks]))
+
+
+def evaluate(model, images, tokens, pid, source, device="cpu", workers=0, progress=True):
+    """Score a split -> {"text to image": scores, "image to text": ..., EXCLUDED: ...}, image (G, D), text (Q, D).
+
+    images: a dataset of G images as pixels (3, H, W);  tokens (Q, T): all captions;  pid (G,): the person of each image
+    source (Q,): index of the source image of each caption. The third row is missing if nobody has two images.
+    """
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
+    image, text = embed(model, images, tokens, device, workers, progress)
+    rows = {"text to image": retrieval_metrics(text, image, pid[source], pid),
+            "image to text": retrieval_metrics(image, text, pid, pid[source])}
+    if len(pid.unique()) < len(pid):
+        rows[EXCLUDED] = retrieval_metrics(text, image, pid[source], pid, source)
+    return rows, image, text
 
 
 # ---- report pages ---------------------------------------------------------------------------------------------------
@@ -177,30 +257,18 @@ def embed_texts(model, tokens, batch=128):
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em }
-body { color: #222; background: #fff }
-h1 { font-size: 1.5em; overflow-wrap: anywhere }
-h2 { margin-top: 2em; font-size: 1.15em; overflow-wrap: anywhere }
-table { border-collapse: collapse }
-td, th { padding: .2em .9em .2em 0; text-align: right; font-weight: normal }
-td:first-child, th:first-child { text-align: left }
-thead th { border-bottom: 1px solid #777; font-weight: 600 }
-.settings { columns: 4 16em; font: 13px ui-monospace, monospace; color: #444; overflow-wrap: anywhere }
-.row { margin: 1.1em 0 }
-.row p { margin: 0 0 .3em }
+body { color: #222; background: #fff }  h1 { font-size: 1.5em }  h2 { margin-top: 2em; font-size: 1.15em }
+h1, h2, .hit, .settings { overflow-wrap: anywhere }  .ending { white-space: nowrap }  .legend { color: #444 }
+table { border-collapse: collapse }  td, th { padding: .2em .9em .2em 0; text-align: right; font-weight: normal }
+td:first-child, th:first-child { text-align: left }  thead th { border-bottom: 1px solid #777; font-weight: 600 }
+.settings { columns: 4 16em; font: 13px ui-monospace, monospace }  .row { margin: 1.1em 0 }  .row p { margin: 0 0 .3em }
 figure { display: inline-block; margin: 0 .5em .5em 0; text-align: center; vertical-align: top; font-size: 13px }
-.row img { height: 112px; border: 4px solid transparent; border-radius: 4px }
-.row .large img { height: auto; max-width: 100% }
-.row .source { margin-right: 1.5em }
-.source img { border-color: #777 }
-.right img { border-color: #147a35 }
-.wrong img { border-color: #c62817; border-style: dashed }
-.hits { display: flex; flex-wrap: wrap; gap: 1em }
-.hit { width: 9.5em; text-align: left; overflow-wrap: anywhere }
+.row img { height: 112px; border: 4px solid transparent; border-radius: 4px }  .row .source { margin-right: 1.5em }
+.row .large img { height: auto; max-width: 100% }  .source img { border-color: #777 }
+.right img { border-color: #147a35 }  .wrong img { border-color: #c62817; border-style: dashed }
+.hits { display: flex; flex-wrap: wrap; gap: 1em }  .hit { width: 9.5em; text-align: left }
 .hit img { max-width: 9.5em; border-radius: 4px }
-.ending { white-space: nowrap }
-.legend { color: #444 }
-svg { margin-right: 2em; max-width: 100% }
-svg text { font: 12px system-ui, sans-serif; fill: #444 }
+svg { margin-right: 2em; max-width: 100% }  svg text { font: 12px system-ui, sans-serif; fill: #444 }
 """
 COLOURS = ["#1f6fb4", "#c62817", "#147a35", "#7a3fb0", "#9a5600", "#555", "#b0398a"]                    # of curves
 DASHES = ["", "6 3", "2 3", "8 3 2 3"]                                          # colour is not the only sign
@@ -242,9 +310,9 @@ def curve(title, series, width=480, height=240):
         return (left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]),
                 bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0]))
 
-    name = html.escape(title)
+    title = html.escape(title)
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-           f'aria-label="{name} by epoch"><text x="{left}" y="16" style="font-weight:600">{name}</text>'
+           f'aria-label="{title} by epoch"><text x="{left}" y="16" style="font-weight:600">{title}</text>'
            f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">epoch</text>']
     for y in ys:
         py = place(xs[0], y)[1]
@@ -305,13 +373,7 @@ def check_page(path):
     path = Path(path)
     if not os.access(path.absolute().parent, os.W_OK):
         raise ValueError(f"{path.absolute().parent} cannot be written to; name another place with --page FILE")
-    if not path.exists():
-        return
-    start = b""
-    if path.is_file():
-        with open(path, "rb") as f:
-            start = f.read(15)
-    if start != b"<!doctype html>":
+    if path.exists() and not (path.is_file() and path.open("rb").read(15) == b"<!doctype html>"):
         raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
 
 
@@ -327,7 +389,7 @@ def write_page(path, title, chapters):
             f.write("</main></html>")
         part(path).replace(path)
     finally:
-        part(path).unlink(missing_ok=True)                                    # still there if a chapter failed
+        part(path).unlink(missing_ok=True)                              # still there if a chapter failed
 
 
 # ---- the index of a gallery -----------------------------------------------------------------------------------------
@@ -346,13 +408,11 @@ def gallery_files(folder, skipped, failed):
     root = Path(folder).resolve()
     for where, folders, files in os.walk(folder, onerror=failed.append):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        below = os.path.relpath(where, folder)
         for name in sorted(f for f in files if not f.startswith(".")):
-            ending = os.path.splitext(name)[1].lower()
+            path, ending = os.path.join(where, name), os.path.splitext(name)[1].lower()
+            skipped.update({ending} & OTHER_SUFFIXES)
             if ending not in SUFFIXES:
-                skipped.update([ending] if ending in OTHER_SUFFIXES else [])
                 continue
-            path = os.path.join(where, name)                            # not Path: a million of them take half a minute
             try:
                 state = os.stat(path)
             except FileNotFoundError:                                   # a broken symlink
@@ -362,7 +422,7 @@ def gallery_files(folder, skipped, failed):
                 continue
             inside = not os.path.islink(path) or Path(path).resolve().is_relative_to(root)
             if stat.S_ISREG(state.st_mode) and inside:
-                yield [name if below == "." else os.path.join(below, name), state.st_size, state.st_mtime_ns]
+                yield [os.path.relpath(path, folder), state.st_size, state.st_mtime_ns]
 
 
 class Index:
@@ -372,65 +432,37 @@ class Index:
     FILE.jsonl   [json.loads(line) for line in open("FILE.jsonl")][1:]              row n: [path, bytes, time in ns]
 
     The first line of FILE.jsonl is {"weights": ..., "width": D}: embeddings of other weights are replaced. Rows are
-    appended batch by batch, so an interrupted run loses nothing; opening cuts both files to the shorter one. In memory
-    are only the positions of the lines: 8 bytes per image. Raises ValueError for files that are not an index.
+    appended batch by batch, so an interrupted run loses nothing; opening cuts both files to the shorter one. A million
+    images take about 120 MB of memory, for the lines. Raises ValueError for files that are not an index.
     """
 
     def __init__(self, file, weights, width):
         self.rows_file, self.list_file = Path(f"{file}.f16"), Path(f"{file}.jsonl")
-        self.width, self.head = width, self.line(dict(weights=weights, width=width))
-        self.starts, self.end = array.array("q"), 0                     # byte positions of the lines, and of the end
+        self.width, self.head, self.lines, self.size = width, self.line(dict(weights=weights, width=width)), [], 0
         if not self.rows_file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.rows_file.parent} for the index; make it, or name another"
-                                    " file with --index")
+            raise FileNotFoundError(f"there is no folder {self.rows_file.parent} for the index; make it, or name "
+                                    "another file with --index")
         if part(self.list_file).exists() and not part(self.rows_file).exists():                         # see `keep`
             part(self.list_file).replace(self.list_file)
-        if not self.list_file.exists():
-            if self.rows_file.exists():
-                self.refuse(self.rows_file)
-            return
-        with open(self.list_file, "rb") as f:
-            head = f.readline(1000)
-        if not re.match(rb'\{"weights": "[^"]*"', head):
-            self.refuse(self.list_file)
+        there = [p for p in (self.list_file, self.rows_file) if p.exists()]
+        head, *lines = (self.list_file.open("rb").readlines() if self.list_file in there else []) or [b""]
+        if there and not head.startswith(b'{"weights": "'):
+            raise ValueError(f"{there[0]} exists and is no index; remove it, or name another file with --index")
         if head == self.head:
-            self.open()
-
-    @staticmethod
-    def refuse(path):
-        raise ValueError(f"{path} exists and is no index of pictures; remove it, or name another file with --index")
+            size = self.rows_file.stat().st_size if len(there) == 2 else 0
+            self.lines = [line for line in lines[:size // (2 * width)] if line.endswith(b"\n")]
+            self.size = len(head) + sum(map(len, self.lines))
+            for path, size in (self.list_file, self.size), (self.rows_file, 2 * width * len(self.lines)):
+                if path in there and path.stat().st_size != size:
+                    os.truncate(path, size)
 
     @staticmethod
     def line(entry):
         return (json.dumps(entry) + "\n").encode()
 
-    def open(self):
-        """Find the lines, and cut both files to the shorter one."""
-        size = self.rows_file.stat().st_size if self.rows_file.exists() else 0
-        with open(self.list_file, "rb") as f:
-            self.end = len(f.readline())
-            for line in itertools.islice(f, size // (2 * self.width)):
-                if line.endswith(b"\n"):
-                    self.add(line)
-        if (self.list_file.stat().st_size, size) != (self.end, 2 * self.width * len(self.starts)):
-            os.truncate(self.list_file, self.end)
-            if self.rows_file.exists():
-                os.truncate(self.rows_file, 2 * self.width * len(self.starts))
-
-    def add(self, line):
-        self.starts.append(self.end)
-        self.end += len(line)
-
-    def lines(self):
-        """Iterate over the lines of the rows, in bytes."""
-        if self.end:
-            with open(self.list_file, "rb") as f:
-                f.readline()
-                yield from itertools.islice(f, len(self.starts))
-
     def features(self):
-        """(N, D) float16, mapped: only what is used is read. There must be a row."""
-        return np.memmap(self.rows_file, np.float16, "c", shape=(len(self.starts), self.width))
+        """(N, D) float16, mapped into memory: only what is used is read."""
+        return np.memmap(self.rows_file, np.float16, "c", shape=(len(self.lines), self.width))
 
     def check_writable(self):
         """Raise PermissionError, with advice, if the index cannot be written. A finished index may be read-only."""
@@ -438,92 +470,71 @@ class Index:
         if not all(os.access(p, os.W_OK) for p in places):
             raise PermissionError(f"the index cannot be written to {places[0]}; --index FILE puts it elsewhere")
 
-    def append(self, rows, entries):
-        """Append rows, float16 (n, D), and their [path, bytes, time]: first the rows, then what makes them count."""
-        if not self.end:                                                # new, or of other weights
-            self.keep(())
-        if self.list_file.stat().st_size != self.end:
+    def append(self, rows, lines):
+        """Append rows, float16 (n, D), and the line of each: first the rows, then what makes them count."""
+        if not self.size:                                               # new, or of other weights
+            self.keep([])
+        if self.list_file.stat().st_size != self.size:
             raise ValueError(f"{self.list_file} has changed meanwhile: is another search filling the same index?")
         with open(self.rows_file, "r+b") as f:
-            f.seek(2 * self.width * len(self.starts))
+            f.seek(2 * self.width * len(self.lines))
             f.write(rows.tobytes())
             f.truncate()
-        lines = [self.line(e) for e in entries]
         with open(self.list_file, "ab") as f:
             f.writelines(lines)
-        for line in lines:
-            self.add(line)
+        self.lines += lines
+        self.size += sum(map(len, lines))
 
     def keep(self, wanted):
-        """Keep only the rows with wanted (N,) True. Both files are written anew, then replaced: first the rows.
+        """Keep only the rows with wanted (N,) True. Both files are written anew, then replaced, the rows first.
 
-        If the program ends between the two, FILE.jsonl.part is there alone, and opening replaces the second file."""
-        numbers, old = np.flatnonzero(wanted), self.features() if len(self.starts) else None
+        If the program ends between the two, FILE.jsonl.part is there alone; opening puts it in its place."""
+        numbers, old = np.flatnonzero(wanted), self.features() if self.lines else None
+        self.lines = list(itertools.compress(self.lines, wanted))
+        self.size = len(self.head) + sum(map(len, self.lines))
         with open(part(self.rows_file), "wb") as f:
             for some in np.array_split(numbers, len(numbers) // 4096 + 1):
                 f.write(old[some].tobytes() if len(some) else b"")
-        kept = itertools.compress(self.lines(), wanted)
-        starts, end = array.array("q"), len(self.head)
         with open(part(self.list_file), "wb") as f:
-            f.write(self.head)
-            for line in kept:
-                starts.append(end)
-                end += f.write(line)
+            f.writelines([self.head, *self.lines])
         del old                                                         # some systems do not replace a mapped file
         part(self.rows_file).replace(self.rows_file)
         part(self.list_file).replace(self.list_file)
-        self.starts, self.end = starts, end
 
 
-class Photos(torch.utils.data.Dataset):
-    """Files of a folder as the encoder takes them: (view(path), True), or (zeros, False) if a file cannot be read."""
-
-    def __init__(self, folder, paths, view, size):
-        self.folder, self.paths, self.view, self.size = Path(folder), paths, view, size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            return self.view(self.folder / self.paths[i]), True
-        except (OSError, ValueError, Image.DecompressionBombError):
-            return torch.zeros(3, *self.size), False
+def read_or_nan(folder, view, size, line):
+    """The pixels (3, H, W) of a line of the index; NaN, and so a feature of NaN, for a file that cannot be read."""
+    try:
+        return view(Path(folder) / json.loads(line)[0])
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return torch.full((3, *size), torch.nan)
 
 
 def find_changes(index, folder):
     """Compare a folder with its index, and drop the rows of files that are gone. What cannot be listed is not gone.
 
-    -> entries to embed, Counter of skipped endings, [OSError] of what cannot be listed"""
-    new, skipped, failed = [], collections.Counter(), []
-    gone = set(map(hash, index.lines()))                                # 64 bits each: a million do not collide
-    for entry in gallery_files(folder, skipped, failed):
-        line = hash(index.line(entry))
+    -> lines of new and changed files, Counter of skipped endings, [OSError] of what cannot be listed"""
+    gone, new, skipped, failed = set(index.lines), [], collections.Counter(), []
+    for line in map(index.line, gallery_files(folder, skipped, failed)):
         if line in gone:
             gone.remove(line)
         else:
-            new.append(entry)
+            new.append(line)
     hidden = [os.path.relpath(e.filename, folder) for e in failed]
     if "." in hidden:
         raise ValueError(f"{folder} cannot be listed: {failed[0].strerror}")
-
-    def stays(line):
-        if hash(line) not in gone:
-            return True
-        path = json.loads(line)[0]
-        return any(path == place or path.startswith(place + os.sep) for place in hidden)
-
-    wanted = np.fromiter(map(stays, index.lines()), bool)
-    if len(wanted) and not wanted.any() and not new:                    # a disk that is not mounted
+    if hidden:
+        below = tuple(place + os.sep for place in hidden)
+        gone = {line for line in gone if not (json.loads(line)[0] + os.sep).startswith(below)}
+    if gone and len(gone) == len(index.lines) and not new:              # a disk that is not mounted
         raise ValueError(f"{folder} holds no picture any more; its index is left as it is: {index.list_file}")
-    if new or not wanted.all():
+    if new or gone:
         index.check_writable()
-    if not wanted.all():
-        index.keep(wanted)
+    if gone:
+        index.keep([line not in gone for line in index.lines])
     return new, skipped, failed
 
 
-@torch.no_grad()
 def update_index(index, model, view, size, folder, device="cpu", workers=0, batch=256):
     """Bring the index of a folder up to date: embed new and changed files, drop those that are gone.
 
@@ -539,25 +550,17 @@ def update_index(index, model, view, size, folder, device="cpu", workers=0, batc
     if ranks > 1:
         torch.distributed.broadcast_object_list(box := [new])
         new = box[0]
-    steps = [range(k, min(k + batch * ranks, len(new)))[rank::ranks] for k in range(0, len(new), batch * ranks)]
-    files = Photos(folder, [path for path, *_ in new], view, size)
-    loader = iter(torch.utils.data.DataLoader(files, batch_sampler=[s for s in steps if s], num_workers=workers))
-    bar = progress_bar(total=len(new), unit=" pictures", desc="embedding", disable=rank > 0)
-    for rows in steps:
-        found = []                                                      # [(entry, feature or None), ...]
-        if rows:
-            pixels, readable = next(loader)
-            features = F.normalize(model.encode_image(pixels.to(device)).float(), dim=1).half().cpu().numpy()
-            found = [(new[n], f if ok else None) for n, f, ok in zip(rows, features, readable.tolist())]
-        if ranks > 1:
-            parts = [None] * ranks if rank == 0 else None
-            torch.distributed.gather_object(found, parts)
-            found = [pair for some in parts or [] for pair in some]
-        if rank == 0:
-            bad += [entry[0] for entry, f in found if f is None]
-            if good := [(entry, f) for entry, f in found if f is not None]:
-                index.append(np.stack([f for _, f in good]), [entry for entry, _ in good])
-            bar.update(len(found))
+    files = Images(new[rank::ranks], functools.partial(read_or_nan, folder, view, size))
+    batches = embed_batches(model, files, device, workers, batch)
+    bar = progress_bar(total=len(new), unit=" images", desc="embedding", disable=rank > 0)
+    for start in range(0, len(new), batch * ranks):
+        lines = new[start:start + batch * ranks]
+        features = all_gather_rows(next(batches, torch.empty(0, 0)))                                    # (n, D)
+        readable = features.isfinite().all(dim=1)
+        bad += [json.loads(line)[0] for line, ok in zip(lines, readable) if not ok]
+        if rank == 0 and readable.any():
+            index.append(features[readable].half().numpy(), list(itertools.compress(lines, readable)))
+        bar.update(len(lines))
     bar.close()
     return bad, skipped, failed
 
@@ -588,39 +591,31 @@ def printable(path):
 class Search:
     """A model and the images of a folder with their embeddings: what the command line and the search page ask.
 
-    view: path or PIL image -> pixels (3, H, W);  clean: a query -> text as in training
+    preprocessing: .image(path or PIL) -> pixels (3, H, W), .text(query) -> text as in training
     data: the module, for load_image, normalize_text and tag_words
     """
 
-    def __init__(self, model, tokenizer, view, clean, data, folder, index, device):
-        self.model, self.tokenizer, self.view, self.clean, self.data = model, tokenizer, view, clean, data
-        self.folder, self.device, self.lock = Path(folder), device, threading.Lock()
-        self.features, self.starts = index.features(), index.starts
-        with open(index.list_file, "rb") as f:
-            self.list = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, model, tokenizer, preprocessing, data, folder, index, device):
+        self.model, self.tokenizer, self.preprocessing, self.data = model, tokenizer, preprocessing, data
+        self.folder, self.lines, self.features = Path(folder), index.lines, index.features()
+        self.device, self.lock = device, threading.Lock()
 
-    def entry(self, row):
+    def path(self, row):
         """The path below the folder."""
-        return json.loads(self.list[self.starts[row]:self.list.find(b"\n", self.starts[row])])[0]
-
-    def name(self, row):
-        return printable(self.entry(row))
+        return json.loads(self.lines[row])[0]
 
     def load(self, row, least=None):
-        """The image of a row as PIL, at least `least` pixels high and wide if the file has them.
-
-        Raises ValueError if the file is gone, or became a link out of the folder."""
-        path = self.folder / self.entry(row)
-        if not path.exists() or not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{self.name(row)} is not in the folder any more")
+        """The PIL image of a row, reduced to no less than `least` pixels a side. ValueError if it is gone."""
+        path = self.folder / self.path(row)
+        if not path.exists() or not path.resolve().is_relative_to(self.folder.resolve()):               # or led out
+            raise ValueError(f"{printable(self.path(row))} is not in the folder any more")
         return self.data.load_image(path, least)
 
     def encode(self, texts):
-        """Sentences -> (Q, D) of unit length. Raises ValueError if cleaning leaves nothing of one."""
-        cleaned = [self.clean(t) for t in texts]
-        for text, rest in zip(texts, cleaned):
-            if not rest.strip():
-                raise ValueError(f"the query {text[:40]!r} has no word: describe the person in a sentence")
+        """Queries -> (Q, D) of unit length. ValueError if cleaning leaves nothing of one."""
+        cleaned = [self.preprocessing.text(t) for t in texts]
+        if empty := [text for text, rest in zip(texts, cleaned) if not rest.strip()]:
+            raise ValueError(f"the query {empty[0][:40]!r} has no word: describe the person in a sentence")
         with self.lock:
             return embed_texts(self.model, self.tokenizer(cleaned))
 
@@ -628,29 +623,24 @@ class Search:
         """How many tokens of a query are not read: the encoder takes 75, and cleaning keeps 77 words."""
         def count(words):
             return len(self.tokenizer.bpe.encode(self.data.normalize_text(words)).ids)
-        whole = " ".join(filter(None, map(self.clean, text.split())))   # word by word cleaning cuts nothing
-        return count(whole) - min(75, count(self.clean(text)))
+        whole = " ".join(filter(None, map(self.preprocessing.text, text.split())))                      # nothing is cut
+        return count(whole) - min(75, count(self.preprocessing.text(text)))
 
     def top(self, query, number):
         """[(row, cosine), ...] for each query (Q, D)."""
         score, row = nearest(self.features, query, number)
         return [list(zip(*found)) for found in zip(row.tolist(), score.tolist())]
 
-    def describe(self, texts, number):
-        """[(row, cosine), ...] for several descriptions of one person: the mean of their directions."""
-        query = F.normalize(self.encode(texts).mean(dim=0, keepdim=True), dim=1)
-        return self.top(query, number)[0]
-
     def like(self, row, number):
         """[(row, cosine), ...] of the images most similar to an image of the gallery, without itself."""
-        query = torch.from_numpy(self.features[row:row + 1]).float()
-        return [found for found in self.top(query, number + 1)[0] if found[0] != row][:number]
+        found = self.top(torch.from_numpy(self.features[row:row + 1]).float(), number + 1)[0]
+        return [(other, score) for other, score in found if other != row][:number]
 
     def explain(self, picture, text):
         """What in a PIL image the words of a text respond to; see `word_maps`."""
-        text = self.clean(self.data.normalize_text(text))
+        pixels, text = self.preprocessing.image(picture), self.preprocessing.text(self.data.normalize_text(text))
         with self.lock:
-            return word_maps(self.model, self.tokenizer, self.view(picture), text, self.data.tag_words, self.device)
+            return word_maps(self.model, self.tokenizer, pixels, text, self.data.tag_words, self.device)
 
 
 @torch.no_grad()
@@ -671,7 +661,7 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
     whole, *without = F.normalize(model.encode_text(tokenizer(texts)).float(), dim=1).cpu()
     directions = whole - torch.stack(without)                                                           # (W, D)
     (h, w), (H, W) = model.image.grid, pixels.shape[1:]
-    step = int(np.ceil((h * w / 100) ** 0.5))                           # at most a hundred windows of two steps
+    step = math.ceil((h * w / 100) ** 0.5)                              # at most a hundred windows of two steps
     windows = [(y, x, min(h, y + 2 * step), min(w, x + 2 * step))
                for y in range(0, max(1, h - step), step) for x in range(0, max(1, w - step), step)]
     hidden = pixels.repeat(len(windows) + 1, 1, 1, 1)
@@ -688,17 +678,9 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
     return [(text[slice(*words[n])], adds[n].item(), loss[n] / covered) for n in shown]
 
 
-MAPS = ("<p class=legend>The number is what the word adds to the score. Red: the parts that speak for the word. Blue, if "
-        "the word lowers the score: the parts that speak against it. The maps show what the model reacts to, which need "
+MAPS = ("<p class=legend>The number is what the word adds to the score. Red: the parts that speak for the word. Blue, "
+        "if it lowers the score: the parts that speak against it. The maps show what the model reacts to, which need "
         "not be where the thing is.</p>")
-RED, BLUE = (230, 30, 20), (20, 60, 230)
-
-
-def overlay(picture, heat, colour):
-    """A grey PIL image with its hot parts in colour; heat (h, w) in [0, 1]."""
-    shown = Image.fromarray((255 * heat.clamp(0, 1)).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
-    mask = shown.point(lambda v: int(0.75 * v))
-    return Image.composite(Image.new("RGB", picture.size, colour), picture.convert("L").convert("RGB"), mask)
 
 
 def explained(search, row, text):
@@ -707,12 +689,13 @@ def explained(search, row, text):
     found = [(word, adds, heat if adds > 0 else -heat) for word, adds, heat in search.explain(picture, text)]
     height = round(min(600, max(240, 160 * picture.height / picture.width)))
     picture.thumbnail((4 * height, 2 * height))
-    most = max([1e-6] + [heat.max().item() for *_, heat in found])
-    shown = [figure(picture, search.name(row), "the picture", "large", height)]
+    grey, most = picture.convert("L").convert("RGB"), max([1e-6] + [heat.max().item() for *_, heat in found])
+    shown = [figure(picture, printable(search.path(row)), "the picture", "large", height)]
     for word, adds, heat in found:
-        colour = RED if adds > 0 else BLUE
-        shown.append(figure(overlay(picture, (heat / most).clamp(min=0).sqrt(), colour), f"map of the word {word}",
-                            f"{html.escape(word)} {adds:+.3f}", "large", height))
+        mask = Image.fromarray((191 * (heat / most).clamp(0, 1).sqrt()).byte().numpy())
+        colour = Image.new("RGB", picture.size, (230, 30, 20) if adds > 0 else (20, 60, 230))
+        painted = Image.composite(colour, grey, mask.resize(picture.size, Image.Resampling.BICUBIC))
+        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", height))
     return f"<div class=row>{''.join(shown)}</div>"
 
 
@@ -726,7 +709,7 @@ def results(search, found, links=None):
     """HTML: the images of [(row, cosine), ...], by rank. links: row -> HTML to put below its image."""
     cells = []
     for rank, (row, score) in enumerate(found, start=1):
-        name = search.name(row)
+        name = printable(search.path(row))
         try:
             shown = f'<img src="{thumbnail(search.load(row, 384), 192)}" alt="{html.escape(name)}">'
         except (OSError, ValueError):
@@ -739,102 +722,66 @@ def results(search, found, links=None):
 
 
 # ---- the search page ------------------------------------------------------------------------------------------------
+#
+# The browser sends the form and loads the pages: errors, titles and the way back are its own. The script only sends the
+# form with Enter, and keeps what is typed while a search runs.
 
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>{title}</title><link rel=icon href=data:,><style>{style}</style>
-<header><h1>Find a person in {number:,} pictures</h1></header>
-<form action=/ method=get role=search>
-<label for=q>Describe the person</label>
-<textarea id=q name=q rows=2 autofocus placeholder="a woman in a green coat with a black backpack">{text}</textarea>
-<button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label>
-<p class=legend>Several lines describe the same person; their features are averaged.</p>
-<p id=status role=status></p></form><main>{main}</main>
-<script nonce={nonce}>
-const form = document.forms[0], text = form.q, status = document.getElementById("status")
-let searches = 0
-async function go(url, push) {{
-  const asked = text.value, search = ++searches
-  document.body.classList.add("busy")
-  status.textContent = "searching ..."
-  try {{
-    const response = await fetch(url), body = await response.text()
-    const page = new DOMParser().parseFromString(body, "text/html"), main = page.querySelector("main")
-    if (search != searches) return
-    if (!main) throw new Error(response.status + " " + body.slice(0, 200))
-    document.querySelector("main").replaceWith(main)
-    document.title = page.title
-    if (text.value == asked) text.value = page.querySelector("textarea").value
-    if (push) history.pushState(0, "", url)
-    status.textContent = ""
-  }} catch (error) {{
-    if (search == searches) status.textContent = "The search failed. Is eval.py still running? " + error.message
-  }} finally {{
-    if (search == searches) document.body.classList.remove("busy")
-  }}
-}}
-text.addEventListener("keydown", e => {{
-  if (e.key == "Enter" && !e.shiftKey) {{ e.preventDefault(); form.requestSubmit() }}
-}})
-form.addEventListener("submit", e => {{
-  e.preventDefault()
-  if (text.value.length > {longest}) status.textContent = "The description is too long; a few sentences are enough."
-  else go("/?" + new URLSearchParams(new FormData(form)), true)
-}})
-addEventListener("click", e => {{
-  const a = e.target.closest("main a[href^='/?']")
-  if (a && !e.ctrlKey && !e.metaKey && !e.shiftKey) {{ e.preventDefault(); go(a.href, true) }}
-}})
-addEventListener("popstate", () => go(location.href, false))
-</script></html>"""
-PAGE_STYLE = """
-form { margin-bottom: 1.5em }
-textarea { display: block; width: 100%; box-sizing: border-box; font: inherit; margin: .3em 0; padding: .5em }
-button { font: inherit; padding: .3em 1.2em }
-input { font: inherit; width: 4.5em }
-.busy main { opacity: .55 }
-.note { background: #f3f3f3; padding: .5em .8em; border-radius: 6px }
-.more a { display: inline-block; line-height: 26px; margin-right: .8em }
-"""
 LONGEST = 5000      # characters of a query. Percent-encoded, they fit the 65,536 bytes that http.server reads of an URL
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>{title}</title><link rel=icon href=data:,><style>{style}
+form {{ margin-bottom: 1.5em }}  button {{ font: inherit; padding: .3em 1em }}  input {{ font: inherit; width: 4.5em }}
+textarea {{ display: block; width: 100%; box-sizing: border-box; font: inherit; margin: .3em 0; padding: .5em }}
+.note {{ background: #f3f3f3; padding: .5em .8em }}  .more a {{ display: inline-block; line-height: 26px }}</style>
+<header><h1>Find a person in {number:,} pictures</h1></header>
+<form action=/ method=get role=search><label for=q>Describe the person</label>
+<textarea id=q name=q rows=2 autofocus maxlength={longest} placeholder="a woman in a green coat with a black backpack">
+{text}</textarea>
+<button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label>
+<p class=legend>Several lines describe the same person; their features are averaged.</p></form><main>{main}</main>
+<script nonce={nonce}>
+const text = document.forms[0].q
+let sent = text.value
+text.onkeydown = e => {{ if (e.key == "Enter" && !e.shiftKey) {{ e.preventDefault(); text.form.requestSubmit() }} }}
+onbeforeunload = () => {{ sent = text.value }}
+onpagehide = () => {{ if (text.value != sent) sessionStorage.typed = text.value }}
+onpageshow = () => {{ if (sessionStorage.typed) {{ text.value = sessionStorage.typed; delete sessionStorage.typed }} }}
+</script></html>"""
 
 
 def whole_number(asked, name, low, high, default=None):
     """A number of the query string; the default if it is missing or empty."""
     value = asked.get(name, [""])[-1].strip()
-    if not value:
-        return default
-    if not re.fullmatch("[0-9]{1,9}", value) or not low <= int(value) <= high:
+    if value and not (re.fullmatch("[0-9]{1,9}", value) and low <= int(value) <= high):
         raise ValueError(f"{name} must be a number from {low} to {high}, not {value[:20]!r}")
-    return int(value)
+    return int(value) if value else default
 
 
 def answer(search, asked, text):
     """The main part of the page for a query string as a dict -> HTML. Raises ValueError in words for the user."""
-    top, last = whole_number(asked, "top", 1, 200, 20), len(search.starts) - 1
+    top, last = whole_number(asked, "top", 1, 200, 20), len(search.lines) - 1
     like, why = whole_number(asked, "like", 0, last), whole_number(asked, "why", 0, last)
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines, main = [line for line in text.splitlines() if line.strip()], ""
 
     def links(row):
-        urls = {"more like this": urlencode(dict(like=row, top=top))}
-        if lines:
-            urls["why?"] = urlencode(dict(why=row, q=text, top=top))
-        shown = "".join(f'<a href="/?{html.escape(url)}">{said}</a>' for said, url in urls.items())
-        return f"<br><span class=more>{shown}</span>"
+        why = html.escape(urlencode(dict(why=row, q=text, top=top)))
+        return (f'<br><span class=more><a href="/?like={row}&amp;top={top}">more like this</a>'
+                + f' &nbsp; <a href="/?{why}">why?</a>' * bool(lines) + "</span>")
 
     if len(text) > LONGEST:
         raise ValueError(f"a description of {len(text):,} characters is too long; a few sentences are enough")
     if like is not None:
-        return f"<h2>Like {breakable(search.name(like))}</h2>" + results(search, search.like(like, top), links)
+        name = breakable(printable(search.path(like)))
+        return f"<h2>Like {name}</h2>{results(search, search.like(like, top), links)}"
     if not lines:
         return "<p class=note>Describe the person in a sentence.</p>" if "q" in asked else ""
-    main = ""
     if why is not None:
-        maps = explained(search, why, " ".join(lines))
-        main += f"<h2>What the words respond to in {breakable(search.name(why))}</h2>{maps}{MAPS}"
+        name, maps = breakable(printable(search.path(why))), explained(search, why, " ".join(lines))
+        main += f"<h2>What the words respond to in {name}</h2>{maps}{MAPS}"
     if unread := max(map(search.unread, lines)):
         main += f"<p class=note>{unread:,} tokens were not read: the model reads 75 tokens a line, about 55 words.</p>"
-    return main + results(search, search.describe(lines, top), links)
+    query = F.normalize(search.encode(lines).mean(dim=0, keepdim=True), dim=1)
+    return main + results(search, search.top(query, top)[0], links)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -849,8 +796,8 @@ class Handler(BaseHTTPRequestHandler):
             url = urlsplit(self.path)
             asked = parse_qs(url.query, keep_blank_values=True, max_num_fields=20)
             if url.path == "/":
-                return self.page(asked)
-            row = whole_number(asked, "row", 0, len(self.search.starts) - 1) if url.path == "/photo" else None
+                return self.send_page(asked)
+            row = whole_number(asked, "row", 0, len(self.search.lines) - 1) if url.path == "/photo" else None
             if row is None:
                 return self.send(404, "text/plain", b"there is nothing here\n")
             buffer = io.BytesIO()
@@ -861,30 +808,20 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, OSError) as e:
             self.send(400, "text/plain; charset=utf-8", f"{e}\n".encode("utf-8", "replace"))
 
-    do_HEAD = do_GET
-
-    def page(self, asked):
+    def send_page(self, asked):
         """Send the page for a query string. On a mistake it keeps what was typed."""
-        text, code = "\n".join(asked.get("q", [])), 200
+        text, top, code = "\n".join(asked.get("q", [])), 20, 200
         try:
             main, top = answer(self.search, asked, text), whole_number(asked, "top", 1, 200, 20)
         except (ValueError, OSError) as e:
-            main, top, code = f"<p class=note>{html.escape(str(e))}</p>", 20, 400
+            main, code = f"<p class=note>{html.escape(str(e))}</p>", 400
         nonce = base64.b64encode(os.urandom(12)).decode()
-        title = " ".join(text.split())[:80] or ("Pictures like one" if "like" in asked else "")
-        title = html.escape(f"{title} - find a person" if title else "Find a person")
-        shown = PAGE.format(style=STYLE + PAGE_STYLE, number=len(self.search.starts), text=html.escape(text), top=top,
-                            main=main, nonce=nonce, title=title, longest=LONGEST)
-        policy = (f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; "
-                  "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-        self.send(code, "text/html; charset=utf-8", shown.encode("utf-8", "replace"), policy)
-
-    def send_error(self, code, message=None, explain=None):
-        """What http.server refuses by itself, also in words: an URL that is too long, a method other than GET."""
-        if code == 414:
-            self.rfile.readline(2 ** 20)                                # else the connection is reset before the answer
-            message = "the description is too long; a few sentences are enough"
-        self.send(code, "text/plain", f"{message or 'this cannot be answered'}\n".encode())
+        title = " ".join(text.split())[:80] or ("similar pictures" if "like" in asked else "")
+        page = PAGE.format(style=STYLE, number=len(self.search.lines), text=html.escape(text), top=top, main=main,
+                           nonce=nonce, title=html.escape(f"{title} - find a person".lstrip(" -")), longest=LONGEST)
+        self.send(code, "text/html; charset=utf-8", page.encode("utf-8", "replace"),
+                  f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; "
+                  "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
     def send(self, code, kind, body, policy="default-src 'none'; style-src 'unsafe-inline'"):
         self.send_response(code)
@@ -893,15 +830,14 @@ class Handler(BaseHTTPRequestHandler):
                             "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
 
 
 class Server(ThreadingHTTPServer):
-    """Holds a port of localhost; requests that come before `serve` wait."""
+    """Holds a port of localhost; requests that come before serve_forever wait."""
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self, port):
@@ -915,187 +851,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client)
 
 
-def serve(search, server):
-    """Answer on localhost until Ctrl-C."""
-    Handler.search = search
-    print(f"search page: http://localhost:{server.server_port}/   (Ctrl-C ends it)", flush=True)
-    with server:
-        server.serve_forever()
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-def find_model(source):
-    """A checkpoint, or the weights of a CLIP: a file, a folder or a hub id -> path of the file."""
-    import data
-    import tbps
-    if Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        data.need(source, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt, or name the weights of a CLIP")
-    return tbps.find_weights(source)
-
-
-def open_model(source, device="cpu", tokenizer=None, size=None):
-    """-> model, tokenizer, info of a checkpoint, or of the weights of a CLIP, which then sees pictures as it was trained to, or of `size`."""
-    import tbps
-    path = find_model(source)
-    if tbps.is_ours(path):
-        if tokenizer or size:
-            raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; {path} is a checkpoint and knows its own")
-        return tbps.load_checkpoint(path, device)
-    model, tokenizer = tbps.load_clip(path, size), tbps.tokenizer_for(path, tokenizer)
-    if tokenizer.vocab != model.arch["vocab"]:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
-    info = tbps.preprocessing_for(path) | dict(size=model.arch["image_size"], method="zero-shot", epoch=0, args={})
-    return model.eval().to(device), tokenizer, info
-
-
-def weights_id(model, info):
-    """A name for what the embeddings of pictures depend on: the weights of the image tower and how pictures are prepared."""
-    digest = hashlib.sha256(json.dumps([model.arch, list(info["size"]), info["norm"], info["resize"]]).encode())
-    for name, w in sorted(model.image.state_dict().items()):
-        digest.update(w.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
-def compare(args):
-    """Scores of all checkpoints on all data sets: printed, and written as a page."""
-    import data
-    import tbps
-    tbps.join(args)
-    table_rows, chapters = {}, []
-    several = len(args.checkpoint) * len(args.dataset or [""]) > 1
-    for source in args.checkpoint:
-        find_model(source)                                              # all of them, before the first is scored
-    for source in args.checkpoint:
-        model, tokenizer, info = open_model(source, args.device, args.tokenizer, args.size)
-        if not (args.dataset or info["args"]):
-            raise ValueError(f"{source} was trained on no data set known here; name one with --dataset")
-        for dataset in args.dataset or [info["args"]["dataset"]]:
-            records = data.read(dataset, args.data_root or info["args"].get("data_root", "data"), args.split)
-            rows, sheet = tbps.evaluate(model, tokenizer, info, records, args.device, 0 if dataset.startswith("toy") else args.workers)
-            print(f"{source} ({info['method']}, epoch {info['epoch']}) on {dataset} {args.split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
-            for name, scores in rows.items():
-                print(f"{name:28}{format_scores(scores)}", flush=True)
-            table_rows[f"{source} on {dataset}"] = rows["text to image"]
-            chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
-            file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
-            page = Path(args.page or (Path(args.checkpoint[0]).parent if Path(args.checkpoint[0]).is_file() else Path()) / file)
-            if os.environ.get("RANK", "0") == "0":                      # what there is so far
-                write_page(page, " and ".join(args.checkpoint), [("Text to image", table(table_rows) if several else ""), *chapters])
-    if several:
-        print("\ntext to image")
-        for name, scores in table_rows.items():
-            print(f"{name:{max(map(len, table_rows))}}  {format_scores(scores)}")
-    print(f"page: {page}", flush=True)
-
-
-def search_gallery(args):
-    """Brings the index up to date, then answers the queries, or serves the page."""
-    import data
-    import tbps
-    if len(args.checkpoint) > 1:
-        raise ValueError("a gallery is searched with one checkpoint")
-    folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of pictures")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --gallery takes a folder of pictures")
-    queries = [printable(q) for q in args.query]
-    if args.queries:
-        try:
-            lines = data.need(args.queries, "the file of queries", "it has one query per line").read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise ValueError(f"{args.queries} is no text in UTF-8 with a query per line") from None
-        queries += [printable(line.expandtabs(1)) for line in lines if line.strip()]
-    if any(not q.strip() for q in queries):
-        raise ValueError("a query is empty: describe the person in a sentence")
-    if args.explain and not queries:
-        raise ValueError("--explain shows maps for the pictures that a query finds: give one with --query")
-    if args.queries and not queries:
-        raise ValueError(f"{args.queries} has no query: it has one per line")
-    tbps.join(args)
-    server = Server(args.serve) if args.serve is not None and os.environ.get("RANK", "0") == "0" else None
-    model, tokenizer, info = open_model(args.checkpoint[0], args.device, args.tokenizer, args.size)
-    weights, rank = weights_id(model, info), int(os.environ.get("RANK", 0))
-    if args.index and Path(args.index).is_dir():
-        raise ValueError(f"{args.index} is a folder; --index names a file in it")
-    file = re.sub(r"\.(f16|jsonl)$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
-    index = Index(file, weights, model.arch["embed"]) if rank == 0 else None
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
-    bad, skipped, failed = update_index(index, model, view, info["size"], folder, args.device, args.workers)
-    if rank:
-        return
-    if bad:
-        print(f"skipped, as they cannot be read as pictures ({len(bad):,}): {', '.join(map(printable, bad))}", file=sys.stderr)
-    if skipped:
-        print("skipped, as only " + " ".join(sorted(SUFFIXES)) + " are read: " +
-              ", ".join(f"{number:,} {ending}" for ending, number in skipped.most_common()), file=sys.stderr)
-    for e in failed:
-        print(f"{printable(e.filename)} cannot be listed ({e.strerror}); what the index holds of it is kept", file=sys.stderr)
-    if not index.starts:
-        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}) that can be read")
-    print(f"{len(index.starts):,} pictures; index: {printable(index.rows_file)}", flush=True)
-    clean = data.clean_caption if info["clean"] else str
-    search = Search(model, tokenizer, view, clean, data, folder, index, args.device)
-
-    def chapters():
-        for query, found in zip(queries, search.top(search.encode(queries), args.top)):
-            if unread := search.unread(query):
-                print(f"{query[:40]}...: its last {unread:,} tokens were not read; there is room for 75, about 55 words", file=sys.stderr)
-            print(f"\n{query}" + "".join(f"\n{rank:4d}  {score:.3f}  {search.name(row)}" for rank, (row, score) in enumerate(found, start=1)))
-            maps = "".join(explained(search, row, query) for row, _ in found[:args.explain])
-            yield query, results(search, found) + (maps and MAPS + maps)
-    if queries:
-        write_page(args.page or "search.html", f"{printable(folder)}, {info['method']}", chapters())
-        print(f"\npage: {args.page or 'search.html'}", flush=True)
-    if server:
-        serve(search, server)
-
-
-def main():
-    import data
-    import tbps
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", nargs="+", default=[], help="best.pt or last.pt of a run, or the weights of a CLIP: a file, a folder or a hub id (zero-shot)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
-    p.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
-    p.add_argument("--page", metavar="FILE", help="the page to write (default: eval-DATASET-SPLIT.html beside the checkpoint; search.html here)")
-    p.add_argument("--tokenizer", help="CLIP's vocabulary, for the weights of a CLIP (default: beside them)")
-    p.add_argument("--size", type=image_size, metavar="HxW", help="what a CLIP sees, in pixels, e.g. 384x128 (default: as it was trained)")
-    g = p.add_argument_group("scores")
-    g.add_argument("--dataset", nargs="+", choices=data.DATASETS, help="what to score on (default: what the checkpoint was trained on)")
-    g.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: that of the training run)")
-    g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
-    g.add_argument("--features", metavar="FILE", help="an .npz with query (Q, D), gallery (G, D), q_pid (Q,), g_pid (G,), and own (Q,) if wanted: scores of any model")
-    g = p.add_argument_group("search")
-    g.add_argument("--gallery", metavar="DIR", help="a folder of pictures, at any depth: " + ", ".join(sorted(SUFFIXES)))
-    g.add_argument("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="whom to find; each text in quotes")
-    g.add_argument("--queries", metavar="FILE", help="a text file with a query per line")
-    g.add_argument("--top", type=int, default=10, help="how many pictures (default: 10)")
-    g.add_argument("--index", metavar="FILE", help="where the embeddings are kept (default: beside the gallery)")
-    g.add_argument("--explain", type=int, default=0, metavar="N", help="show for the first N pictures of a query which parts answer to its words")
-    g.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="a search page on localhost (default port: 8000)")
-    args = p.parse_args()
-    tbps.check_device(args.device)
-    if args.page:
-        data.need(Path(args.page).absolute().parent, "the folder for the page", "make it, or name another file with --page")
-    if args.page or args.query or args.queries:
-        check_page(args.page or "search.html")
-    if "" in (args.gallery, args.queries, args.index, args.page, args.features, *args.checkpoint):
-        raise ValueError("an option was given an empty text; is a variable of the shell not set?")
-    if args.features and (args.checkpoint or args.page or args.gallery):
-        raise ValueError("one thing at a time: --features FILE, --checkpoint C --gallery PHOTOS, or --checkpoint C for scores")
-    if args.top < 1 or args.explain < 0 or args.workers < 0 or args.serve is not None and not 0 <= args.serve <= 65535:
-        raise ValueError("--top must be at least 1, --explain and --workers at least 0, and a port at most 65535")
-    if (args.query or args.queries or args.serve is not None) and not args.gallery:
-        raise ValueError("name the folder to search with --gallery")
-    if args.features:
-        return score_features(args.features)
-    if not args.checkpoint:
-        raise ValueError("name a checkpoint with --checkpoint, or features with --features; --help tells what can be done")
-    if args.gallery:
-        search_gallery(args)
-    else:
-        compare(args)
-
 
 def image_size(text):
     """HxW -> (H, W), for argparse."""
@@ -1104,43 +860,229 @@ def image_size(text):
     return tuple(map(int, text.split("x")))
 
 
+def parse_args(data):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--checkpoint", nargs="+", default=[], metavar="C", help="of ours, or a CLIP (file, folder, hub id)")
+    p.add_argument("--device", default=cuda, help="cpu, mps, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
+    p.add_argument("--page", metavar="FILE", help="the page to write (default: beside the checkpoint, or search.html)")
+    p.add_argument("--tokenizer", metavar="FILE", help="vocabulary of a CLIP (default: beside its weights)")
+    p.add_argument("--size", type=image_size, metavar="HxW", help="input of a CLIP, e.g. 384x128 (default: its own)")
+    g = p.add_argument_group("scores")
+    g.add_argument("--dataset", nargs="+", choices=data.DATASETS, help="data sets (default: that of the training run)")
+    g.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: as in training)")
+    g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
+    g.add_argument("--features", metavar="FILE", help=".npz of query (Q, D), gallery (G, D), q_pid, g_pid, maybe own")
+    g = p.add_argument_group("search")
+    g.add_argument("--gallery", metavar="DIR", help="a folder of images, at any depth: " + ", ".join(sorted(SUFFIXES)))
+    g.add_argument("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="each text in quotes")
+    g.add_argument("--queries", metavar="FILE", help="a text file with a query per line")
+    g.add_argument("--top", type=int, default=10, help="number of images (default: 10)")
+    g.add_argument("--index", metavar="FILE", help="where the embeddings are stored (default: beside the gallery)")
+    g.add_argument("--explain", type=int, default=0, metavar="N", help="word maps for the first N images of a query")
+    g.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="search page (default port: 8000)")
+    return p.parse_args()
+
+
+def check_args(args):
+    """Raise ValueError for the first mistake, before anything is read."""
+    given = [args.gallery, args.queries, args.index, args.page, args.features, *args.checkpoint]
+    asks = bool(args.query or args.queries)
+    for wrong, said in [
+        ("" in given, "an option was given an empty text; is a variable of the shell not set?"),
+        (args.features and (args.checkpoint or args.page or args.gallery), "one thing at a time: --features FILE, "
+         "--checkpoint C --gallery PHOTOS, or --checkpoint C for scores"),
+        (args.top < 1 or args.explain < 0 or args.workers < 0, "--top is from 1 up, --explain and --workers from 0 up"),
+        (not 0 <= (args.serve or 0) <= 65535, "--serve takes a port at most 65535"),
+        ((asks or args.serve is not None) and not args.gallery, "name the folder to search with --gallery"),
+        (not (args.features or args.checkpoint), "name a checkpoint with --checkpoint, or features with --features"),
+        (args.gallery and len(args.checkpoint) > 1, "a gallery is searched with one checkpoint"),
+        (args.explain and not asks, "--explain shows maps for the images that a query finds: give one with --query"),
+        (args.index and os.path.isdir(args.index), f"{args.index} is a folder; --index names a file in it"),
+    ]:
+        if wrong:
+            raise ValueError(said)
+
+
 def score_features(file):
-    """Prints the scores of features in an .npz."""
-    import data
-    kinds = dict(query=(2, "f", np.float32), gallery=(2, "f", np.float32), q_pid=(1, "iu", np.int64), g_pid=(1, "iu", np.int64), own=(1, "iu", np.int64))
+    """Print the scores of an .npz with query (Q, D), gallery (G, D), q_pid (Q,), g_pid (G,), perhaps own (Q,)."""
+    kinds = dict(query="f", gallery="f", q_pid="iu", g_pid="iu", own="iu")
     try:
-        with np.load(data.need(file, "the features", "an .npz with query, gallery, q_pid, g_pid")) as archive:
-            found = {name: np.asarray(archive[name]) for name in kinds if name in archive}
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+        with np.load(file) as archive:
+            x = {name: archive[name] for name in kinds if name in archive}
+    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, OSError):
         raise ValueError(f"{file} is no .npz of arrays that can be read: numpy.savez writes one") from None
-    if missing := kinds.keys() - {"own"} - found.keys():
-        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; of what is wanted it has {', '.join(sorted(found)) or 'nothing'}")
-    if wrong := [n for n, v in found.items() if v.ndim != kinds[n][0] or v.dtype.kind not in kinds[n][1]]:
-        raise ValueError(f"{file}: {wrong[0]} is {found[wrong[0]].dtype} {found[wrong[0]].shape}; features are floating-point (N, D), ids whole numbers (N,)")
-    x = {n: torch.from_numpy(np.ascontiguousarray(v, kinds[n][2])) for n, v in found.items()}
-    Q, G, D = len(x["query"]), *x["gallery"].shape
-    if x["query"].shape != (Q, D) or not D or len(x["q_pid"]) != Q or len(x["g_pid"]) != G or "own" in x and len(x["own"]) != Q:
-        raise ValueError(f"{file}: the shapes do not fit: " + ", ".join(f"{name} {tuple(v.shape)}" for name, v in x.items()))
-    for name in ("query", "gallery"):
-        if len(zero := (x[name] == 0).all(dim=1).nonzero()):
-            raise ValueError(f"{file}: row {int(zero[0])} of {name} is all zeros, which is no direction")
-    if "own" in x and not ((x["own"] >= 0) & (x["own"] < G)).all():
-        raise ValueError(f"{file}: own must be rows of the gallery, 0 to {G - 1}")
-    print(f"{Q:,} queries, {G:,} gallery images, {D} numbers each")
-    print(f"text to image               {format_scores(retrieval_metrics(x['query'], x['gallery'], x['q_pid'], x['g_pid']))}")
-    if "own" in x:
-        print(f"text to other images        {format_scores(retrieval_metrics(*(x[n] for n in ('query', 'gallery', 'q_pid', 'g_pid', 'own'))))}")
+    if missing := kinds.keys() - {"own"} - x.keys():
+        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(x) or 'none of them'}")
+    for name, values in x.items():
+        if values.dtype.kind not in kinds[name] or values.ndim != (2 if kinds[name] == "f" else 1):
+            raise ValueError(f"{file}: {name} is {values.dtype} {values.shape}; features are floating-point (N, D), "
+                             "ids whole numbers (N,)")
+        x[name] = values.astype("f4" if kinds[name] == "f" else "i8")   # torch takes only the byte order of the machine
+    print(f"{len(x['query']):,} queries, {len(x['gallery']):,} gallery images, {x['gallery'].shape[1]} numbers each")
+    own = x.pop("own", None)
+    print(f"{'text to image':44}{format_scores(retrieval_metrics(**x))}")
+    if own is not None:
+        print(f"{EXCLUDED:44}{format_scores(retrieval_metrics(**x, own=own))}")
+
+
+def find_model(data, tbps, source):
+    """A checkpoint, or the weights of a CLIP: a file, a folder or a hub id -> path of the file."""
+    if Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        data.need(source, "the checkpoint", "python tbps.py writes runs/NAME/best.pt; or name the weights of a CLIP")
+    return tbps.find_weights(source)
+
+
+def open_model(data, tbps, args, source):
+    """-> model, tokenizer, preprocessing, facts {method, epoch, args} of a checkpoint or of the weights of a CLIP."""
+    path = find_model(data, tbps, source)
+    if tbps.is_ours(path) and (args.tokenizer or args.size):
+        raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; the checkpoint {path} has its own")
+    if tbps.is_ours(path):
+        model, tokenizer, info = tbps.load_checkpoint(path, args.device)
+    else:
+        model, tokenizer = tbps.load_clip(path, args.size), tbps.tokenizer_for(path, args.tokenizer)
+        if tokenizer.vocab != model.arch["vocab"]:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: "
+                             "they do not belong together")
+        info = tbps.preprocessing_for(path) | dict(size=model.arch["image_size"], method="zero-shot", epoch=0, args={})
+    preprocessing = data.Preprocessing(**{k: info[k] for k in ("size", "norm", "resize", "clean")})
+    return model.eval().to(args.device), tokenizer, preprocessing, info
+
+
+def compare(data, tbps, args):
+    """Scores of all checkpoints on all data sets: printed, and written as a page after each."""
+    overview, chapters, first = {}, [], Path(args.checkpoint[0])
+    several = len(args.checkpoint) * len(args.dataset or [""]) > 1
+    for source in args.checkpoint:
+        find_model(data, tbps, source)                                  # all of them, before the first is scored
+    for source in args.checkpoint:
+        model, tokenizer, preprocessing, facts = open_model(data, tbps, args, source)
+        if not (args.dataset or facts["args"]):
+            raise ValueError(f"{source} was trained on no data set known here; name one with --dataset")
+        for dataset in args.dataset or [facts["args"]["dataset"]]:
+            records = data.read(dataset, args.data_root or facts["args"].get("data_root", "data"), args.split)
+            inputs = evaluation_set(records, preprocessing, tokenizer)
+            workers = 0 if dataset.startswith("toy") else args.workers
+            rows, image, text = evaluate(model, *inputs, args.device, workers)
+            print(f"{source} ({facts['method']}, epoch {facts['epoch']}) on {dataset} {args.split}: "
+                  "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
+            for name, scores in rows.items():
+                print(f"{name:44}{format_scores(scores)}", flush=True)
+            overview[f"{source} on {dataset}"] = rows["text to image"]
+            captions = [c for r in records for c in r["captions"]]
+            sheet = retrieval_sheet(captions, text, image, *inputs[2:], lambda j: data.load_image(records[j]["image"]))
+            chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
+            file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
+            page = args.page or (first.parent if first.is_file() else Path()) / file
+            if process()[0] == 0:
+                head = [("Text to image", table(overview))] * several
+                write_page(page, " and ".join(args.checkpoint), head + chapters)
+    if several:
+        print("\ntext to image")
+        for name, scores in overview.items():
+            print(f"{name:{max(map(len, overview))}}  {format_scores(scores)}")
+    print(f"page: {page}", flush=True)
+
+
+def read_queries(data, args):
+    """-> the texts of --query and --queries."""
+    queries = [printable(q) for q in args.query]
+    if args.queries:
+        file = data.need(args.queries, "the file of queries", "it has one query per line")
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (UnicodeDecodeError, IsADirectoryError):
+            raise ValueError(f"{file} is no text in UTF-8 with a query per line") from None
+        queries += [printable(line.expandtabs(1)) for line in lines if line.strip()]
+        if not queries:
+            raise ValueError(f"{file} has no query: it has one per line")
+    if not all(q.strip() for q in queries):
+        raise ValueError("a query is empty: describe the person in a sentence")
+    return queries
+
+
+def answered(search, queries, args):
+    """Print what each query finds, and yield its chapter of the page."""
+    for query, found in zip(queries, search.top(search.encode(queries), args.top)):
+        if unread := search.unread(query):
+            print(f"{query[:40]}...: its last {unread:,} tokens were not read; there is room for 75, about 55 words",
+                  file=sys.stderr)
+        print(f"\n{query}")
+        for rank, (row, score) in enumerate(found, start=1):
+            print(f"{rank:4d}  {score:.3f}  {printable(search.path(row))}")
+        maps = "".join(explained(search, row, query) for row, _ in found[:args.explain])
+        yield query, results(search, found) + (maps and MAPS + maps)
+
+
+def open_index(folder, model, preprocessing, args):
+    """The index of a folder, brought up to date -> Index (None but in the first process). Says what was skipped."""
+    prepared = {k: v for k, v in preprocessing.settings.items() if k != "clean"}
+    digest = hashlib.sha256(json.dumps([model.arch, prepared]).encode())
+    for _, w in sorted(model.image.state_dict().items()):               # what the embedding of an image depends on
+        digest.update(w.cpu().contiguous().numpy())
+    weights = digest.hexdigest()[:16]
+    file = re.sub(r"\.(f16|jsonl)$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
+    index = Index(file, weights, model.arch["embed"]) if process()[0] == 0 else None
+    bad, skipped, failed = update_index(index, model, preprocessing.image, preprocessing.size, folder, args.device,
+                                        args.workers)
+    suffixes = " ".join(sorted(SUFFIXES))
+    said = [f"{printable(e.filename)} cannot be listed ({e.strerror}); its rows of the index are kept" for e in failed]
+    said += [f"skipped {number:,} {ending} images: only {suffixes} are read" for ending, number in skipped.items()]
+    said += [f"skipped {len(bad):,} files that cannot be read as images: {', '.join(map(printable, bad))}"] * bool(bad)
+    if index:
+        print("".join(line + "\n" for line in said), end="", file=sys.stderr)
+        if not index.lines:
+            raise ValueError(f"{folder} holds no image that can be read ({suffixes})")
+        print(f"{len(index.lines):,} images; index: {printable(index.rows_file)}", flush=True)
+    return index
+
+
+def search_gallery(data, tbps, args):
+    """Bring the index up to date, then answer the queries, or serve the page."""
+    folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of images")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; --gallery takes a folder of images")
+    queries = read_queries(data, args)
+    server = Server(args.serve) if args.serve is not None and process()[0] == 0 else None
+    model, tokenizer, preprocessing, facts = open_model(data, tbps, args, args.checkpoint[0])
+    index = open_index(folder, model, preprocessing, args)
+    if index is None:
+        return
+    search = Search(model, tokenizer, preprocessing, data, folder, index, args.device)
+    if queries:
+        page = args.page or "search.html"
+        write_page(page, f"{printable(folder)}, {facts['method']}", answered(search, queries, args))
+        print(f"\npage: {page}", flush=True)
+    if server:
+        Handler.search = search
+        print(f"search page: http://localhost:{server.server_port}/   (Ctrl-C ends it)", flush=True)
+        with server:
+            server.serve_forever()
+
+
+def main(data, tbps):
+    args = parse_args(data)
+    tbps.check_device(args.device)
+    check_args(args)
+    if args.features:
+        return score_features(data.need(args.features, "the features", "an .npz with query, gallery, q_pid, g_pid"))
+    if args.page or args.query or args.queries:
+        page = Path(args.page or "search.html")
+        data.need(page.absolute().parent, "the folder for the page", "make it, or name another file with --page")
+        check_page(page)
+    tbps.join(args)                                                     # the processes of torchrun
+    (search_gallery if args.gallery else compare)(data, tbps, args)
 
 
 if __name__ == "__main__":
     try:
         import data
-        import tbps                                                     # noqa: F401
+        import tbps
     except ModuleNotFoundError as e:
         if e.name not in ("data", "tbps", "losses"):
             raise
         print(f"error: {e.name}.py must be beside eval.py; alone, eval.py is a module: import eval", file=sys.stderr)
         sys.exit(2)
-    data.command(main)
+    data.command(lambda: main(data, tbps))

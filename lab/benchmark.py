@@ -70,8 +70,8 @@ def search(which, gallery, queries):
     folder, rng = tempfile.mkdtemp(), np.random.default_rng(0)
     index = evaluation.Index(Path(folder) / "i", "w", 512)
     for start in range(0, gallery, 10_000):
-        entries = [[f"camera {n % 50:02}/{n:07}.jpg", 34_567, 1_700_000_000_000_000_000 + n] for n in range(start, start + 10_000)]
-        index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, entries)
+        lines = [index.line([f"camera {n % 50:02}/{n:07}.jpg", 34_567, 1_700_000_000_000_000_000 + n]) for n in range(start, start + 10_000)]
+        index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, lines)
     query = F.normalize(torch.randn(queries, 512), dim=1)
     if which == "ours":
         return lambda: evaluation.nearest(index.features(), query, 10)

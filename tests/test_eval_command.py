@@ -27,7 +27,7 @@ def clip(tmp_path, people):
 def test_weights_of_a_clip_search_without_training(clip, photos, tmp_path):
     said = run("eval.py", "--checkpoint", clip, "--gallery", photos, "--workers", "0", "--query", "a man",
                "--page", tmp_path / "p.html", "--size", "48x24")
-    assert "positions from 3x3 to 6x3" in said and "16 pictures" in said
+    assert "positions from 3x3 to 6x3" in said and "16 images" in said
     ranks = [line.split()[0] for line in said.split("\na man\n")[1].splitlines()[:10]]
     assert ranks == [str(n) for n in range(1, 11)]
 
@@ -76,9 +76,8 @@ CHANGES = {
     "q_pid is float64 (20,)": lambda x: dict(q_pid=x["q_pid"] + 0.5),
     "floating-point (N, D)": lambda x: dict(query=np.float32(3)),
     "floating-point": lambda x: dict(query=x["query"] * 1j),
-    "row 0 of gallery is all zeros": lambda x: dict(gallery=x["gallery"] * 0),
     "own must be rows of the gallery": lambda x: dict(own=x["own"] - 5),
-    "shapes do not fit": lambda x: dict(query=x["query"][:, :0], gallery=x["gallery"][:, :0]),
+    "0 numbers each": lambda x: dict(query=x["query"][:, :0], gallery=x["gallery"][:, :0]),
     "shapes do not fit: query (20, 8)": lambda x: {k: v[:9] for k, v in x.items() if k != "query"},
 }
 

@@ -81,7 +81,7 @@ class Eyes:
 
 
 def test_a_word_is_explained_by_the_part_it_is_about():
-    white, text = data.EvalView((96, 48))(Image.new("RGB", (48, 96), "white")), "a red hat, blue shoes"
+    white, text = data.Preprocessing((96, 48)).image(Image.new("RGB", (48, 96), "white")), "a red hat, blue shoes"
     (red, adds, heat), (blue, adds_too, heat_too) = evaluation.word_maps(Eyes(), list, white, text, data.tag_words,
                                                                          most=2)
     assert (red, blue) == ("red", "blue") and adds > 0.1 and adds_too > 0.1 and heat.shape == (12, 6)
@@ -102,7 +102,7 @@ class Grey:
     def load(self, row, least):
         return Image.new("RGB", self.size, "grey")
 
-    def name(self, row):
+    def path(self, row):
         return "a.png"
 
     def explain(self, picture, text):

@@ -1,5 +1,7 @@
 """The index of a gallery: what is in it, what is embedded again, interruptions, folders that cannot be read."""
 
+import collections
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from gallery import checkpoint, index_of, photos, read_index, search            
 
 
 def files_in(folder):
-    return [path for path, *_ in evaluation.gallery_files(folder, evaluation.collections.Counter(), [])]
+    return [path for path, *_ in evaluation.gallery_files(folder, collections.Counter(), [])]
 
 
 # ---- what the index holds -------------------------------------------------------------------------------------------
@@ -27,14 +29,14 @@ def files_in(folder):
 def test_a_search(checkpoint, photos, tmp_path):
     query, page = "A man in a red coat.", tmp_path / "p.html"
     said = search(checkpoint, photos, "--query", query, "a woman", "--top", "16", "--explain", "1", "--page", page)
-    assert "16 pictures" in said and "cannot be read as pictures (1): broken.jpg" in said
+    assert "16 images" in said and "skipped 1 files that cannot be read as images: broken.jpg" in said
     rows, entries = index_of(photos)
     assert rows.shape == (16, 128)
     assert np.allclose(np.linalg.norm(rows.astype(float), axis=1), 1, atol=2e-3)
     assert sorted(p for p, *_ in entries) == sorted(set(files_in(photos)) - {"broken.jpg"})
     # the features of row n are those of entry n
-    model, tokenizer, info = tbps.load_checkpoint(checkpoint)
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    model, tokenizer, _ = tbps.load_checkpoint(checkpoint)
+    view = data.Preprocessing((96, 48)).image
     paths = [photos / p for p, *_ in entries]
     with torch.no_grad():
         image = F.normalize(model.encode_image(torch.stack([view(p) for p in paths])), dim=1)
@@ -86,7 +88,7 @@ def test_other_weights_have_another_index(checkpoint, photos, tmp_path):
     torch.save(saved, tmp_path / "other.pt")
     search(tmp_path / "other.pt", photos)
     assert len(list(tmp_path.glob("photos-*.f16"))) == 2
-    assert "16 pictures" in search(tmp_path / "other.pt", photos, "--index", tmp_path / "i.f16")
+    assert "16 images" in search(tmp_path / "other.pt", photos, "--index", tmp_path / "i.f16")
     before = read_index(tmp_path / "i")[0]
     assert before.shape == (16, 128)
     search(checkpoint, photos, "--index", tmp_path / "i")               # the same file for other weights: made anew
@@ -99,11 +101,15 @@ def rows(*numbers):
     return np.float16([[n, n + 0.5] for n in numbers])
 
 
+def lines(*names):
+    return [evaluation.Index.line([name, 1, 1]) for name in names]
+
+
 def opened(file):
     """What a newly opened index holds, if both its files and its memory agree."""
     index = evaluation.Index(file, "w", 2)
-    entries = [evaluation.json.loads(line)[0] for line in index.lines()]
-    assert len(index.starts) == len(entries) and index.features().tolist() == read_index(file)[0].tolist()
+    entries = [json.loads(line)[0] for line in index.lines]
+    assert index.features().tolist() == read_index(file)[0].tolist()
     return index.features().tolist(), entries
 
 
@@ -111,8 +117,8 @@ def opened(file):
 def three(tmp_path):
     """An index of three rows, as FILE."""
     index = evaluation.Index(tmp_path / "i", "w", 2)
-    index.append(rows(0, 1), [["a", 1, 1], ["b", 1, 1]])
-    index.append(rows(2), [["c", 1, 1]])
+    index.append(rows(0, 1), lines("a", "b"))
+    index.append(rows(2), lines("c"))
     assert opened(tmp_path / "i") == ([[0, 0.5], [1, 1.5], [2, 2.5]], ["a", "b", "c"])
     return tmp_path / "i"
 
@@ -124,7 +130,7 @@ def test_what_an_interrupted_append_left_is_cut(three):
     with open(f"{three}.f16", "ab") as f:
         f.write(rows(9).tobytes())
     index = evaluation.Index(three, "w", 2)
-    index.append(rows(3), [["d", 1, 1]])
+    index.append(rows(3), lines("d"))
     assert opened(three) == ([[0, 0.5], [1, 1.5], [2, 2.5], [3, 3.5]], ["a", "b", "c", "d"])
 
 
@@ -159,9 +165,9 @@ def test_keep_is_atomic(three):
 
 def test_two_searches_do_not_fill_the_same_index(three):
     index = evaluation.Index(three, "w", 2)
-    evaluation.Index(three, "w", 2).append(rows(7), [["x", 1, 1]])
+    evaluation.Index(three, "w", 2).append(rows(7), lines("x"))
     with pytest.raises(ValueError, match="another search"):
-        index.append(rows(8), [["y", 1, 1]])
+        index.append(rows(8), lines("y"))
 
 
 def test_files_of_others_are_not_written_over(three):
@@ -173,7 +179,7 @@ def test_files_of_others_are_not_written_over(three):
     with pytest.raises(ValueError, match="i.f16 exists and is no index"):
         evaluation.Index(three, "w", 2)
     list_file.write_text('{"weights": "w"}\n["a", 1, 1]\n')             # of the first edition: made anew
-    evaluation.Index(three, "w", 2).append(rows(5), [["e", 1, 1]])
+    evaluation.Index(three, "w", 2).append(rows(5), lines("e"))
     assert opened(three) == ([[5, 5.5]], ["e"])
 
 
@@ -187,7 +193,7 @@ def test_ctrl_c_keeps_what_was_embedded(checkpoint, photos):
     said = process.communicate()[0]
     assert process.returncode == 130 and "Traceback" not in said
     assert 200 <= len(index_of(photos)[1]) < 3016
-    assert "3,016 pictures" in search(checkpoint, photos) and len(index_of(photos)[0]) == 3016
+    assert "3,016 images" in search(checkpoint, photos) and len(index_of(photos)[0]) == 3016
 
 
 def test_two_processes_share_the_work(checkpoint, photos, tmp_path):
@@ -198,7 +204,7 @@ def test_two_processes_share_the_work(checkpoint, photos, tmp_path):
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("16 pictures") == 1
+    assert done.stdout.count("16 images") == 1
     one, two = ({e[0]: row for row, e in zip(*read_index(tmp_path / name))} for name in ("one", "two"))
     assert one.keys() == two.keys() and all(np.allclose(one[p], two[p], atol=2e-3) for p in one)
 
@@ -224,7 +230,7 @@ def test_a_folder_that_cannot_be_listed_keeps_its_rows(checkpoint, photos, encod
         forbid(patch, photos / "a")                                     # holds 8 of the 16 images, below it a/deep er
         (photos / "00.jpg").unlink()
         said = search(checkpoint, photos, "--query", "a man")
-        assert f"{photos / 'a'} cannot be listed (Permission denied)" in said and "15 pictures" in said
+        assert f"{photos / 'a'} cannot be listed (Permission denied)" in said and "15 images" in said
         assert {p for p, *_ in index_of(photos)[1]} == {p for p, *_ in before[1]} - {"00.jpg"}
     assert "cannot be listed" not in search(checkpoint, photos)
     assert sum(encoded) == 2                                            # twice broken.jpg, nothing else
@@ -249,7 +255,7 @@ def test_a_file_that_cannot_be_examined_keeps_its_row(checkpoint, photos, monkey
         return stat(path, **how)
     monkeypatch.setattr(os, "stat", refuse)
     said = search(checkpoint, photos)
-    assert "01.png cannot be listed (Input/output error)" in said and "16 pictures" in said
+    assert "01.png cannot be listed (Input/output error)" in said and "16 images" in said
 
 
 def test_a_missing_disk_does_not_empty_the_index(checkpoint, photos, tmp_path):
@@ -263,13 +269,14 @@ def test_other_endings_are_counted(checkpoint, photos):
     for name in ("a.jfif", "b.JFIF", "ünï/c.heic", ".hidden.gif"):
         (photos / name).write_bytes(b"picture")
     said = search(checkpoint, photos)
-    assert "skipped, as only .bmp .jpeg .jpg .png .webp are read: 2 .jfif, 1 .heic" in said and "gif" not in said
+    assert "skipped 2 .jfif images: only .bmp .jpeg .jpg .png .webp are read" in said
+    assert "skipped 1 .heic images" in said and "gif" not in said
 
 
 def test_an_empty_gallery_leaves_no_files(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     said = search(checkpoint, tmp_path / "empty", "--query", "a", code=2)
-    assert "holds no picture (.bmp, .jpeg" in said and [p.name for p in tmp_path.iterdir()] == ["empty"]
+    assert "holds no image that can be read (.bmp .jpeg" in said and [p.name for p in tmp_path.iterdir()] == ["empty"]
     (tmp_path / "empty/broken.jpg").write_bytes(b"no picture")
     assert "that can be read" in search(checkpoint, tmp_path / "empty", "--query", "a", code=2)
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
@@ -281,17 +288,17 @@ def test_a_folder_that_cannot_be_written_to(checkpoint, photos, tmp_path, monkey
     said = search(checkpoint, photos, code=2)
     assert f"the index cannot be written to {tmp_path}; --index FILE puts it elsewhere" in said
     (tmp_path / "mine").mkdir()
-    assert "16 pictures" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
+    assert "16 images" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
     (photos / "broken.jpg").unlink()                                    # nothing is to be written now
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
-    assert "16 pictures" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
+    assert "16 images" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
 
 
 class Constant(torch.nn.Module):
-    """Encodes every image as the same two numbers."""
+    """Encodes every image as the same two numbers, but what is NaN as NaN."""
 
     def encode_image(self, pixels):
-        return torch.ones(len(pixels), 2)
+        return pixels.mean(dim=(1, 2, 3))[:, None] + torch.ones(2)
 
 
 def test_a_view_gets_paths_and_may_refuse_them(photos, tmp_path):
@@ -305,7 +312,7 @@ def test_a_view_gets_paths_and_may_refuse_them(photos, tmp_path):
         return torch.zeros(3, 4, 2)
     index = evaluation.Index(tmp_path / "i", "w", 2)
     bad, skipped, failed = evaluation.update_index(index, Constant(), view, (4, 2), photos, batch=5)
-    assert sorted(bad) == ["00.jpg", "broken.jpg"] and not skipped and not failed and len(index.starts) == 15
+    assert sorted(bad) == ["00.jpg", "broken.jpg"] and not skipped and not failed and len(index.lines) == 15
     assert np.allclose(read_index(tmp_path / "i")[0], 0.5 ** 0.5, atol=1e-3)
 
 

@@ -90,7 +90,7 @@ def test_more_like_this_leaves_out_the_picture_and_the_sentence(server):
     link = re.search(r'href="(/\?like=3[^"]*)"', ask(port, q="a man in a red coat", top=25))[1].replace("&amp;", "&")
     assert "q=" not in link and re.findall(r'href="/\?like=\d+&amp;top=5"', page)
     status, _, like = get(port, link)
-    assert status == 200 and like.count("class=hit>") == 24 and "></textarea>" in like and "why?" not in like
+    assert status == 200 and like.count("class=hit>") == 24 and ">\n</textarea>" in like and "why?" not in like
     name = re.search(r"<h2>Like (.*?)</h2>", like)[1]
     assert re.sub("<.*?>", "", name) == "03.png" and "03.png" not in scores(like)
     assert "00.png" in scores(like) and max(scores(like).values()) < 1.001
@@ -144,9 +144,8 @@ def test_a_query_that_is_too_long_is_refused_in_words(server):
     status, _, body = get(port, "/?" + urllib.parse.urlencode(dict(q="ä" * 5001)))
     assert status == 400 and "5,001 characters is too long" in body and "ä" * 5001 + "</textarea>" in body
     assert get(port, "/?" + urllib.parse.urlencode(dict(q="字" * 5000)))[0] == 200                       # always fits
-    for many in (19_000, 200_000):                                      # more than http.server reads
-        status, _, body = get(port, "/?" + urllib.parse.urlencode(dict(q="ä" * many)))
-        assert status == 414 and body == "the description is too long; a few sentences are enough\n"
+    textarea, = Tags(body).all("textarea")
+    assert textarea["maxlength"] == "5000"                              # a longer text is cut by the browser
 
 
 @pytest.mark.parametrize("path, status", [
@@ -176,7 +175,7 @@ def test_other_names_are_refused(server, host):
 
 def test_other_methods_and_addresses(server):
     port, _, _ = server
-    assert get(port, "/", method="HEAD")[2] == "" and get(port, "/", method="POST")[0] == 501
+    assert get(port, "/", method="POST")[0] == 501
     others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)} - {"127.0.0.1"}
     for address in others:                                              # bound to the loopback address alone
         with pytest.raises(OSError):
@@ -232,11 +231,10 @@ def test_every_part_has_a_name(server):
     labelled = {label.get("for") for label in tags.all("label")}
     assert {a["id"] for a in tags.all("textarea")} <= labelled
     assert len(tags.all("header")) == len(tags.all("main")) == len(tags.all("h1")) == 1
-    assert {"id": "status", "role": "status"} in tags.all("p")
 
 
 def test_links_are_high_enough():
-    assert int(re.search(r"\.more a {.*?line-height: (\d+)px", evaluation.PAGE_STYLE)[1]) >= 24
+    assert int(re.search(r"\.more a {{.*?line-height: (\d+)px", evaluation.PAGE)[1]) >= 24
 
 
 @pytest.mark.parametrize("name, want", [("a/0003_c2.png", 'a/000<span class=ending>3_c2.png</span>'),
@@ -246,9 +244,9 @@ def test_a_name_is_not_broken_in_its_ending(name, want):
     assert re.search(r"\.ending {[^}]*white-space: nowrap", evaluation.STYLE)
 
 
-def test_the_script_survives_failures():
-    """A request that fails leaves words, not a faded page; a text typed meanwhile stays."""
-    script = evaluation.PAGE
-    assert 'classList.remove("busy")' in script.split("finally")[1]
-    assert "status.textContent = " in script.split("catch")[1].split("finally")[0]
-    assert "if (text.value == asked) text.value =" in script and "document.title = page.title" in script
+def test_the_browser_loads_the_pages(server):
+    """No script fetches them, so errors and titles are the browser's own. What is typed meanwhile is kept."""
+    _, headers, page = get(server[0], "/")
+    assert "fetch(" not in page and "connect-src" not in headers["Content-Security-Policy"]
+    assert [form["method"] for form in Tags(page).all("form")] == ["get"]
+    assert "onbeforeunload" in page and "sessionStorage.typed = text.value" in page
