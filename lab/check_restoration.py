@@ -1,10 +1,10 @@
-"""Does restoration follow the words? Toy people, whose garments and their colours are known.
+"""Does UIT's restoration follow the words of the caption? On synthetic pedestrians, whose colours are known.
 
     python lab/check_restoration.py runs/toy-uit-0/last.pt
 
-A view of the test split whose caption names the colour of the top is restored twice from the same grey patches: with its caption, and
-with the colour exchanged for another. Over the dropped pixels of the top, the mean colour must move from the old colour towards the
-new one; and, stricter, end nearer to the new one. Control: the two captions of somebody else, with their own pair of colours."""
+A test image whose caption names the colour of the top is restored twice from the same grey patches: with its caption,
+and with another colour in the caption. Over the dropped patches of the top, the mean colour should move from the old
+colour towards the new one, and, stricter, end nearer to the new one. Control: the two captions of another image."""
 
 import argparse
 import random
@@ -21,62 +21,71 @@ from lab import people                                                  # noqa: 
 
 
 def with_heads(path):
-    """The model of a run's last.pt with the heads it was trained with, its tokenizer, and info."""
+    """The model of a run's last.pt with its training heads, its tokenizer and its preprocessing."""
     model, tokenizer, info = tbps.load_checkpoint(path, make_heads=tbps.irra_heads)
     if "restoration" not in model.heads or info["size"] != people.SIZE:
-        raise ValueError(f"{path} has no restorer for toy people: name last.pt, which keeps the heads, of a run with restoration at 96x48")
+        raise ValueError(f"{path} has no restoration head for synthetic pedestrians: name last.pt of a run with "
+                         "restoration at 96 x 48 (best.pt holds no heads)")
     return model, tokenizer, info
 
 
 def cases(records, rng):
-    """(record, caption, changed caption, old colour, new colour): the colour of the top is named by one word that occurs once."""
-    colours = list(people.PEOPLE["top_colour"])
+    """Yield (record, caption, changed caption, old colour, new colour) where one word names the top's colour, once."""
     for r in records:
         old = r["attributes"]["top_colour"]
-        words = re.split(r", | \| ", people.WORDS.get(old, old))
-        for caption, said in zip(r["captions"], r["mentions"]):
-            there = [w for w in words if re.search(rf"\b{w}\b", caption)]
-            if said.get("top_colour") and len(there) == 1 and len(re.findall(rf"\b{there[0]}\b", caption)) == 1:
-                new = rng.choice([c for c in colours if c != old and people.PALETTE[c] != people.PALETTE[old]])
-                yield r, caption, re.sub(rf"\b{there[0]}\b", new, caption), old, new
+        others = [c for c in people.PEOPLE["top_colour"] if people.PALETTE[c] != people.PALETTE[old]]
+        for caption, mentions in zip(r["captions"], r["mentions"]):
+            words = re.split(r", | \| ", people.WORDS.get(old, old))
+            named = [word for word in words if re.search(rf"\b{word}\b", caption)]
+            if "top_colour" in mentions and len(named) == 1 and len(re.findall(rf"\b{named[0]}\b", caption)) == 1:
+                new = rng.choice(others)
+                yield r, caption, re.sub(rf"\b{named[0]}\b", new, caption), old, new
+
+
+def restored_colour(model, tokenizer, info, record, caption, seed):
+    """Mean colour (3,) that is painted on the dropped patches of the top, or None if no patch of it is dropped."""
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    mean, std = (torch.tensor(values)[:, None, None] for values in data.NORMS[info["norm"]])
+    grid, patch = model.image.grid, model.arch["patch"]
+    if info["clean"]:
+        caption = data.clean_caption(caption)
+    text = model.text_tokens(tokenizer([caption]), cut=not info["recipe"]["official"])
+    generator = torch.Generator().manual_seed(seed)                     # the same patches are dropped for both captions
+    restored, dropped = tbps.restore(model, view(record["image"])[None], text, None, info["recipe"], generator)
+    image = 255 * (tbps.unpatchify(restored, grid, patch)[0] * std + mean)                          # (3, H, W)
+    where = tbps.unpatchify(dropped[..., None].expand_as(restored).float(), grid, patch)[0, 0] > 0  # (H, W)
+    where &= torch.from_numpy(people.mask(record, "top") & (record["parts"] != people.PART["top_pattern"]))
+    return image[:, where].mean(dim=1) if where.any() else None
 
 
 @torch.no_grad()
 def follow(model, tokenizer, info, number=1000, shuffled=False):
-    """Shares of cases in which the top's mean colour moves towards the new colour, and ends nearer to it than to the old one."""
+    """(percent that move towards the new colour, percent that end nearer to it, number of cases)"""
     rng = random.Random(0)
     found = list(cases(people.draw("test"), rng))
     found = rng.sample(found, min(number, len(found)))
-    texts = [(c, d) for _, c, d, _, _ in found]
+    pairs = [(caption, changed) for _, caption, changed, _, _ in found]
     if shuffled:
-        texts = texts[1:] + texts[:1]
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
-    mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS[info["norm"]])
+        pairs = pairs[1:] + pairs[:1]
     moved = nearer = total = 0
-    for n, ((r, _, _, old, new), pair) in enumerate(zip(found, texts)):
-        pixels, colours = view(r["image"])[None], []
-        for caption in pair:
-            text = model.text_tokens(tokenizer([data.clean_caption(caption) if info["clean"] else caption]), cut=not info["recipe"]["official"])
-            restored, dropped = tbps.restore(model, pixels, text, None, info["recipe"], torch.Generator().manual_seed(n))
-            image = 255 * (tbps.unpatchify(restored, model.image.grid, model.arch["patch"])[0] * std + mean)
-            where = tbps.unpatchify(dropped[..., None].expand_as(restored).float(), model.image.grid, model.arch["patch"])[0, 0] > 0
-            where &= torch.from_numpy(people.mask(r, "top") & (r["parts"] != people.PART["top_pattern"]))
-            colours.append(image[:, where].mean(dim=1))
-        if where.any():
-            a, b = (torch.tensor(people.PALETTE[c], dtype=torch.float32) for c in (old, new))
-            moved += bool((colours[1] - colours[0]) @ (b - a) > 0)
-            nearer += bool((colours[1] - b).norm() < (colours[1] - a).norm())
-            total += 1
+    for n, ((record, _, _, old, new), pair) in enumerate(zip(found, pairs)):
+        before, after = (restored_colour(model, tokenizer, info, record, caption, n) for caption in pair)
+        if before is None:
+            continue
+        a, b = (torch.tensor(people.PALETTE[colour], dtype=torch.float32) for colour in (old, new))
+        moved += bool((after - before) @ (b - a) > 0)
+        nearer += bool((after - b).norm() < (after - a).norm())
+        total += 1
     return 100 * moved / total, 100 * nearer / total, total
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", help="last.pt of a run on toy people with restoration")
+    p.add_argument("checkpoint", help="last.pt of a run with restoration on synthetic pedestrians")
     model, tokenizer, info = with_heads(p.parse_args().checkpoint)
-    for shuffled in (False, True):
-        print("{}: moves towards the new colour in {:.1f} %, ends nearer to it in {:.1f} % of {} cases".format(
-            "somebody else's captions" if shuffled else "the colour of the top changed", *follow(model, tokenizer, info, shuffled=shuffled)))
+    for shuffled, name in ((False, "own captions"), (True, "captions of another image")):
+        moved, nearer, total = follow(model, tokenizer, info, shuffled=shuffled)
+        print(f"{name}: moves towards the new colour in {moved:.1f} %, ends nearer to it in {nearer:.1f} % of {total}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Does the map of a word (eval.py --explain) point at the garment that the word is about? The truth about toy people is known.
+"""Do the word maps of `eval.py --explain` point at the word's garment? On synthetic pedestrians, whose parts are known.
 
     python lab/check_word_maps.py runs/toy-tbps-clip-simplified-0/best.pt
 
-Of words that occur once in a caption and belong to a garment in sight: in how many cases lies the hottest patch on the garment (a quarter
-of it at least), and what share of all patches does."""
+Counts words that occur once in a caption and belong to a visible garment. A hit: the strongest patch of the map lies on
+the garment, by at least a quarter of its area. Chance: the fraction of patches that do."""
 
 import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
@@ -22,30 +22,42 @@ from lab import check_generated, people                                 # noqa: 
 
 
 def cases(record, caption):
-    """[(word, "colour" or "noun", mask of its garment)] of a caption."""
+    """[(word, "colour" or "noun", mask (H, W) of its garment)] of a caption."""
     tagged = data.tag_words(caption)
-    words, found = [caption[a:b] for a, b, _ in tagged], []
+    words = [caption[start:end] for start, end, _ in tagged]
+    found = []
     for noun, colours in generate.mentions(words, [kind for *_, kind in tagged])[0]:
-        region = check_generated.REGION.get(generate.GARMENT_OF[words[noun]])       # glasses have no colour, nor the room for one
-        if region and (mask := people.mask(record, region)).sum() >= 30:
-            found += [(words[n], kind, mask) for kind, ns in (("noun", [noun]), ("colour", colours)) for n in ns if words.count(words[n]) == 1]
+        region = check_generated.REGION.get(generate.GARMENT_OF[words[noun]])       # None for glasses: too small
+        if region is None or people.mask(record, region).sum() < 30:
+            continue
+        for kind, positions in (("noun", [noun]), ("colour", colours)):
+            found += [(words[n], kind, people.mask(record, region)) for n in positions if words.count(words[n]) == 1]
     return found
+
+
+def score(model, tokenizer, info, records):
+    """{"colour" or "noun": [(hit, chance), ...]}"""
+    view = data.EvalView(info["size"], info["norm"], info["resize"])
+    hits = dict(colour=[], noun=[])
+    for record in records:
+        for caption in map(data.normalize_text, record["captions"]):
+            if info["clean"]:
+                caption = data.clean_caption(caption)
+            found = evaluation.word_maps(model, tokenizer, view(record["image"]), caption, data.tag_words, most=99)
+            maps = {word: heat for word, _, heat in found}
+            for word, kind, mask in cases(record, caption):
+                if word in maps:
+                    area = F.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), model.image.grid)[0]
+                    on = (area > 0.25).flatten()                                                        # (patches,)
+                    hits[kind].append((on[maps[word].argmax()].item(), on.float().mean().item()))
+    return hits
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint")
     model, tokenizer, info = tbps.load_checkpoint(p.parse_args().checkpoint)
-    view, hits = data.EvalView(info["size"], info["norm"], info["resize"]), dict(colour=[], noun=[])
-    for record in data.read("toy", "", "test")[::20]:
-        for caption in record["captions"]:
-            caption = data.clean_caption(data.normalize_text(caption)) if info["clean"] else data.normalize_text(caption)
-            maps = {word: heat for word, _, heat in evaluation.word_maps(model, tokenizer, view(record["image"]), caption, data.tag_words, most=99)}
-            for word, kind, mask in cases(record, caption):
-                on = F.adaptive_avg_pool2d(torch.from_numpy(mask)[None].float(), model.image.grid)[0] > 0.25
-                if word in maps:
-                    hits[kind].append((on.flatten()[maps[word].argmax()].item(), on.float().mean().item()))
-    for kind, found in hits.items():
+    for kind, found in score(model, tokenizer, info, data.read("toy", "", "test")[::20]).items():
         hit, chance = 100 * np.mean(found, axis=0)
         print(f"{kind}s: {hit:.0f} % of {len(found):,} point at their garment; by chance {chance:.0f} %")
 

@@ -1,10 +1,13 @@
-"""What is a model worth on people unlike those it learned from? The truth about toy people is known, so one thing can differ at a time.
+"""How well does a model work on pedestrians unlike those it was trained on? The test sets below differ in one thing.
 
-    python lab/domain_shift.py CHECKPOINT ...           text-to-image R@1 of each on every test set below; of several seeds (X-0/best.pt, X-1/best.pt) the mean
-    python lab/domain_shift.py --only fronts --train --dataset toy ...      as tbps.py, where all persons are seen from the front
+    python lab/domain_shift.py CHECKPOINT ...       text-to-image R@1 on every set, mean over seeds (X-0, X-1, ...)
+    python lab/domain_shift.py --only fronts --train --dataset toy ...      as tbps.py, trained and tested on this set
 
-Captions of val and test hold words and plans of sentences that those of train never show; usual-words has none of them. toy-generic has other garments, colours,
-shoes and another camera at once. With two of four views the gallery is half as large: compare the models on a set, not the sets."""
+toy             the test split as it is
+usual-words     its captions without the words and sentence plans that the training split never shows
+other-camera    its images with the colours of the generic domain's camera
+fronts, backs   two of its four views; the gallery is half as large, so compare models, not sets
+toy-generic     other garments, colours, shoes, camera and words at once"""
 
 import argparse
 import re
@@ -19,11 +22,21 @@ import data                                                             # noqa: 
 import tbps                                                             # noqa: E402
 from lab import people, tables                                          # noqa: E402
 
-PAINT, CAPTION, READ = people.paint, people.write_caption, data.read
-SETS = {  # name: (data set, what is drawn otherwise, which views)
+READ, PAINT, WRITE_CAPTION = data.read, people.paint, people.write_caption
+
+
+def usual_caption(rng, person, visible, domain, heldout):
+    return WRITE_CAPTION(rng, person, visible, domain, heldout=False)
+
+
+def paint_generic(rng, index, person, domain):
+    return PAINT(rng, index, person, "generic")
+
+
+SETS = {  # name: (data set, functions of people.py to replace, views)
     "toy": ("toy", {}, slice(None)),
-    "usual-words": ("toy", dict(write_caption=lambda rng, person, visible, domain, heldout: CAPTION(rng, person, visible, domain, False)), slice(None)),
-    "other-camera": ("toy", dict(paint=lambda rng, index, person, domain: PAINT(rng, index, person, "generic")), slice(None)),
+    "usual-words": ("toy", dict(write_caption=usual_caption), slice(None)),
+    "other-camera": ("toy", dict(paint=paint_generic), slice(None)),
     "fronts": ("toy", {}, slice(0, None, 2)),
     "backs": ("toy", {}, slice(1, None, 2)),
     "toy-generic": ("toy-generic", {}, slice(None)),
@@ -32,14 +45,36 @@ SETS = {  # name: (data set, what is drawn otherwise, which views)
 
 def records(name, split):
     """The records of a split of one of SETS."""
-    dataset, drawn, views = SETS[name]
-    with mock.patch.dict(vars(people), drawn):
+    dataset, replaced, views = SETS[name]
+    with mock.patch.dict(vars(people), replaced):
         return READ(dataset, "", split)[views]
 
 
-def named(checkpoint):
-    """runs/A/B-0/light/best.pt -> B: what seeds have in common."""
-    return re.sub(r"-\d+$", "", next(part for part in reversed(checkpoint.parent.parts) if part not in ("light", "richer")))
+def train(name, options):
+    """Run tbps.py with these options; every split is that of the set."""
+    def read(dataset, root, split, hold_out=True):
+        return records(name, split)
+
+    with mock.patch.object(data, "read", read), mock.patch.object(sys, "argv", ["tbps.py", *options]):
+        tbps.main()
+
+
+def run_name(checkpoint):
+    """What the seeds of a run have in common: runs/A/B-0/light/best.pt -> B."""
+    folder = next(part for part in reversed(checkpoint.parent.parts) if part not in ("light", "richer"))
+    return re.sub(r"-\d+$", "", folder)
+
+
+def score(checkpoints, names):
+    """{run: {set: [R@1 of each seed]}}"""
+    sets, found = {name: records(name, "test") for name in names}, {}
+    for path in tqdm(checkpoints, unit=" checkpoints"):
+        model, tokenizer, info = tbps.load_checkpoint(path)
+        scores = found.setdefault(run_name(path), {name: [] for name in names})
+        for name in names:
+            result = tbps.evaluate(model, tokenizer, info, sets[name], "cpu", sheet=False, progress=False)[0]
+            scores[name].append(result["text to image"]["R@1"])
+    return found
 
 
 def main():
@@ -51,18 +86,15 @@ def main():
     if args.train is not None:
         if len(args.only) != 1:
             p.error("--train takes one set: --only NAME")
-        with mock.patch.object(data, "read", lambda dataset, root, split, hold_out: records(args.only[0], split)), mock.patch.object(sys, "argv", ["tbps.py", *args.train]):
-            return tbps.main()
+        train(args.only[0], args.train)
+        return
     if not args.checkpoints:
         p.error("name checkpoints")
-    sets, found = {name: records(name, "test") for name in args.only}, {}
-    for path in tqdm(args.checkpoints, unit=" checkpoints"):
-        model, tokenizer, info = tbps.load_checkpoint(path)
-        for name, found_records in sets.items():
-            found.setdefault(named(path), {}).setdefault(name, []).append(tbps.evaluate(model, tokenizer, info, found_records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"])
-    print(f"| R@1 | seeds | {' | '.join(sets)} |\n" + "|---" * (2 + len(sets)) + "|")
-    for row, scores in found.items():
-        print(f"| {row.replace('_', ' ')} | {len(scores[args.only[0]])} | {' | '.join(map(tables.mean_std, scores.values()))} |")
+    rows = [["R@1", "seeds", *args.only]]
+    for run, scores in score(args.checkpoints, args.only).items():
+        number = len(scores[args.only[0]])
+        rows.append([run.replace("_", " "), str(number)] + [tables.mean_std(scores[name]) for name in args.only])
+    print(tables.markdown(rows))
 
 
 if __name__ == "__main__":

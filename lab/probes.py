@@ -1,12 +1,15 @@
-"""Which parts of the two encoders matter (the compression probe of TBPS-CLIP), and what training is without some of them.
+"""Which modules of the two encoders matter (the compression probe of TBPS-CLIP), and training without some of them.
 
-    python lab/probes.py modules --checkpoint runs/X/best.pt --before runs/ablations/generic/best.pt     C1, C2 of every module
-    python lab/probes.py freeze 0,1 --dataset toy --method baseline ...      as tbps.py, but these text layers do not learn
-    python lab/probes.py drop 1 --dataset toy --method baseline ...          as tbps.py, but these text layers are left out
+    python lab/probes.py modules --checkpoint runs/X/best.pt --before runs/ablations/generic/best.pt      C1 and C2
+    python lab/probes.py freeze 0,1 --dataset toy --method baseline ...      as tbps.py, with these text layers frozen
+    python lab/probes.py drop 1 --dataset toy --method baseline ...          as tbps.py, without these text layers
 
-C1: how much R@1 (validation split) falls when a module's output is left out of the residual stream, over the largest such fall. C2: how much
-of what fine-tuning did to a module is needed: the smallest share a of it, in tenths, such that weights (1 - a) before + a after cost less
-than 3 points of R@1. Modules are the self-attention, the feed-forward part, and both, of each layer, numbered from 0, with their norms."""
+C1   the fall of R@1 (validation split) when the module's output is removed from the residual stream, relative to the
+     largest such fall
+C2   the part of its fine-tuning that a module needs: the smallest a (in tenths) such that its weights
+     (1 - a) before + a after cost less than 3 points of R@1
+
+Modules: the self-attention, the feed-forward part, and both, of each layer, with their norms. Layers count from 0."""
 
 import argparse
 import html
@@ -21,41 +24,92 @@ import data                                                             # noqa: 
 import eval as evaluation                                               # noqa: E402
 import tbps                                                             # noqa: E402
 
+# part: prefixes of its weights, and the layers whose output it adds to the residual stream
 PARTS = {"attention": ("ln1.", "attn."), "feed-forward": ("ln2.", "fc1.", "fc2."), "layer": ("",)}
-LAST = {"attention": ("attn.proj",), "feed-forward": ("fc2",), "layer": ("attn.proj", "fc2")}           # what a part adds comes out of these
+OUTPUTS = {"attention": ("attn.proj",), "feed-forward": ("fc2",), "layer": ("attn.proj", "fc2")}
+
+# ---- what each module contributes ------------------------------------------------------------------------------------
 
 
 def modules(model):
-    """(tower, layer, part) of all."""
-    return [(tower, n, part) for tower in ("image", "text") for n in range(model.arch[f"{tower}_layers"]) for part in PARTS]
+    """[(tower, layer, part)]"""
+    return [(tower, n, part)
+            for tower in ("image", "text") for n in range(model.arch[f"{tower}_layers"]) for part in PARTS]
 
 
 def removed(weights, module):
-    """The weights without what the module adds."""
+    """The weights with the module's output set to zero."""
     tower, n, part = module
-    names = tuple(f"{tower}.blocks.{n}.{name}." for name in LAST[part])
+    names = tuple(f"{tower}.blocks.{n}.{name}." for name in OUTPUTS[part])
     return {name: torch.zeros_like(w) if name.startswith(names) else w for name, w in weights.items()}
 
 
-def rewound(weights, before, module, share):
-    """The weights, in the module only `share` of the way from those before."""
+def rewound(weights, before, module, a):
+    """The weights with the module at (1 - a) before + a after."""
     tower, n, part = module
     names = tuple(f"{tower}.blocks.{n}.{name}" for name in PARTS[part])
-    return {name: torch.lerp(before[name], w, share) if name.startswith(names) else w for name, w in weights.items()}
+    return {name: torch.lerp(before[name], w, a) if name.startswith(names) else w for name, w in weights.items()}
 
 
-def contributions(score, weights, before, todo, least=3.0):
+def contributions(score, weights, before, todo, tolerance=3.0):
     """{module: (fall of R@1 without it, C1, C2)}. score: weights -> R@1."""
     whole, falls, needed = score(weights), {}, {}
     for module in tqdm(todo, unit=" modules"):
         falls[module] = whole - score(removed(weights, module))
-        needed[module] = next(a / 10 for a in range(11) if a == 10 or whole - score(rewound(weights, before, module, a / 10)) < least)
-    most = max(falls.values())
-    return {module: (falls[module], falls[module] / most if most > 0 else 0.0, needed[module]) for module in todo}
+        needed[module] = 1.0
+        for tenths in range(10):
+            if whole - score(rewound(weights, before, module, tenths / 10)) < tolerance:
+                needed[module] = tenths / 10
+                break
+    largest = max(falls.values())
+    return {module: (fall, fall / largest if largest > 0 else 0.0, needed[module]) for module, fall in falls.items()}
+
+
+def write_contributions(found, page):
+    """Print a line per layer; write a heat map."""
+    rows = []
+    for tower, n in dict.fromkeys((tower, n) for tower, n, _ in found):
+        said, cells = [], []
+        for part in PARTS:
+            fall, c1, c2 = found[tower, n, part]
+            said.append(f"   {part}: {-fall:+.1f} R@1, C1 {c1:.2f}, C2 {c2:.1f}")
+            cells.append(f"<td>{fall:.1f}</td>")
+            for value in (c1, c2):
+                shade = min(1, max(0, value))
+                cells.append(f'<td style="background:rgba(215,48,31,{shade:.2f})">{value:.2f}</td>')
+        print(f"{tower:6}{n:3}{''.join(said)}")
+        rows.append(f"<tr><td>{tower} {n}</td>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{html.escape(part)}: fall of R@1</th><th>C1</th><th>C2</th>" for part in PARTS)
+    table = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    legend = "C1: loss without the module; C2: the part of its fine-tuning that is needed"
+    evaluation.write_page(page, "What each module contributes", [(legend, table)])
+    print(f"page: {page}")
+
+
+def probe(args):
+    evaluation.check_page(args.page)
+    model, tokenizer, info = tbps.load_checkpoint(args.checkpoint)
+    before, _, _ = tbps.load_checkpoint(args.before)
+    if before.arch != model.arch:
+        raise ValueError(f"{args.before} is another architecture than {args.checkpoint}: not what it started from")
+    records = data.read(info["args"]["dataset"], info["args"]["data_root"], "val")
+
+    def score(weights):
+        model.load_state_dict(weights)
+        result = tbps.evaluate(model, tokenizer, info, records, "cpu", sheet=False, progress=False)[0]
+        return result["text to image"]["R@1"]
+
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    write_contributions(contributions(score, weights, before.state_dict(), modules(model)), args.page)
+
+
+# ---- training without text layers ------------------------------------------------------------------------------------
 
 
 def without(layers, how):
-    """tbps.parse_args and tbps.build for training with these text layers frozen or dropped; a checkpoint says so, and is resumed as such only."""
+    """Replacements for tbps.parse_args and tbps.build: these text layers are frozen ("freeze") or left out ("drop").
+
+    The choice is stored in the checkpoint, so that only the same choice resumes it."""
     parse, build = tbps.parse_args, tbps.build
 
     def parse_args():
@@ -63,37 +117,25 @@ def without(layers, how):
         args.layers = f"{how} {layers}"
         return args, recipe
 
-    def other(*args):
+    def build_without(*args):
         model = build(*args)
-        if unknown := [n for n in layers if n not in range(len(model.text.blocks))]:
-            raise ValueError(f"the text tower has layers 0 to {len(model.text.blocks) - 1}, not {unknown[0]}")
+        blocks = model.text.blocks
+        if unknown := [n for n in layers if n not in range(len(blocks))]:
+            raise ValueError(f"the text tower has layers 0 to {len(blocks) - 1}, not {unknown[0]}")
         if how == "freeze":
             for n in layers:
-                model.text.blocks[n].requires_grad_(False)
-        else:
-            model.text.blocks = torch.nn.ModuleList(block for n, block in enumerate(model.text.blocks) if n not in layers)
-            model.arch["text_layers"] = len(model.text.blocks)
-            if not model.text.blocks:
-                raise ValueError("no text layer is left")
+                blocks[n].requires_grad_(False)
+            return model
+        model.text.blocks = torch.nn.ModuleList(block for n, block in enumerate(blocks) if n not in layers)
+        model.arch["text_layers"] = len(model.text.blocks)
+        if not model.text.blocks:
+            raise ValueError("no text layer is left")
         return model
-    return parse_args, other
+
+    return parse_args, build_without
 
 
-def show(found, page):
-    """Prints a table, and writes it as a heat map."""
-    rows, towers = [], dict.fromkeys(tower for tower, *_ in found)
-    for tower in towers:
-        for n in dict.fromkeys(n for t, n, _ in found if t == tower):
-            cells = [value for part in PARTS for value in found[tower, n, part]]
-            print(f"{tower:6}{n:3}" + "".join(f"   {part}: {-fall:+.1f} R@1, C1 {c1:.2f}, C2 {c2:.1f}" for part in PARTS for fall, c1, c2 in [found[tower, n, part]]))
-            shaded = "".join(f'<td style="background:rgba(215,48,31,{min(1, max(0, value)) if k % 3 else 0:.2f})">{value:.{1 if k % 3 == 0 else 2}f}</td>' for k, value in enumerate(cells))
-            rows.append(f"<tr><td>{tower} {n}</td>{shaded}</tr>")
-    head = "".join(f"<th>{html.escape(part)}: fall of R@1</th><th>C1</th><th>C2</th>" for part in PARTS)
-    evaluation.write_page(page, "What each module contributes", [("C1: lost without it; C2: of what it learned, needed", f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>")])
-    print(f"page: {page}")
-
-
-def numbers(text):
+def layer_numbers(text):
     """0,3 -> [0, 3], for argparse."""
     return sorted({int(n) for n in text.split(",")})
 
@@ -103,30 +145,20 @@ def main():
     how = p.add_subparsers(dest="how", required=True)
     m = how.add_parser("modules")
     m.add_argument("--checkpoint", required=True, help="the fine-tuned model")
-    m.add_argument("--before", required=True, help="the one it started from")
+    m.add_argument("--before", required=True, help="the model that it started from")
     m.add_argument("--page", default="probes.html", help="the page to write (default: probes.html)")
     for name in ("freeze", "drop"):
         t = how.add_parser(name)
-        t.add_argument("layers", type=numbers, help="numbers of text layers, from 0, like 0,3")
+        t.add_argument("layers", type=layer_numbers, help="numbers of text layers, from 0, like 0,3")
     args, rest = p.parse_known_args()
-    if args.how != "modules":
-        sys.argv = ["tbps.py", *rest]
-        tbps.parse_args, tbps.build = without(args.layers, args.how)
-        return tbps.main()
-    if rest:
-        p.error(f"unknown: {' '.join(rest)}")
-    evaluation.check_page(args.page)
-    model, tokenizer, info = tbps.load_checkpoint(args.checkpoint)
-    before, _, _ = tbps.load_checkpoint(args.before)
-    if before.arch != model.arch:
-        raise ValueError(f"{args.before} is another architecture than {args.checkpoint}: it cannot have started from there")
-    records = data.read(info["args"]["dataset"], info["args"]["data_root"], "val")
-
-    def score(weights):
-        model.load_state_dict(weights)
-        return tbps.evaluate(model, tokenizer, info, records, "cpu", sheet=False, progress=False)[0]["text to image"]["R@1"]
-    weights = {name: w.clone() for name, w in model.state_dict().items()}
-    show(contributions(score, weights, before.state_dict(), modules(model)), args.page)
+    if args.how == "modules":
+        if rest:
+            p.error(f"unknown: {' '.join(rest)}")
+        probe(args)
+        return
+    sys.argv = ["tbps.py", *rest]
+    tbps.parse_args, tbps.build = without(args.layers, args.how)
+    tbps.main()
 
 
 if __name__ == "__main__":

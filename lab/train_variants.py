@@ -1,13 +1,13 @@
-"""Why does a table say no? Training with one thing otherwise than the program, or the paper, has it.
+"""Training with one thing changed, to test why an augmentation or a loss helps or harms.
 
-    python lab/train_variants.py colours,crops --dataset toy --method baseline --set ss=0.4 ...      as tbps.py, with these changes:
+    python lab/train_variants.py colours,crops --dataset toy --method baseline --set ss=0.4 ...     as tbps.py, changed:
 
 colours    views for self-supervision keep their colours: no jitter, no grey
-crops      they show most of the person: crops of 80 % at least, instead of 20
-untold     captions of pictures that augmentation has made grey do not tell colours
-moves      AutoAugment, RandAugment and TrivialAugment move pictures only: no operations on colours
-small      TrivialAugment moves pictures by a fifth of what it does: turns of 27 degrees at most, shifts of 6.4 pixels, shears
-senses     synonyms are those of another word, as of a wrong sense"""
+crops      they show most of the person: crops of at least 80 % instead of 20 %
+untold     captions of images that augmentation has made grey do not name colours
+moves      AutoAugment, RandAugment and TrivialAugment without operations on colours
+small      TrivialAugment moves images by a fifth: at most 27 degrees and 6.4 pixels
+senses     synonyms are those of another word, as if taken in a wrong sense"""
 
 import argparse
 import random
@@ -24,67 +24,80 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
 import tbps                                                             # noqa: E402
 
+CHANGES = {"colours", "crops", "untold", "moves", "small", "senses"}
+IMAGE_OPS = data.image_ops
 
-def self_view(changes):
-    """A SelfView with these changes."""
-    class Changed(data.SelfView):
+
+def changed_self_view(changes):
+    """data.SelfView with `colours` or `crops`."""
+    class SelfView(data.SelfView):
         def __init__(self, size, norm="imagenet"):
             super().__init__(size, norm)
             if "colours" in changes:
                 self.colour = torch.nn.Identity()
             if "crops" in changes:
-                self.crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=data.crop_ratio(size), antialias=True)
-    return Changed
+                ratio = data.crop_ratio(size)
+                self.crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=ratio, antialias=True)
+    return SelfView
 
 
-class Untold(data.Pairs):
-    """Pairs whose captions leave out colours where the picture has become grey."""
+class UntoldPairs(data.Pairs):
+    """data.Pairs whose captions leave out colours if the image has become grey."""
 
     def vary(self, i, rng):
         captions, pixels = super().vary(i, rng)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.views[0].normalize.mean, self.views[0].normalize.std))
-        if (pixels[0] * std + mean).std(0).max() < 1e-3:
-            captions = [re.sub(rf"\b({'|'.join(data.COLOURS)})\b ?", "", caption, flags=re.I) for caption in captions]
+        normalize = self.views[0].normalize
+        mean, std = (torch.tensor(values)[:, None, None] for values in (normalize.mean, normalize.std))
+        if (pixels[0] * std + mean).std(0).max() < 1e-3:                # the three channels are equal
+            colours = rf"\b({'|'.join(data.COLOURS)})\b ?"
+            captions = [re.sub(colours, "", caption, flags=re.I) for caption in captions]
         return captions, pixels
 
 
-def image_ops(changes):
-    """data.image_ops with these changes."""
-    original = data.image_ops
+def is_movement(operation):
+    return operation.startswith(("Shear", "Translate", "Rotate"))
 
-    def moves(name):
-        return name.startswith(("Shear", "Translate", "Rotate"))
 
-    def changed(size):
-        ops = original(size)
-        auto, rand, trivial = (ops[f"{name}augment"] for name in ("auto", "rand", "trivial"))
+def divided(magnitudes, by):
+    """torchvision's function of an operation's magnitudes, divided by a number."""
+    return lambda *size: magnitudes(*size) / by
+
+
+def changed_image_ops(changes):
+    """data.image_ops with `moves` or `small`."""
+    def image_ops(size):
+        ops = IMAGE_OPS(size)
+        auto, rand, trivial = ops["autoaugment"], ops["randaugment"], ops["trivialaugment"]
         if "moves" in changes:
-            auto._policies = [[step for step in policy if moves(step[0])] for policy in auto._policies]
+            auto._policies = [[step for step in policy if is_movement(step[0])] for policy in auto._policies]
             for augment in (rand, trivial):
-                augment._AUGMENTATION_SPACE = {name: way for name, way in augment._AUGMENTATION_SPACE.items() if moves(name) or name == "Identity"}
+                space = augment._AUGMENTATION_SPACE
+                augment._AUGMENTATION_SPACE = {
+                    name: entry for name, entry in space.items() if is_movement(name) or name == "Identity"}
         if "small" in changes:
-            trivial._AUGMENTATION_SPACE = {name: ((lambda *size, far=way[0]: far(*size) / 5), way[1]) if moves(name) else way for name, way in trivial._AUGMENTATION_SPACE.items()}
+            trivial._AUGMENTATION_SPACE = {
+                name: (divided(magnitudes, 5), signed) if is_movement(name) else (magnitudes, signed)
+                for name, (magnitudes, signed) in trivial._AUGMENTATION_SPACE.items()}
         return ops
-    return changed
+    return image_ops
 
 
-def exchanged(changes):
-    """The patches that make these changes."""
-    patches = [mock.patch.object(data, "SelfView", self_view(changes))]
+def patches(changes):
+    """The context managers that make these changes to data.py."""
+    found = [mock.patch.object(data, "SelfView", changed_self_view(changes))]
     if "untold" in changes:
-        patches.append(mock.patch.object(data, "Pairs", Untold))
+        found.append(mock.patch.object(data, "Pairs", UntoldPairs))
     if {"moves", "small"} & set(changes):
-        patches.append(mock.patch.object(data, "image_ops", image_ops(changes)))
+        found.append(mock.patch.object(data, "image_ops", changed_image_ops(changes)))
     if "senses" in changes:
         words = sorted(data.SYNONYM_OF)
-        patches.append(mock.patch.dict(data.SYNONYM_OF, {word: data.SYNONYM_OF[other] for word, other in zip(words, random.Random(0).sample(words, len(words)))}))
-    return patches
+        others = random.Random(0).sample(words, len(words))
+        wrong = {word: data.SYNONYM_OF[other] for word, other in zip(words, others)}
+        found.append(mock.patch.dict(data.SYNONYM_OF, wrong))
+    return found
 
 
-CHANGES = {"colours", "crops", "untold", "moves", "small", "senses"}
-
-
-def known(text):
+def known_changes(text):
     """colours,crops -> ["colours", "crops"], for argparse."""
     changes = text.split(",")
     if unknown := set(changes) - CHANGES:
@@ -94,16 +107,19 @@ def known(text):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("changes", type=known, help=f"of {', '.join(sorted(CHANGES))}, with a comma between; all that follows is for tbps.py")
-    mine, rest = p.parse_known_args()
+    names = ", ".join(sorted(CHANGES))
+    p.add_argument("changes", type=known_changes, help=f"of {names}, separated by commas; the rest is for tbps.py")
+    args, rest = p.parse_known_args()
     parse = tbps.parse_args
 
     def parse_args():
-        args, recipe = parse(rest)
-        args.changes = ",".join(sorted(mine.changes))                   # the checkpoint says so, and is resumed as such only
-        return args, recipe
+        """Stores the changes in the checkpoint, so that only the same changes resume it."""
+        theirs, recipe = parse(rest)
+        theirs.changes = ",".join(sorted(args.changes))
+        return theirs, recipe
+
     with ExitStack() as stack:
-        for patch in [*exchanged(mine.changes), mock.patch.object(tbps, "parse_args", parse_args)]:
+        for patch in [*patches(args.changes), mock.patch.object(tbps, "parse_args", parse_args)]:
             stack.enter_context(patch)
         tbps.main()
 

@@ -551,10 +551,10 @@ def test_the_oracle(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, entries)))
     assert len(entries) == 30
     everything = check_generated.score(tmp_path)
-    assert everything["reach the colour, %"] == pytest.approx(66.7, abs=4) and everything["the rest keeps its colours, %"] == pytest.approx(66.7, abs=7)
+    assert everything["show the new colour, %"] == pytest.approx(66.7, abs=4) and everything["keep all other colours, %"] == pytest.approx(66.7, abs=7)
     assert everything["both, %"] == pytest.approx(33.3, abs=4) and everything["pairs"] == 30
     worst = check_generated.score(tmp_path, ["kind=2"])
-    assert worst["pass the gate, %"] == pytest.approx(33.3, abs=0.1) and worst["both, %"] < 10 and worst["change outside, % of the range"] > 1
+    assert worst["pass the filter, %"] == pytest.approx(33.3, abs=0.1) and worst["both, %"] < 10 and worst["change outside, % of the range"] > 1
 
 
 def test_a_model_of_the_hub(diffusion, tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_explain(few_people, tmp_path):
         """Of 40 views the most green, the least and the largest share of red."""
         torch.manual_seed(0)
         mean, std = (torch.tensor(v)[:, None, None] for v in data.NORMS["imagenet"])
-        seen = [255 * (train_variants.self_view(changes)((96, 48))(halves) * std + mean) for _ in range(40)]
+        seen = [255 * (train_variants.changed_self_view(changes)((96, 48))(halves) * std + mean) for _ in range(40)]
         red = [(v[0] > v[2]).float().mean().item() for v in seen]
         return max(v[1].max().item() for v in seen), min(red), max(red)
     green, least, most = views()
@@ -169,7 +169,7 @@ def test_explained_augmentations():
         return torch.stack([data.image_ops((96, 48))[name](red) for _ in range(100)])
     assert {left for _, left in vary()} == {0}
     with ExitStack() as stack:
-        for patch in train_variants.exchanged(["untold", "moves", "senses"]):
+        for patch in train_variants.patches(["untold", "moves", "senses"]):
             stack.enter_context(patch)
         told = list(vary())
         assert {left for grey, left in told if not grey} == {0} and max(left for grey, left in told if grey) > 1
@@ -177,7 +177,7 @@ def test_explained_augmentations():
         assert {tuple(sorted({name for name, *_ in policy})) for policy in data.image_ops((96, 48))["autoaugment"]._policies} == {(), ("Rotate",), ("ShearX",)}
         assert not views("trivialaugment")[:, 1:].any() and not views("randaugment")[:, 1:].any()                      # red and black
     with ExitStack() as stack:
-        for patch in train_variants.exchanged(["moves", "small"]):
+        for patch in train_variants.patches(["moves", "small"]):
             stack.enter_context(patch)
         assert 0.75 < (views("trivialaugment")[:, 0] > 0).float().mean(dim=(1, 2)).min() < 1
     assert data.augment_caption("man", random.Random(0), deletion=0, synonym=1) in ("male", "guy", "gentleman")          # and nothing stays exchanged
