@@ -1,10 +1,10 @@
-"""Ten exercises: a few lines to change, a command, and what comes out. For the README and whoever teaches from it.
+"""Ten exercises (lab/TOUR.md): a few lines to change, a command, and the score that comes out.
 
-    python lab/tour.py            tries them all in copies of the scripts, about 25 minutes on 2 cores, and prints what the README's table holds
-    python lab/tour.py 3 7        these alone
-    python lab/tour.py 3 --apply  changes the scripts here, to be looked at with git diff; take it back with git checkout before the next
+    python lab/tour.py              try all in copies of the scripts, about 25 minutes on 2 cores; prints the table
+    python lab/tour.py 3 7          only these
+    python lab/tour.py 3 --apply    change the scripts here; look with `git diff`, undo with `git checkout "*.py"`
 
-Exercises 1 to 5 only score a trained model, that of `python tbps.py`, which is trained first if it is not there; 6 to 10 train it again."""
+Exercises 1 to 5 score the model of `python tbps.py`, which is trained first if it is missing; 6 to 10 train another."""
 
 import argparse
 import re
@@ -20,63 +20,95 @@ import data                                                             # noqa: 
 
 MAIN = "runs/toy-tbps-clip-simplified-0"
 SCORE, TRAIN = f"eval.py --checkpoint {ROOT / MAIN}/best.pt", "tbps.py"
-EXERCISES = [  # what is asked, the command, [(file, old lines, new lines)]
-    ("Sort the words of each test caption by the alphabet: how much does the model read, how much does it count?", SCORE, [
-        ("tbps.py", "captions[rank::ranks]", '[" ".join(sorted(c.split())) for c in captions[rank::ranks]]')]),
-    ("Exchange left and right in the test captions: what are they worth?", SCORE, [
-        ("tbps.py", "captions[rank::ranks]", '[c.replace("left", "@").replace("right", "left").replace("@", "right") for c in captions[rank::ranks]]')]),
-    ("Take the colour out of the test pictures.", SCORE, [
-        ("data.py", "return self.normalize(self.scale(image if isinstance(image, Image.Image) else load_image(image)))",
-         "return self.normalize(self.scale(image if isinstance(image, Image.Image) else load_image(image)).mean(dim=0, keepdim=True).expand(3, -1, -1))")]),
-    ("Search with both captions of an image at once: the mean of their features.", SCORE, [
-        ("tbps.py", "    image, text = embed(model, tokenizer, info, records, device, workers, progress)\n",
-         "    image, text = embed(model, tokenizer, info, records, device, workers, progress)\n"
-         "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n")]),
-    ("Search with pictures instead of words: the image that the caption was written for is the query.", SCORE, [
-        ("tbps.py", "    image, text = embed(model, tokenizer, info, records, device, workers, progress)\n",
-         "    image, text = embed(model, tokenizer, info, records, device, workers, progress)\n    text = image[own]\n")]),
-    ("Contrast without identities (CLIP's own): other captions of the person now count as wrong.", f"{TRAIN} --set nitc=0 itc=1", []),
-    ("No augmentation, neither of images nor of captions.", f"{TRAIN} --set image_aug=none deletion=0", []),
-    ("Start the positions of patches as CLIP does, from noise.", TRAIN, [
-        ("tbps.py", "nn.Parameter(0.5 * sincos_grid(self.grid, width))", "nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], width))")]),
-    ("Describe a picture by the mean of its tokens instead of the class token.", TRAIN, [
-        ("tbps.py", "self.image.project(self.image(pixels, at=cls, mix=mix)[:, 0])", "self.image.project(self.image(pixels, mix=mix).mean(dim=1))")]),
-    ("A loss of your own, the sigmoid of SigLIP (arXiv 2303.15343): each pair of the batch is right or wrong by itself.", f"{TRAIN} --set ritc=0", [
-        ("losses.py", "# ---- contrastive losses: which text belongs to which image", '''@full_precision
+
+# ---- lines that exercises change -------------------------------------------------------------------------------------
+
+CAPTIONS = "captions[rank::ranks]"
+SORTED_WORDS = f'[" ".join(sorted(c.split())) for c in {CAPTIONS}]'
+SWAPPED_SIDES = f'[c.replace("left", "@").replace("right", "left").replace("@", "right") for c in {CAPTIONS}]'
+SCALED = "self.scale(image if isinstance(image, Image.Image) else load_image(image))"
+GREY = f"{SCALED}.mean(dim=0, keepdim=True).expand(3, -1, -1)"
+EMBED = "    image, text = embed(model, tokenizer, info, records, device, workers, progress)\n"
+MEAN_OF_CAPTIONS = "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n"
+SINCOS = "nn.Parameter(0.5 * sincos_grid(self.grid, width))"
+NOISE = "nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], width))"
+CLASS_TOKEN = "self.image.project(self.image(pixels, at=cls, mix=mix)[:, 0])"
+MEAN_TOKEN = "self.image.project(self.image(pixels, mix=mix).mean(dim=1))"
+CHAPTER = "# ---- contrastive losses: which text belongs to which image"
+SIGMOID = f'''@full_precision
 def sigmoid(image, text, pid, scale, bias=-5.0):
     logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T + bias
-    same = (pid[:, None] == pid[None, :]).float()
-    return F.binary_cross_entropy_with_logits(logits, same, reduction="sum") / len(pid)
+    positives = (pid[:, None] == pid[None, :]).float()
+    return F.binary_cross_entropy_with_logits(logits, positives, reduction="sum") / len(pid)
 
 
-# ---- contrastive losses: which text belongs to which image'''),
-        ("tbps.py", "losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u])", "losses.sigmoid(image[v], text[u], pid, scale)")]),
+{CHAPTER}'''
+NITC = "losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u])"
+
+# ---- exercises -------------------------------------------------------------------------------------------------------
+
+EXERCISES = [  # (task, command, [(file, old lines, new lines)])
+    ("Sort the words of each test caption alphabetically.", SCORE, [("tbps.py", CAPTIONS, SORTED_WORDS)]),
+    ("Swap left and right in the test captions.", SCORE, [("tbps.py", CAPTIONS, SWAPPED_SIDES)]),
+    ("Remove the colour from the test images.", SCORE, [
+        ("data.py", f"self.normalize({SCALED})", f"self.normalize({GREY})"),
+    ]),
+    ("Query with both captions of an image: the mean of their features.", SCORE, [
+        ("tbps.py", EMBED, EMBED + MEAN_OF_CAPTIONS),
+    ]),
+    ("Query with the source image of the caption.", SCORE, [("tbps.py", EMBED, EMBED + "    text = image[own]\n")]),
+    ("CLIP's own contrast: other captions of the person are negatives.", f"{TRAIN} --set nitc=0 itc=1", []),
+    ("No augmentation of images and captions.", f"{TRAIN} --set image_aug=none deletion=0", []),
+    ("Initialise the patch positions from noise.", TRAIN, [("tbps.py", SINCOS, NOISE)]),
+    ("Use the mean of the image tokens instead of the class token.", TRAIN, [("tbps.py", CLASS_TOKEN, MEAN_TOKEN)]),
+    ("A loss of your own: SigLIP's sigmoid (arXiv 2303.15343).", f"{TRAIN} --set ritc=0", [
+        ("losses.py", CHAPTER, SIGMOID),
+        ("tbps.py", NITC, "losses.sigmoid(image[v], text[u], pid, scale)"),
+    ]),
 ]
 
 
 def change(folder, changes):
-    """Makes the changes in a folder of scripts."""
+    """Make the changes in a folder of scripts. Raises ValueError if a line to change is missing or not unique."""
     for file, old, new in changes:
-        source = (folder / file).read_text()
+        source = (folder / file).read_text(encoding="utf-8")
         if source.count(old) != 1:
-            raise ValueError(f"{file} should hold this once, and does {source.count(old)} times; is an exercise applied already? git checkout \"*.py\" takes it back\n  {old.strip()}")
-        (folder / file).write_text(source.replace(old, new))
+            raise ValueError(f"{file} should hold this once, and does {source.count(old)} times; is an exercise "
+                             f'applied already? git checkout "*.py" undoes it\n  {old.strip()}')
+        (folder / file).write_text(source.replace(old, new), encoding="utf-8")
 
 
 def score(command, changes=()):
-    """Text-to-image R@1 and mAP on the test split, of a command in a changed copy of the scripts."""
+    """(R@1, mAP), text to image on the test split, of a command in a changed copy of the scripts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "lab").mkdir()
         for script in (*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")):
-            (folder / script.relative_to(ROOT)).parent.mkdir(exist_ok=True)
             shutil.copy(script, folder / script.relative_to(ROOT))
         change(folder, changes)
-        extra = ["--page", folder / "page.html"] if "eval.py" in command else ["--out", folder / "run"]
-        done = subprocess.run([sys.executable, *command.split(), *extra], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        out = ["--page", folder / "page.html"] if "eval.py" in command else ["--out", folder / "run"]
+        done = subprocess.run([sys.executable, *command.split(), *out], cwd=folder, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(done.stdout)
-    r1, ap = re.search(r"^(?:test|text to image) +R@1 ([\d.]+) .*mAP ([\d.]+)", done.stdout, re.M).groups()
-    return float(r1), float(ap)
+    r1, mean_ap = re.search(r"^(?:test|text to image) +R@1 ([\d.]+) .*mAP ([\d.]+)", done.stdout, re.MULTILINE).groups()
+    return float(r1), float(mean_ap)
+
+
+def try_all(numbers):
+    """Print the table, a row per exercise."""
+    if not (ROOT / MAIN / "best.pt").exists():
+        subprocess.run([sys.executable, "tbps.py"], cwd=ROOT, check=True)
+    r1, mean_ap = score(SCORE)
+    print("| | exercise | change | R@1 | mAP |\n|---|---|---|---|---|")
+    print(f"| 0 | nothing | | {r1:.2f} | {mean_ap:.2f} |", flush=True)
+    for n in numbers:
+        task, command, changes = EXERCISES[n - 1]
+        found = score(command, changes)
+        files = ", ".join(dict.fromkeys(file for file, *_ in changes))
+        where = files or f"`{command.removeprefix(TRAIN).strip()}`"
+        cells = [f"{value:.2f} ({value - base:+.1f})" for value, base in zip(found, (r1, mean_ap))]
+        print(f"| {n} | {task} | {where} | {' | '.join(cells)} |", flush=True)
 
 
 def main():
@@ -84,24 +116,19 @@ def main():
     p.add_argument("numbers", nargs="*", type=int, metavar="N", help="exercises (default: all)")
     p.add_argument("--apply", action="store_true", help="make the changes here instead")
     args = p.parse_args()
-    if unknown := [n for n in args.numbers if not 1 <= n <= len(EXERCISES)]:            # choices= would refuse no number at all before Python 3.12
+    unknown = [n for n in args.numbers if not 1 <= n <= len(EXERCISES)]     # choices= would refuse an empty list
+    if unknown:
         p.error(f"{unknown[0]} is no exercise; there are 1 to {len(EXERCISES)}")
-    chosen = [(n, *EXERCISES[n - 1]) for n in args.numbers or range(1, len(EXERCISES) + 1)]
-    if args.apply:
-        if len(args.numbers) != 1:
-            p.error("--apply takes one exercise: changes would add up")
-        (n, _, command, changes), = chosen
-        change(ROOT, changes)
-        print(f"{n}: python {command}" + f" --out runs/tour-{n}" * command.startswith(TRAIN))
+    if not args.apply:
+        try_all(args.numbers or range(1, len(EXERCISES) + 1))
         return
-    if not (ROOT / MAIN / "best.pt").exists():
-        subprocess.run([sys.executable, "tbps.py"], cwd=ROOT, check=True)
-    base = score(SCORE)
-    print(f"| | exercise | change | R@1 | mAP |\n|---|---|---|---|---|\n| 0 | nothing | | {base[0]:.2f} | {base[1]:.2f} |", flush=True)
-    for n, asked, command, changes in chosen:
-        found = score(command, changes)
-        lines = ", ".join(dict.fromkeys(file for file, *_ in changes)) or "`" + command.removeprefix(TRAIN).strip() + "`"
-        print(f"| {n} | {asked} | {lines} | {found[0]:.2f} ({found[0] - base[0]:+.1f}) | {found[1]:.2f} ({found[1] - base[1]:+.1f}) |", flush=True)
+    if len(args.numbers) != 1:
+        p.error("--apply takes one exercise: changes would add up")
+    n = args.numbers[0]
+    _, command, changes = EXERCISES[n - 1]
+    change(ROOT, changes)
+    out = f" --out runs/tour-{n}" if command.startswith(TRAIN) else ""  # keeps the model of `python tbps.py`
+    print(f"{n}: python {command}{out}")
 
 
 if __name__ == "__main__":
