@@ -33,6 +33,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from reprlib import repr as brief                                        # at most some 30 characters
 
 import numpy as np
 import torch
@@ -71,20 +72,16 @@ def read_text(path):
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f"{path} is damaged ({e}); is the download complete?") from None
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
-        raise ValueError(f"{path} is in UTF-16, not in UTF-8; save it as UTF-8")
+        raise ValueError(f"{path} is UTF-16, not UTF-8; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")                              # Excel writes a byte-order mark
     except UnicodeDecodeError as e:
+        # GBK writes a Chinese character as two bytes, most of them above 0x7f; in cp1252 such bytes stand alone
+        runs = re.findall(rb"[\x80-\xff]+", content)
+        chinese = 2 * sum(len(run) % 2 == 0 for run in runs) > len(runs)
+        found = "GBK (Chinese)" if chinese else "cp1252 (Western European, the default of Windows)"
         line = 1 + content.count(b"\n", 0, e.start)
-        raise ValueError(f"{path}, line {line}: it is not in UTF-8 but probably in {guess_encoding(content)}; "
-                         "save it as UTF-8") from None
-
-
-def guess_encoding(content):
-    """GBK writes a Chinese character as two bytes, most of them above 0x7f. In cp1252 such bytes stand alone."""
-    runs = re.findall(rb"[\x80-\xff]+", content)
-    even = sum(len(run) % 2 == 0 for run in runs)
-    return "GBK (Chinese)" if 2 * even > len(runs) else "cp1252 (Western European, the default of Windows)"
+        raise ValueError(f"{path}, line {line}: it is not UTF-8 but probably {found}; save it as UTF-8") from None
 
 
 def load_json(path):
@@ -93,12 +90,6 @@ def load_json(path):
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({e}); is the download complete?") from None
-
-
-def brief(value):
-    """A value as error messages show it, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def progress_bar(*items, **options):
@@ -119,11 +110,6 @@ BENCHMARKS = {  # name: folder, names of the annotation file, key of the image p
     "cuhk": ("CUHK-PEDES", ["reid_raw.json"], "file_path"),                                  # Li et al., CVPR 2017
     "icfg": ("ICFG-PEDES", ["ICFG-PEDES.json", "ICFG_PEDES.json"], "file_path"),             # Ding et al., 2021
     "rstp": ("RSTPReid", ["data_captions.json"], "img_path"),                                # Zhu et al., MM 2021
-}
-PUBLISHED = {  # persons, images, captions
-    "cuhk": {"train": (11003, 34054, 68126), "val": (1000, 3078, 6158), "test": (1000, 3074, 6156)},
-    "icfg": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
-    "rstp": {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
 }
 
 
@@ -175,8 +161,8 @@ def read_reid(root):
     return rows
 
 
-# A caption may have several lines, but none with a cell that is the name of a split: that is a row of the file
-SPLIT_CELL = re.compile(r"(^|,)(train|val|test)(,|$|\r)", re.M)
+# A caption may have several lines. A cell in it that is the name of a split means that it is several rows.
+SPLIT_CELL = re.compile(r"(^|[,\r\n])(train|val|test)([,\r\n]|$)")
 
 
 def read_csv(root):
@@ -195,7 +181,7 @@ def read_csv(root):
         where = f"{file}, line {line}"
         if len(fields) != len(names):
             raise ValueError(f"{where}: it has {len(fields)} fields instead of {len(names)}")
-        if any("\n" in field and SPLIT_CELL.search(field) for field in fields):
+        if any(len(field.splitlines()) > 1 and SPLIT_CELL.search(field) for field in fields):
             raise ValueError(f"{where}: a stray quotation mark joins it with the following lines")
         row = dict(zip(names, fields))
         rows.append(dict(image=file.parent / row["image"], captions=[row["caption"]], pid=row["pid"],
@@ -235,14 +221,8 @@ def read_pairs(root):
     return rows
 
 
-READERS = {  # name: function of the folder or file given by --data-root
-    "cuhk": functools.partial(read_benchmark, "cuhk"),
-    "icfg": functools.partial(read_benchmark, "icfg"),
-    "rstp": functools.partial(read_benchmark, "rstp"),
-    "reid": read_reid,
-    "csv": read_csv,
-    "pairs": read_pairs,
-}
+READERS = {name: functools.partial(read_benchmark, name) for name in BENCHMARKS}
+READERS |= {"reid": read_reid, "csv": read_csv, "pairs": read_pairs}
 DATASETS = ["toy", "toy-few", "toy-generic", *READERS]
 
 
@@ -418,7 +398,7 @@ def load_image(image, least=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
     except DECODER_ERRORS as e:
-        raise ValueError(f"{image} cannot be read as an image ({e or type(e).__name__}); replace it, or leave such "
+        raise ValueError(f"{image} cannot be read as an image ({str(e) or type(e).__name__}); replace it, or leave such "
                          "files out with --skip-bad") from None
 
 
@@ -1096,29 +1076,28 @@ def command(main, stopped="stopped"):
 
 # ---- the checker ----------------------------------------------------------------------------------------------------
 
-def check(name, root, sheet):
-    """Prints what a data set holds beside what it should, and writes a sample sheet. Returns the number of problems."""
-    splits, problems = check_splits(name, root)
-    records = [r for split in splits.values() for r in split]
-    for a, b in (("train", "test"), ("train", "val"), ("val", "test")):
-        if both := {r["pid"] for r in splits.get(a, [])} & {r["pid"] for r in splits.get(b, [])}:
-            problems += 1
-            print(f"{len(both)} persons are in {a} and in {b}, e.g. {min(both)}: scores will be too good")
-    bad = unreadable_images(records)
-    for _, reason in bad:
-        print(f"bad image: {reason}")
-    problems += len(bad)
-    if name.startswith("toy"):
-        people, garments, colours = synthetic_pedestrians(), ["top", "bottom"], ["top_colour", "bottom_colour"]
-        oracles = [people.oracle_score(splits["test"], names) for names in (None, garments + colours, colours)]
-        print("synthetic benchmark version {}: oracle R@1 on test {:.1f}, with garment types and colours {:.1f}, with "
-              "colours alone {:.1f}".format(people.VERSION, *oracles))
-    check_captions(records)
-    good = [r for r in records if not any(r is b for b, _ in bad)]
-    write_sample_sheet(sheet, name, random.Random(0).sample(good, min(24, len(good))))
-    print(f"{problems} wrong" if problems else "all is well")
-    print(f"sample sheet: {sheet}")
-    return problems
+PUBLISHED = {  # persons, images, captions
+    "cuhk": {"train": (11003, 34054, 68126), "val": (1000, 3078, 6158), "test": (1000, 3074, 6156)},
+    "icfg": {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
+    "rstp": {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
+}
+SHEET = """<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>
+body{{font:14px system-ui;margin:2em}} figcaption{{font-size:13px}}
+figure{{display:inline-flex;gap:1em;width:26em;margin:0 1em 1em 0;vertical-align:top}}
+</style><h1>{title}: a sample</h1>{cells}"""
+
+
+def write_sample_sheet(path, title, records):
+    """One self-contained page with some images and their captions."""
+    cells = []
+    for r in records:
+        image, buffer = load_image(r["image"]), io.BytesIO()
+        image.resize((max(1, round(image.width * 192 / image.height)), 192)).save(buffer, "JPEG", quality=85)
+        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        captions = "<br>".join(html.escape(c) for c in r["captions"])
+        cells.append(f'<figure><img alt="person {r["pid"]}" src="{source}">'
+                     f"<figcaption><b>{r['pid']}</b> {captions}</figcaption></figure>")
+    Path(path).write_text(SHEET.format(title=html.escape(title), cells="".join(cells)), encoding="utf-8")
 
 
 def check_splits(name, root):
@@ -1143,9 +1122,24 @@ def check_splits(name, root):
     return splits, problems
 
 
-def check_captions(records):
-    """Prints lengths, empty captions, and captions that different persons share."""
-    persons = defaultdict(set)
+def check(name, root, sheet):
+    """Prints what a data set holds beside what it should, and writes a sample sheet. Returns the number of problems."""
+    splits, problems = check_splits(name, root)
+    for a, b in (("train", "test"), ("train", "val"), ("val", "test")):
+        if both := {r["pid"] for r in splits.get(a, [])} & {r["pid"] for r in splits.get(b, [])}:
+            problems += 1
+            print(f"{len(both)} persons are in {a} and in {b}, e.g. {min(both)}: scores will be too good")
+    records = [r for split in splits.values() for r in split]
+    bad = unreadable_images(records)
+    for _, reason in bad:
+        print(f"bad image: {reason}")
+    problems += len(bad)
+    if name.startswith("toy"):
+        people, garments, colours = synthetic_pedestrians(), ["top", "bottom"], ["top_colour", "bottom_colour"]
+        oracles = [people.oracle_score(splits["test"], names) for names in (None, garments + colours, colours)]
+        print("synthetic benchmark version {}: oracle R@1 on test {:.1f}, with garment types and colours {:.1f}, with "
+              "colours alone {:.1f}".format(people.VERSION, *oracles))
+    persons = defaultdict(set)                                          # of each caption
     for r in records:
         for caption in r["captions"]:
             persons[clean_caption(caption)].add(r["pid"])
@@ -1156,35 +1150,11 @@ def check_captions(records):
           f"{len(shared)} texts are shared by different persons (label noise)")
     for caption in shared[:3]:
         print(f"  {len(persons[caption])} persons: {caption[:100]}")
-
-
-SHEET = """<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>
-body{{font:14px system-ui;margin:2em}} figcaption{{font-size:13px}}
-figure{{display:inline-flex;gap:1em;width:26em;margin:0 1em 1em 0;vertical-align:top}}
-</style><h1>{title}: a sample</h1>{cells}"""
-
-
-def write_sample_sheet(path, title, records):
-    """One self-contained page with some images and their captions."""
-    cells = []
-    for r in records:
-        image, buffer = load_image(r["image"]), io.BytesIO()
-        image.resize((max(1, round(image.width * 192 / image.height)), 192)).save(buffer, "JPEG", quality=85)
-        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        captions = "<br>".join(html.escape(c) for c in r["captions"])
-        cells.append(f'<figure><img alt="person {r["pid"]}" src="{source}">'
-                     f"<figcaption><b>{r['pid']}</b> {captions}</figcaption></figure>")
-    Path(path).write_text(SHEET.format(title=html.escape(title), cells="".join(cells)), encoding="utf-8")
-
-
-def write_pictures(folder, records):
-    """Writes the images of records into a folder, to try a search on."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --pictures names a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, r in enumerate(records):
-        load_image(r["image"]).save(folder / f"{r['pid']:04}_{n:05}.png")
-    print(f"{len(records):,} pictures in {folder}")
+    good = [r for r in records if not any(r is b for b, _ in bad)]
+    write_sample_sheet(sheet, name, random.Random(0).sample(good, min(24, len(good))))
+    print(f"{problems} wrong" if problems else "all is well")
+    print(f"sample sheet: {sheet}")
+    return problems
 
 
 def main():
@@ -1195,7 +1165,13 @@ def main():
     p.add_argument("--pictures", metavar="DIR", help="write the pictures of the test split into this folder instead")
     args = p.parse_args()
     if args.pictures:
-        write_pictures(Path(args.pictures), read(args.dataset, args.data_root, "test"))
+        folder, records = Path(args.pictures), read(args.dataset, args.data_root, "test")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; --pictures names a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, r in enumerate(records):
+            load_image(r["image"]).save(folder / f"{r['pid']:04}_{n:05}.png")
+        print(f"{len(records):,} pictures in {folder}")
         return
     sheet = Path(args.sheet or f"check-{args.dataset}.html")
     need(sheet.absolute().parent, "the folder for the sample sheet", "make it, or name another file with --sheet")

@@ -68,7 +68,7 @@ def test_csv(tmp_path, people):
     (HEAD + "a.png,a man,1,Train\n", "line 2: split is 'Train'; the splits are train, val and test"),
     (HEAD + "a.png,a man\n", "line 2: it has 2 fields instead of 4"),
     (HEAD + "a.png,t,1,train\na.png,u,2,train\n", "line 3: .*a.png has another pid or split than in .*line 2"),
-    (HEAD + "a.png,caf\u00e9,1,train\n", "line 2: it is not in UTF-8"),
+    (HEAD + "a.png,caf\u00e9,1,train\n", "line 2: it is not UTF-8"),
 ])
 def test_mistakes_in_a_csv_file(text, words, tmp_path):
     (tmp_path / "x.csv").write_text(text, encoding="latin-1")

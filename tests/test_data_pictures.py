@@ -118,4 +118,4 @@ def test_whatever_the_decoder_raises(error, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
     assert [r["image"].name for r, _ in data.unreadable_images(data.read("csv", tmp_path, "train"))] == ["bad.png"]
     said = run("data.py", "--dataset", "csv", "--data-root", tmp_path, "--sheet", tmp_path / "s.html", code=1)
-    assert "bad.png cannot be read as an image" in said and "1 wrong" in said
+    assert f"bad.png cannot be read as an image ({str(error) or type(error).__name__})" in said and "1 wrong" in said
