@@ -398,8 +398,9 @@ def load_image(image, least=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
     except DECODER_ERRORS as e:
-        raise ValueError(f"{image} cannot be read as an image ({str(e) or type(e).__name__}); replace it, or leave such "
-                         "files out with --skip-bad") from None
+        why = str(e) or type(e).__name__
+        raise ValueError(f"{image} cannot be read as an image ({why}); replace it, or leave such files out with "
+                         "--skip-bad") from None
 
 
 def upright(image):
