@@ -11,8 +11,9 @@ from pathlib import Path
 from lab import groups
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-T2I, OTHERS = "best.pt, text to image", "best.pt, text to other images"     # the second excludes the source image
-COLUMNS = {"R@1": (T2I, "R@1"), "mAP": (T2I, "mAP"), "mAP, source image excluded": (OTHERS, "mAP")}
+T2I = "best.pt, text to image"
+EXCLUDED = "best.pt, text to image, excluding the source image"
+COLUMNS = {"R@1": (T2I, "R@1"), "mAP": (T2I, "mAP"), "mAP, source image excluded": (EXCLUDED, "mAP")}
 TEACHER = "held-out view: richer"                                       # a score that only runs of a teacher have
 
 
@@ -99,7 +100,7 @@ class Runs:
         """The columns of which there are scores; the source image is excluded only for LCR2S, whose point it is."""
         found = {}
         for column, (what, metric) in COLUMNS.items():
-            if what == OTHERS and not self.group.startswith("lcr2s"):
+            if what == EXCLUDED and not self.group.startswith("lcr2s"):
                 continue
             if any(self.values(groups.row(name), what, metric) for name in self.names):
                 found[column] = what, metric

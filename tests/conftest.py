@@ -1,4 +1,4 @@
-"""Shared by the tests: the project on the path, and data sets on disk in the layouts of the real ones, made from toy people."""
+"""Shared by the tests: the project on the path, commands, and small data sets in the layouts of the real ones."""
 
 import contextlib
 import html
@@ -22,7 +22,8 @@ from lab.people import draw                                             # noqa: 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: at full size, minutes each; run with -m slow")
-    signal.signal(signal.SIGINT, signal.default_int_handler)            # a background job of a script ignores Ctrl-C, and so would what it starts
+    # A background job of a shell ignores Ctrl-C, and so would the processes that the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -36,8 +37,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"                                     # read on
 
 
 def run(script, *options, code=0):
-    """Does what `python script options` does, in this process, which saves its start of five seconds; returns what it printed, both
-    streams together. An error that the command does not put into words is raised here."""
+    """Run `python script options` within this process, which saves its start of five seconds.
+
+    Returns what it printed, both streams together. An error that the command does not put into words is raised here."""
     said, got = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", [script, *map(str, options)])
@@ -50,24 +52,25 @@ def run(script, *options, code=0):
 
 
 def start(*command, cwd=ROOT):
-    """Starts `python *command` as a user would, in a process group of its own."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads())), text=True,
-                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Start `python *command` as a user would, in a process group of its own."""
+    environment = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=environment, start_new_session=True,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def error(script, *options):
-    """Runs a command that must fail as a user's mistake should: exit code 2, a sentence. Returns the sentence."""
+    """Run a command that must fail as a user's mistake should: exit code 2, a sentence. Returns the sentence."""
     return run(script, *options, code=2)
 
 
 @pytest.fixture(scope="session")
 def people():
-    """A few toy people: 6 persons, 24 images, 48 captions."""
+    """A few synthetic pedestrians: 6 persons, 24 images, 48 captions."""
     return draw("train", persons=6)
 
 
 def cuhk_rows(records):
-    """Toy records as the list in reid_raw.json: ids from 1, several folders, jpg, png and bmp, odd captions."""
+    """Records as the list in reid_raw.json: ids from 1, several folders, jpg, png and bmp, odd captions."""
     rows = []
     for n, r in enumerate(records):
         split = ["train", "train", "train", "val", "test", "test"][(r["pid"] % 6)]
@@ -103,8 +106,11 @@ def cuhk(tmp_path_factory, people):
 def icfg(tmp_path_factory, people):
     """ICFG-PEDES: one caption per image, no validation split, ids from 0, folders that look like splits but are not."""
     root = tmp_path_factory.mktemp("data") / "ICFG-PEDES"
-    rows = [dict(split="test" if r["pid"] >= 4 else "train", captions=r["captions"][:1], id=r["pid"], processed_tokens=[[]],
-                 file_path=f"{['train', 'test'][n % 2]}/{r['pid']:04}/{r['pid']:04}_{n:03}_02_0303morning_0101_1.jpg") for n, r in enumerate(people)]
+    rows = []
+    for n, r in enumerate(people):
+        path = f"{['train', 'test'][n % 2]}/{r['pid']:04}/{r['pid']:04}_{n:03}_02_0303morning_0101_1.jpg"
+        rows.append(dict(split="test" if r["pid"] >= 4 else "train", captions=r["captions"][:1], id=r["pid"],
+                         processed_tokens=[[]], file_path=path))
     write_images(root / "imgs", [r["file_path"] for r in rows], people)
     (root / "ICFG_PEDES.json").write_text(json.dumps(rows))
     return root
@@ -127,7 +133,8 @@ def bpe_file():
     return next((Path(p) for p in places if p and Path(p).exists()), None)
 
 
-needs_bpe = pytest.mark.skipif(bpe_file() is None, reason="needs OpenAI's bpe_simple_vocab_16e6.txt.gz: name it in CLIP_BPE")
+needs_bpe = pytest.mark.skipif(bpe_file() is None,
+                               reason="needs OpenAI's bpe_simple_vocab_16e6.txt.gz: name it in CLIP_BPE")
 
 
 def sines(a, b, c, rows=4, dim=3):

@@ -63,7 +63,7 @@ def records(tmp_path, monkeypatch):
     for row, values in SCORES.items():
         for seed, value in enumerate(values):
             scores = {"R@1": 100 - value, "mAP": value}
-            ablations.record(groups.command("tricks", names[row], seed), {tables.T2I: scores, tables.OTHERS: scores})
+            ablations.record(groups.command("tricks", names[row], seed), {tables.T2I: scores, tables.EXCLUDED: scores})
 
 
 def cells(text):
@@ -127,7 +127,7 @@ STUDENT = "tbps.py --teacher {teacher}/best.pt --seed 0"
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """Two small groups that share a run; `start` only writes a log, with R@1 50 and as mAP the number of runs so far."""
+    """Two groups that share a run; `start` only writes a log, with R@1 50 and as mAP the number of runs so far."""
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results.jsonl")
     small = {
