@@ -348,6 +348,8 @@ def filter_by_score(records, thresholds):
         key, _, value = text.partition("=")
         try:
             least = float(value)
+            if math.isnan(least):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--min-score takes KEY=NUMBER, not {text!r}") from None
         if missing := [r for r in records if key not in r.get("scores", {})]:
