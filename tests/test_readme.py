@@ -85,3 +85,9 @@ def test_out_of_memory_says_what_to_do(capsys):
     said = capsys.readouterr().err
     assert e.value.code == 2
     assert "CUDA out of memory\n" in said and "--micro-batch" in said and "--checkpoint-blocks" in said
+
+
+@pytest.mark.parametrize("script", [p.name for p in sorted(ROOT.glob("lab/*.py")) if "ArgumentParser" in p.read_text()])
+def test_help_of_experiments(script):
+    said = run(f"lab/{script}", "--help")
+    assert "usage:" in said and f"python lab/{script}" in said
