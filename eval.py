@@ -43,13 +43,12 @@ from tqdm import tqdm
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 def check_features(query, gallery, q_pid, g_pid, own):
-    Q, G = len(query), len(gallery)
-    if 0 in (*query.shape, *gallery.shape):
-        raise ValueError(f"nothing to score: {Q} queries, {G} gallery images, {gallery.shape[-1]} numbers each")
-    shapes = dict(query=query.shape, gallery=gallery.shape, q_pid=q_pid.shape, g_pid=g_pid.shape)
-    shapes |= {} if own is None else dict(own=own.shape)
-    if list(shapes.values()) != [(Q, gallery.shape[1]), gallery.shape[:2], (Q,), (G,), (Q,)][:len(shapes)]:
-        raise ValueError("the shapes do not fit: " + ", ".join(f"{name} {tuple(s)}" for name, s in shapes.items()))
+    (Q, D), G = query.shape, len(gallery)
+    shapes = [tuple(x.shape) for x in (query, gallery, q_pid, g_pid, own) if x is not None]
+    if 0 in (Q, D, G):
+        raise ValueError(f"nothing to score: {Q} queries, {G} gallery images, {D} numbers each")
+    if shapes != [(Q, D), (G, D), (Q,), (G,), (Q,)][:len(shapes)]:
+        raise ValueError(f"the shapes of query, gallery, q_pid, g_pid, own do not fit: {shapes}")
     if not (query.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("the features hold values that are not finite")
     if own is not None and not ((own >= 0) & (own < G)).all():
@@ -59,10 +58,8 @@ def check_features(query, gallery, q_pid, g_pid, own):
 def count_higher(score, correct):
     """How many images rank before each correct one: score (chunk, G), gallery indices (chunk, R) -> (chunk, R)."""
     G, mark = score.shape[1], score.gather(1, correct)
-    if score.device.type == "cpu":
-        ordered = torch.from_numpy(np.sort(score.numpy()))              # faster than torch's sort
-    else:
-        ordered = score.sort(dim=1).values
+    on_cpu = score.device.type == "cpu"                                 # where numpy sorts faster
+    ordered = torch.from_numpy(np.sort(score.numpy())) if on_cpu else score.sort(dim=1).values
     higher = G - torch.searchsorted(ordered, mark, right=True)
     tied = G - torch.searchsorted(ordered, mark) > higher + 1
     for i, k in tied.nonzero().tolist():                                # rare, so a loop is fast enough
@@ -134,10 +131,8 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
 
 def format_scores(scores):
     """Scores on one line: R@1 62.05 R@5 ..."""
-    parts = [f"{name} {value:.2f}" for name, value in scores.items() if name != "dropped"]
-    if "dropped" in scores:
-        parts.append(f"({scores['dropped']} queries dropped)")
-    return " ".join(parts)
+    return " ".join(f"({value} queries dropped)" if name == "dropped" else f"{name} {value:.2f}"
+                    for name, value in scores.items())
 
 
 # ---- embedding and evaluation ---------------------------------------------------------------------------------------
@@ -380,16 +375,11 @@ def check_page(path):
 def write_page(path, title, chapters):
     """Write a self-contained HTML file. chapters: (heading, HTML) pairs, perhaps from a generator."""
     check_page(path)
-    title = html.escape(title)
-    try:
-        with open(part(path), "w", encoding="utf-8") as f:
-            f.write("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-                    f"<title>{title}</title><style>{STYLE}</style><main><h1>{title}</h1>")
-            f.writelines(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
-            f.write("</main></html>")
-        part(path).replace(path)
-    finally:
-        part(path).unlink(missing_ok=True)                              # still there if a chapter failed
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
+    head = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><h1>{html.escape(title)}</h1>")
+    part(path).write_text(f"{head}{body}</main></html>", encoding="utf-8")
+    part(path).replace(path)
 
 
 # ---- the index of a gallery -----------------------------------------------------------------------------------------
@@ -401,28 +391,25 @@ OTHER_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".
 def gallery_files(folder, skipped, failed):
     """Yield [path below the folder, bytes, modification time in ns] of each image file, at any depth, in order.
 
-    Hidden files, symlinks that leave the folder, broken symlinks and anything but regular files are ignored.
-    skipped: a Counter, receives the number of images per ending that is not read
+    Hidden files, symlinks that are broken or leave the folder, and anything but regular files are ignored.
+    skipped: a Counter, receives the endings of images that are not read
     failed: a list, receives the OSError of each folder that cannot be listed and of each file that cannot be examined
     """
-    root = Path(folder).resolve()
+    root, prefix = Path(folder).resolve(), len(os.path.join(folder, ""))
     for where, folders, files in os.walk(folder, onerror=failed.append):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(f for f in files if not f.startswith(".")):
             path, ending = os.path.join(where, name), os.path.splitext(name)[1].lower()
             skipped.update({ending} & OTHER_SUFFIXES)
-            if ending not in SUFFIXES:
+            linked = ending in SUFFIXES and os.path.islink(path)
+            if ending not in SUFFIXES or linked and not Path(path).resolve().is_relative_to(root):
                 continue
             try:
                 state = os.stat(path)
-            except FileNotFoundError:                                   # a broken symlink
-                continue
+                if stat.S_ISREG(state.st_mode):
+                    yield [path[prefix:], state.st_size, state.st_mtime_ns]
             except OSError as e:
-                failed.append(e)
-                continue
-            inside = not os.path.islink(path) or Path(path).resolve().is_relative_to(root)
-            if stat.S_ISREG(state.st_mode) and inside:
-                yield [os.path.relpath(path, folder), state.st_size, state.st_mtime_ns]
+                failed += [] if linked else [e]                         # the end of a broken link is not missed
 
 
 class Index:
@@ -439,9 +426,6 @@ class Index:
     def __init__(self, file, weights, width):
         self.rows_file, self.list_file = Path(f"{file}.f16"), Path(f"{file}.jsonl")
         self.width, self.head, self.lines, self.size = width, self.line(dict(weights=weights, width=width)), [], 0
-        if not self.rows_file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.rows_file.parent} for the index; make it, or name "
-                                    "another file with --index")
         if part(self.list_file).exists() and not part(self.rows_file).exists():                         # see `keep`
             part(self.list_file).replace(self.list_file)
         there = [p for p in (self.list_file, self.rows_file) if p.exists()]
@@ -465,10 +449,10 @@ class Index:
         return np.memmap(self.rows_file, np.float16, "c", shape=(len(self.lines), self.width))
 
     def check_writable(self):
-        """Raise PermissionError, with advice, if the index cannot be written. A finished index may be read-only."""
+        """A finished index may be read-only; call this before work that would be lost."""
         places = [self.rows_file.absolute().parent] + [p for p in (self.rows_file, self.list_file) if p.exists()]
         if not all(os.access(p, os.W_OK) for p in places):
-            raise PermissionError(f"the index cannot be written to {places[0]}; --index FILE puts it elsewhere")
+            raise OSError(f"{places[0]} is no folder that the index can be written to; --index FILE puts it elsewhere")
 
     def append(self, rows, lines):
         """Append rows, float16 (n, D), and the line of each: first the rows, then what makes them count."""
@@ -734,7 +718,7 @@ form {{ margin-bottom: 1.5em }}  button {{ font: inherit; padding: .3em 1em }}  
 textarea {{ display: block; width: 100%; box-sizing: border-box; font: inherit; margin: .3em 0; padding: .5em }}
 .note {{ background: #f3f3f3; padding: .5em .8em }}  .more a {{ display: inline-block; line-height: 26px }}</style>
 <header><h1>Find a person in {number:,} pictures</h1></header>
-<form action=/ method=get role=search><label for=q>Describe the person</label>
+<form action=/ method=get role=search autocomplete=off><label for=q>Describe the person</label>
 <textarea id=q name=q rows=2 autofocus maxlength={longest} placeholder="a woman in a green coat with a black backpack">
 {text}</textarea>
 <button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label>

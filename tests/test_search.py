@@ -196,7 +196,7 @@ MISTAKES = {  # what is said: options after --checkpoint C --gallery PHOTOS; {} 
     "is no text in UTF-8": ("--queries", "{}"),
     "has no query": ("--queries", "{}/blank.txt"),
     "height x width, like 384x128": ("--size", "3x"),
-    "there is no folder": ("--index", "{}/x/i", *QUERY),
+    "no folder that the index can be": ("--index", "{}/x/i", *QUERY),
     "mine.f16 exists and is no index": ("--index", "{}/mine.f16", *QUERY),
     "empty text": ("--gallery", "", *QUERY),
     "an option was given an empty text": ("--index", "", *QUERY),

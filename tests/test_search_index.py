@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_written_to(checkpoint, photos, tmp_path, monkey
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(tmp_path) and access(path, mode))
     said = search(checkpoint, photos, code=2)
-    assert f"the index cannot be written to {tmp_path}; --index FILE puts it elsewhere" in said
+    assert f"{tmp_path} is no folder that the index can be written to; --index FILE puts it elsewhere" in said
     (tmp_path / "mine").mkdir()
     assert "16 images" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
     (photos / "broken.jpg").unlink()                                    # nothing is to be written now
