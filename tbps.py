@@ -18,7 +18,6 @@ import atexit
 import collections
 import contextlib
 import functools
-import hashlib
 import html
 import json
 import math
@@ -286,77 +285,46 @@ class DualEncoder(nn.Module):
 
 # ---- weights: every format people have ------------------------------------------------------------------------------
 
-# All addresses that a user may need to fetch CLIP by hand
-OPENAI_ARCHIVE = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
-OPENAI_SHA256 = {
-    "ViT-B-16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-B-32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-L-14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L-14-336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
+# Where to fetch CLIP by hand; the hub has the same weights as openai/clip-vit-base-patch16
+OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
+                  "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt")
 OPENAI_VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 
-HF_NAMES = [  # name in transformers' CLIPModel -> OpenAI's name, applied in this order
-    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm", "visual.ln_pre"),                  # transformers' own spelling
-    (r"^vision_model\.post_layernorm", "visual.ln_post"),
-    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
-    (r"^visual_projection\.weight", "visual.proj"),
-    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^text_model\.final_layer_norm", "ln_final"),
-    (r"^text_model\.encoder\.layers", "transformer.resblocks"),
-    (r"^text_projection\.weight", "text_projection"),
-    (r"\.self_attn\.out_proj", ".attn.out_proj"),
-    (r"\.self_attn\.q_proj\.", ".attn.in_proj_"),
-    (r"\.layer_norm([12])", r".ln_\1"),
-    (r"\.mlp\.fc1", ".mlp.c_fc"),
-    (r"\.mlp\.fc2", ".mlp.c_proj"),
-]
-OPENAI_NAMES = [
+OPENAI_NAMES = [  # OpenAI's and open_clip's name -> ours, applied in this order
     (r"^visual\.", "image."),
     (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
-    (r"transformer\.resblocks\.", "blocks."),
-    (r"attn\.in_proj_", "attn.qkv."),
-    (r"attn\.out_proj", "attn.proj"),
-    (r"\.ln_([12])\.", r".ln\1."),
-    (r"mlp\.c_fc", "fc1"),
-    (r"mlp\.c_proj", "fc2"),
-    (r"conv1\.", "patch."),
-    (r"class_embedding", "cls"),
-    (r"token_embedding", "tok"),
-    (r"positional_embedding", "pos"),
-    (r"text_projection", "proj"),
-    (r"ln_final", "ln_post"),
+    (r"transformer\.resblocks\.", "blocks."), (r"attn\.in_proj_", "attn.qkv."), (r"attn\.out_proj", "attn.proj"),
+    (r"\.ln_([12])\.", r".ln\1."), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"conv1\.", "patch."),
+    (r"class_embedding", "cls"), (r"token_embedding", "tok"), (r"positional_embedding", "pos"),
+    (r"text_projection", "proj"), (r"ln_final", "ln_post"),
+]
+HF_NAMES = [  # name in Hugging Face's CLIPModel -> OpenAI's; to_openai_names stacks q, k, v and transposes projections
+    (r"^vision_model\.", "visual."), (r"^text_model\.", ""), (r"encoder\.layers\.", "transformer.resblocks."),
+    (r"embeddings\.class_embedding", "class_embedding"), (r"embeddings\.patch_embedding", "conv1"),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"), (r"embeddings\.token_", "token_"),
+    (r"self_attn\.q_proj\.", "attn.in_proj_"), (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"layer_norm([12])", r"ln_\1"), (r"pre_layrnorm", "ln_pre"), (r"post_layernorm", "ln_post"),
+    (r"final_layer_norm", "ln_final"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"),
+    (r"visual_projection\.weight", "visual.proj"), (r"text_projection\.weight", "text_projection"),
 ]
 WRAPPERS = r"^((module|model|clip|clip_model)\.)+"                      # modules that people wrap a CLIP in
 NOT_WEIGHTS = r"(^|\.)(input_resolution|context_length|vocab_size|position_ids|attn_mask)$"     # constants saved along
 ENCODER = (r"^(?:\w+\.)*?(visual\..+|transformer\.resblocks\..+|token_embedding\.weight|positional_embedding|"
-           r"ln_final\..+|text_projection|logit_scale)$")
+           r"ln_final\..+|text_projection|logit_scale|(?:vision|text)_model\..+|(?:visual|text)_projection\.weight)$")
 
-# Weights and their config are a pair: name of the weights -> name of the config, and the key that shows it is a CLIP's
-WEIGHT_FILES = {
+CONFIG_KEYS = {"config.json": "vision_config", "open_clip_config.json": "model_cfg"}    # the key that tells a CLIP's
+WEIGHT_FILES = {  # name -> the config that belongs to it
     "model.safetensors": "config.json",
     "model.safetensors.index.json": "config.json",                      # a list of shards
     "open_clip_model.safetensors": "open_clip_config.json",
     "open_clip_pytorch_model.bin": "open_clip_config.json",
     "pytorch_model.bin": "config.json",
 }
-CONFIG_KEYS = {"open_clip_config.json": "model_cfg", "config.json": "vision_config"}
 VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
 
 
-def rename(name, table):
-    """Apply every (pattern, replacement) of the table in order."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def read_json(path):
-    """The object in a JSON file, {} if there is no such file."""
+    """The object in a JSON file; {} if the file does not exist."""
     if not path.exists():
         return {}
     try:
@@ -369,20 +337,20 @@ def read_json(path):
 
 
 def rank_weight_files(folder):
-    """Names of weights files, best first: those whose own config is in the folder and is the config of a CLIP."""
+    """Names of weights files; first those whose own config is in the folder and is the config of a CLIP."""
     def lacks_config(name):
         config = WEIGHT_FILES[name]
         return CONFIG_KEYS[config] not in read_json(folder / config)
-    return sorted(WEIGHT_FILES, key=lacks_config)                       # stable: else the order of the table
+    return sorted(WEIGHT_FILES, key=lacks_config)
 
 
 def find_weights(source):
-    """Path of the weights file of a local file or folder, or of a hub id, which huggingface_hub fetches into its cache."""
+    """A local file or folder, or a hub id, which huggingface_hub fetches into its cache -> Path of the weights file."""
     path = Path(source)
     if path.is_dir():
-        files = [path / name for name in rank_weight_files(path) if (path / name).exists()] or sorted(path.glob("*.pt"))
-        first, *others = WEIGHT_FILES
-        return files[0] if files else data.need(path / first, "the CLIP weights", f"or one of {', '.join(others)}, *.pt")
+        files = [path / name for name in rank_weight_files(path)] + sorted(path.glob("*.pt"))
+        found = [file for file in files if file.exists()]
+        return found[0] if found else data.need(files[0], "the CLIP weights", f"or {', '.join(WEIGHT_FILES)}, *.pt")
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
     if path.exists() or is_file_name or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return data.need(path, "the CLIP weights", "weights are a file, a folder or a hub id like "
@@ -391,108 +359,229 @@ def find_weights(source):
 
 
 def fetch_weights(hub_id):
-    """The weights of a model on the hub, with its config and vocabulary beside them."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub import errors
-    failures = []
-
-    def fetch(name):
-        try:
-            return Path(hf_hub_download(hub_id, name, local_files_only=bool(failures)))     # do not wait twice for the hub
-        except errors.LocalEntryNotFoundError as e:                     # no network, and not in the cache
-            failures.append(e)
-        except errors.RepositoryNotFoundError:
-            raise ValueError(f"{hub_id} is neither a file here nor a model on the hub") from None
-        except errors.EntryNotFoundError:                               # the hub has the model but not this file
-            pass
-        except (errors.HfHubHTTPError, OSError) as e:
-            failures.append(e)
-
-    side_files = [*CONFIG_KEYS, "preprocessor_config.json", *VOCABULARIES[:2]]
-    found = [path for name in side_files if (path := fetch(name))]
-    names = rank_weight_files(found[0].parent) if found else WEIGHT_FILES
-    path = next((path for name in names if (path := fetch(name))), None)
-    if path is None:
-        reason = f"the hub cannot be reached ({type(failures[0]).__name__})" if failures else f"it has none of {', '.join(names)}"
-        raise FileNotFoundError(f"no CLIP weights from {hub_id}: {reason}\n{how_to_fetch(hub_id)}")
-    if path.name.endswith(".index.json"):
-        for name in shard_names(path):
-            fetch(name)
-    return path
-
-
-def how_to_fetch(hub_id):
-    """Commands that fetch weights and vocabulary by hand."""
-    archive = OPENAI_ARCHIVE.format(sha256=OPENAI_SHA256["ViT-B-16"], name="ViT-B-16")
-    return (f"  Fetch weights and vocabulary where there is a network, then name the folder with --clip:\n"
-            f"    hf download {hub_id} --exclude '*.h5' --exclude '*.msgpack' --local-dir {hub_id.split('/')[1]}\n"
-            f"  or, without the hub, OpenAI's ViT-B/16:\n"
-            f"    mkdir clip && cd clip && curl -LO {archive} -LO {OPENAI_VOCABULARY}\n"
-            f"  --clip none trains from scratch")
+    """The weights of a model on the hub, with its config and vocabulary beside them -> Path."""
+    from huggingface_hub import errors, snapshot_download
+    reason = f"it has none of {', '.join(WEIGHT_FILES)}"
+    try:
+        beside = [*CONFIG_KEYS, "preprocessor_config.json", *VOCABULARIES]
+        folder = Path(snapshot_download(hub_id, allow_patterns=beside))
+        for name in rank_weight_files(folder):
+            snapshot_download(hub_id, allow_patterns=[name])
+            if (folder / name).exists():
+                if name.endswith(".index.json"):
+                    snapshot_download(hub_id, allow_patterns=shard_names(folder / name))
+                return folder / name
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"{hub_id} is neither a file here nor a model on the hub") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as e:
+        reason = f"the hub cannot be reached ({type(e).__name__})"
+    raise FileNotFoundError(
+        f"no CLIP weights from {hub_id}: {reason}\n"
+        f"  Fetch weights and vocabulary where there is a network, then name their folder with --clip:\n"
+        f"    hf download {hub_id} --exclude '*.h5' --exclude '*.msgpack' --local-dir {hub_id.split('/')[1]}\n"
+        f"  or OpenAI's ViT-B/16, without the hub:\n"
+        f"    mkdir clip && cd clip && curl -LO {OPENAI_WEIGHTS} -LO {OPENAI_VOCABULARY}\n"
+        f"  --clip none trains from scratch")
 
 
 def shard_names(index):
     """The files that a model.safetensors.index.json lists."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
         raise ValueError(f"{index} does not list the files of a model (weight_map)")
-    return sorted(set(names.values()))
-
-
-def names_in(path):
-    """The names in a zip archive, which TorchScript and torch.save write; nothing for other files."""
-    if not zipfile.is_zipfile(path):
-        return []
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()
+    return sorted(set(files.values()))
 
 
 def allowed_classes():
-    """What may lie beside tensors in a file, for torch.load(weights_only=True): numpy's scalars and arrays, under the names of
-    numpy 1 and 2, and TBPS-CLIP's configuration, an EasyDict, which becomes a plain dict. None of them runs code."""
+    """What torch.load(weights_only=True) may find beside tensors: numpy's scalars and arrays, under the names of numpy
+    1 and 2, and TBPS-CLIP's configuration, an EasyDict, which becomes a plain dict. None of them runs code."""
     classes = [np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-    for example in (np.float64(0), np.zeros(0)):
-        maker = example.__reduce__()[0]
+    for maker in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):
         classes += [(maker, f"{package}.multiarray.{maker.__name__}") for package in ("numpy.core", "numpy._core")]
     return classes + [(collections.OrderedDict, "easydict.EasyDict")]
 
 
-def read_torchscript(path):
-    with open(path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    if sha256 not in OPENAI_SHA256.values():
-        print(f"warning: {path} is a TorchScript archive, but none that OpenAI published (sha256 {sha256[:12]}...)", file=sys.stderr)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)                  # torch prefers torch.export; OpenAI's files stay what they are
-        return torch.jit.load(path, map_location="cpu").state_dict()
+def is_torchscript(path):
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_file(path):
-    """Any weights file -> what is in it: a dict of tensors, or a training checkpoint that holds one. Runs no code of the file."""
+    """Any weights file -> what is in it: tensors by name, or a training checkpoint. Runs no code of the file."""
     if path.name.endswith(".index.json"):
-        shards = [data.need(path.parent / name, "a part of the weights", f"{path} lists it") for name in shard_names(path)]
+        shards = [data.need(path.parent / f, "a part of the weights", f"{path} lists it") for f in shard_names(path)]
         return {name: w for shard in shards for name, w in read_file(shard).items()}
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, a text that stands for the file. Fetch the file itself: git lfs pull")
-    size = f"{path.stat().st_size:,} bytes"
-    if path.suffix != ".safetensors" and not head.startswith((b"PK", b"\x80")):                     # neither zip nor pickle
-        raise ValueError(f"{path} cannot be read as weights: it has {size} and begins with {head[:24]!r}")
+        raise ValueError(f"{path} is a Git LFS pointer, a text that stands for the file. Fetch the file: git lfs pull")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if any(name.endswith("/constants.pkl") for name in names_in(path)):
-            return read_torchscript(path)
+        if not head.startswith((b"PK", b"\x80")):
+            raise ValueError(f"it is neither zip nor pickle and begins with {head[:24]!r}")
+        if zipfile.is_zipfile(path) and is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)          # torch prefers torch.export
+                return torch.jit.load(path, map_location="cpu").state_dict()
         with torch.serialization.safe_globals(allowed_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as e:
         if found := re.search(r"GLOBAL (\S+)", str(e)):
-            raise ValueError(f"{path} holds an object of {found[1]} beside the weights; it is not loaded, as that could run code"
-                             "\n  Save the weights alone, where the file comes from: "
+            raise ValueError(f"{path} holds an object of {found[1]} beside the weights; loading it could run code\n"
+                             "  Save the weights alone, where the file comes from: "
                              "torch.save(model.state_dict(), 'weights.pt')") from None
         reason = (str(e).splitlines() or [type(e).__name__])[0].split(". ")[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}\n  Is the download complete? It has {size}") from None
+        raise ValueError(f"{path} cannot be read as weights: {reason}\n  Is the download complete? "
+                         f"It has {path.stat().st_size:,} bytes") from None
+
+
+# ---- weights: architecture and preprocessing, from the tensors and the config beside them ---------------------------
+
+def find_config(path):
+    """The config beside a weights file, its own one first -> (Path, content), or (None, {})."""
+    own = WEIGHT_FILES.get(path.name, "open_clip_config.json")
+    there = [path.parent / name for name in sorted(CONFIG_KEYS, key=lambda name: name != own)]
+    there = [file for file in there if file.exists()]
+    for file in there:
+        if CONFIG_KEYS[file.name] in (config := read_json(file)):
+            return file, config
+    if there:                                                           # e.g. timm's
+        raise ValueError(f"{there[0]} is not the configuration of a CLIP; remove it, or fetch it again")
+    return None, {}
+
+
+def read_config(path):
+    """What tensors do not tell. Without a config beside the weights file: the values of OpenAI's models.
+
+    -> dict(file=name of the config or None, quick_gelu, head_width, text_head_width, norm, resize,
+            sizes=image sizes (H, W) that the config names)"""
+    file, config = find_config(path)
+    if file is None:
+        return dict(file=None, quick_gelu=True, head_width=64, text_head_width=64, norm="clip", resize="bicubic",
+                    sizes=[])
+    try:
+        if file.name == "config.json":
+            said = read_hf_config(config, read_json(file.parent / "preprocessor_config.json"))
+        else:
+            said = read_open_clip_config(config["model_cfg"], config.get("preprocess_cfg", {}))
+        mean, std, resize = said.pop("mean"), said.pop("std"), said.pop("resize")
+        norm = (tuple(mean), tuple(std)) if mean and std else data.NORMS["clip"]
+        norm = next((name for name, values in data.NORMS.items() if values == norm), norm)
+        # Hugging Face writes Pillow's numbers: 2, 3
+        resize = {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", 3: "bicubic", 2: "bilinear"}[resize]
+        sizes = [as_size(size) for size in said.pop("sizes") if size]
+        return said | dict(file=file.name, norm=norm, resize=resize, sizes=sizes)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise ValueError(f"{file} is not the configuration of a known CLIP ({type(e).__name__}: {e})") from None
+
+
+def read_open_clip_config(model, views):
+    image, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    return dict(quick_gelu=model.get("quick_gelu", False), head_width=image.get("head_width", 64),
+                text_head_width=text.get("width", 512) // text.get("heads", 8),
+                mean=views.get("mean"), std=views.get("std"), resize=views.get("interpolation"),
+                sizes=[image.get("image_size"), views.get("size")])
+
+
+def read_hf_config(model, views):
+    image, text = model["vision_config"], model.get("text_config", {})
+    activations = {part.get("hidden_act", "quick_gelu") for part in (image, text)}
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        raise KeyError(f"hidden_act {activations}")
+    return dict(quick_gelu=activations == {"quick_gelu"},
+                head_width=image.get("hidden_size", 768) // image.get("num_attention_heads", 12),
+                text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8),
+                mean=views.get("image_mean"), std=views.get("image_std"), resize=views.get("resample"),
+                sizes=[image.get("image_size"), views.get("crop_size"), views.get("size")])
+
+
+def as_size(size):
+    """224, [224, 224], or Hugging Face's {"shortest_edge": 224} or {"height": 224, "width": 224} -> (H, W)."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge") or (size["height"], size["width"])
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def patch_grid(size, patch, stride):
+    """Rows and columns of patches in an image of size (H, W)."""
+    return tuple((side - patch) // stride + 1 for side in size)
+
+
+def read_image_size(positions, patch, sizes, asked, stride, source):
+    """The image size (H, W) and stride that a number of patch positions comes from, which tensors do not tell.
+
+    First the `sizes` a config names, then the size `asked` for, if they have as many patches; else the only usual
+    shape. Raises ValueError, which asks for the size, if several shapes fit."""
+    candidates = [(size, patch) for size in sizes] + ([(asked, stride or patch)] if asked else [])
+    for size, step in candidates:
+        if math.prod(patch_grid(size, patch, step)) == positions:
+            return tuple(size), step
+    usual = []
+    for ratio in (3, 4, 2, 1):                                          # persons are tall: IRRA has 24 x 8 patches
+        columns = math.isqrt(positions // ratio)
+        if ratio * columns ** 2 == positions:
+            usual.append((ratio * columns * patch, columns * patch))
+    published = [size for size in usual if size in ((224, 224), (336, 336))]       # the sizes of OpenAI's models
+    if published or len(usual) == 1:
+        return (published or usual)[0], patch
+    shapes = f"may be images of {' or '.join(f'{h}x{w}' for h, w in usual)}" if usual else "fit no usual image size"
+    raise ValueError(f"{source} has {positions} positions of {patch}x{patch} patches, which {shapes}\n"
+                     "  Name the size of its training: --size HxW (eval.py), --set height=H width=W (tbps.py)")
+
+
+def check_clip(weights, source):
+    """That these are the tensors of two transformers that can be read, with OpenAI's names."""
+    if any(name.startswith(("visual.layer1", "visual.attnpool")) for name in weights):
+        raise ValueError(f"{source} is a CLIP with a ResNet image tower; only vision transformers can be read")
+    dims = {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2,
+            "positional_embedding": 2, "text_projection": 2}
+    for name, number in dims.items():
+        if name not in weights or weights[name].ndim != number:
+            shape = tuple(weights[name].shape) if name in weights else "missing"
+            raise ValueError(f"{source} is no CLIP that can be read: {name} is {shape}. "
+                             f"It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
+    if (context := len(weights["positional_embedding"])) < data.CONTEXT:
+        raise ValueError(f"{source} reads texts of {context} tokens; OpenAI's CLIP and tbps read {data.CONTEXT}")
+
+
+def read_arch(weights, config, image_size, stride, source):
+    """The architecture of a CLIP with OpenAI's names, from the shapes of its tensors and what read_config found."""
+    check_clip(weights, source)
+
+    def depth(tower):
+        numbers = [int(m[1]) for name in weights if (m := re.match(tower + r"transformer\.resblocks\.(\d+)\.", name))]
+        return 1 + max(numbers, default=-1)
+
+    width, _, patch, _ = weights["visual.conv1.weight"].shape
+    vocab, text_width = weights["token_embedding.weight"].shape
+    positions = len(weights["visual.positional_embedding"]) - 1
+    size, stride = read_image_size(positions, patch, config["sizes"], image_size, stride, source)
+    arch = dict(
+        embed=weights["text_projection"].shape[1], image_size=size, patch=patch, stride=stride,
+        image_width=width, image_layers=depth(r"visual\."), text_width=text_width, text_layers=depth(""), vocab=vocab,
+        context=len(weights["positional_embedding"]), head_width=config["head_width"],
+        text_head_width=config["text_head_width"], quick_gelu=config["quick_gelu"])
+    rows, columns = patch_grid(size, patch, stride)
+    known_from = config["file"] or "assumed: OpenAI's, as there is no config beside the weights"
+    said = (f"patch {patch}, image {arch['image_layers']} layers of {width}, text {arch['text_layers']} layers of "
+            f"{text_width}; {rows}x{columns} positions, of images of {size[0]}x{size[1]}; "
+            f"heads of {arch['head_width']}, {'Quick' * arch['quick_gelu']}GELU ({known_from})")
+    knows_heads = config["file"] or width <= 1024                       # larger models have heads of 80 and more
+    splits = width % config["head_width"] == 0 and text_width % config["text_head_width"] == 0
+    if not (knows_heads and splits and arch["image_layers"] and arch["text_layers"]):
+        raise ValueError(f"{source} is no CLIP that can be read: {said}")
+    print(f"clip: {said}")
+    return arch
+
+
+# ---- weights: into the model ----------------------------------------------------------------------------------------
+
+def rename(name, table):
+    """Apply every (pattern, replacement) of the table in order."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def to_openai_names(weights, source):
@@ -506,155 +595,51 @@ def to_openai_names(weights, source):
             if missing := [p for p in parts if p not in weights]:
                 raise ValueError(f"{source} lacks {missing[0]}")
             w = torch.cat([weights[p] for p in parts])
-        if name in ("visual_projection.weight", "text_projection.weight"):
-            w = w.T
-        theirs[rename(name, HF_NAMES)] = w
+        theirs[rename(name, HF_NAMES)] = w.T if name in ("visual_projection.weight", "text_projection.weight") else w
     return theirs
 
 
-def find_config(path):
-    """The config beside a weights file -> its path, its content; None, {} if there is none."""
-    own = WEIGHT_FILES.get(path.name, "open_clip_config.json")
-    names = sorted(CONFIG_KEYS, key=lambda name: name != own)           # its own first
-    found = [path.parent / name for name in names if (path.parent / name).exists()]
-    for file in found:
-        if CONFIG_KEYS[file.name] in (config := read_json(file)):
-            return file, config
-    if found:                                                           # e.g. of timm
-        raise ValueError(f"{found[0]} is not the configuration of a CLIP; remove it, or fetch it again")
-    return None, {}
-
-
-def read_config(path):
-    """What the config beside a weights file says and tensors do not tell. Without a config: what OpenAI's models have.
-
-    -> dict(file, quick_gelu, head_width, text_head_width, sizes of images (H, W) that it names, and how images are prepared: norm,
-    a name in data.NORMS or (mean, std), and resize)"""
-    said = dict(file=None, quick_gelu=True, head_width=64, text_head_width=64, sizes=[], norm="clip", resize="bicubic")
-    file, config = find_config(path)
-    if file is None:
-        return said
-    try:
-        return said | dict(file=file.name) | (read_hf_config if file.name == "config.json" else read_open_clip_config)(config, file.parent)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{file} is not the configuration of a CLIP that can be read ({type(e).__name__}: {e})") from None
-
-
-def read_open_clip_config(config, folder):
-    model, views = config["model_cfg"], config.get("preprocess_cfg", {})
-    image, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    said = dict(quick_gelu=model.get("quick_gelu", False), head_width=image.get("head_width", 64),
-                text_head_width=text.get("width", 512) // text.get("heads", 8), sizes=[image.get("image_size", 224)])
-    return said | read_views(views.get("mean"), views.get("std"), views.get("interpolation"), said["sizes"] + [views.get("size")])
-
-
-def read_hf_config(config, folder):
-    image, text = config["vision_config"], config.get("text_config", {})
-    views = read_json(folder / "preprocessor_config.json")
-    activations = {part.get("hidden_act", "quick_gelu") for part in (image, text)}
-    if len(activations) > 1 or not activations <= {"quick_gelu", "gelu"}:
-        raise KeyError(f"hidden_act {activations}")
-    said = dict(quick_gelu="quick_gelu" in activations, head_width=image.get("hidden_size", 768) // image.get("num_attention_heads", 12),
-                text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8))
-    sizes = [image.get("image_size", 224), views.get("crop_size"), views.get("size")]
-    return said | read_views(views.get("image_mean"), views.get("image_std"), views.get("resample"), sizes)
-
-
-def read_views(mean, std, resize, sizes):
-    """How images are prepared, from the config's words for it: None stands for what OpenAI's models have."""
-    said = dict(sizes=[])
-    if mean and std:
-        values = tuple(mean), tuple(std)
-        said["norm"] = next((name for name, known in data.NORMS.items() if known == values), values)
-    if resize is not None:
-        said["resize"] = {"bilinear": "bilinear", "bicubic": "bicubic", 2: "bilinear", 3: "bicubic"}[resize]     # Pillow's numbers
-    for size in sizes:
-        if isinstance(size, dict):                                      # transformers'
-            size = size.get("shortest_edge") or (size["height"], size["width"])
-        if size:
-            said["sizes"].append((size, size) if isinstance(size, int) else tuple(size))
-    return said
-
-
-def patch_grid(size, patch, stride):
-    """Rows and columns of patches in an image of size (H, W)."""
-    return tuple((side - patch) // stride + 1 for side in size)
-
-
-def read_image_size(n, patch, sizes, asked, stride, source):
-    """The image size (H, W) and stride of n patch positions, which a file of tensors does not tell: a size that a config names or that is
-    asked for, if it has as many patches; else the only likely one. Raises ValueError, asking for the size, if several are likely."""
-    for size, step in [(size, patch) for size in sizes] + [(asked, stride or patch)] * (asked is not None):
-        if math.prod(patch_grid(size, patch, step)) == n:
-            return tuple(size), step
-    likely = []
-    for ratio in (3, 4, 2, 1):                                          # persons are tall: IRRA's 384x128 is 24 x 8 patches of 16
-        columns = math.isqrt(n // ratio)
-        if ratio * columns ** 2 == n:
-            likely.append((ratio * columns * patch, columns * patch))
-    published = [size for size in likely if size in ((224, 224), (336, 336))]      # the sizes of OpenAI's and LAION's models
-    if len(likely) == 1 or published:
-        return (published or likely)[0], patch
-    which = " or ".join(f"{h}x{w}" for h, w in likely)
-    raise ValueError(f"{source} has {n} positions of {patch}x{patch} patches, which " + (f"may be images of {which}" if likely else "fit no "
-                     "usual image size") + "\n  Name the size it was trained with: --size HxW (eval.py), --set height=H width=W (tbps.py), "
-                     "image_size=(H, W) (Python)")
-
-
-def read_arch(weights, config, image_size, stride, source):
-    """The architecture of a CLIP with OpenAI's names, from the shapes of its tensors and from its config, as read_config has it."""
-    if any(n.startswith(("visual.layer1", "visual.attnpool")) for n in weights):
-        raise ValueError(f"{source} is a CLIP with a ResNet image tower; only vision transformers (ViT-B/32, ViT-B/16, ViT-L/14) can be read")
-    dims = {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2, "positional_embedding": 2,
-            "text_projection": 2}
-    for name, number in dims.items():
-        if name not in weights:
-            raise ValueError(f"{source} is no CLIP that can be read: it lacks {name}. It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
-        if weights[name].ndim != number:
-            raise ValueError(f"{source}: tensor {name} is {tuple(weights[name].shape)}, it should have {number} dimensions")
-
-    def depth(pattern):
-        return 1 + max((int(m[1]) for n in weights if (m := re.match(pattern, n))), default=-1)
-
-    image_layers, text_layers = depth(r"visual\.transformer\.resblocks\.(\d+)\."), depth(r"transformer\.resblocks\.(\d+)\.")
-    width, _, patch, _ = weights["visual.conv1.weight"].shape
-    vocab, text_width = weights["token_embedding.weight"].shape
-    context = len(weights["positional_embedding"])
-    known_from = config["file"] or "assumed: OpenAI's, as there is no config beside the weights"
-    known_width = width <= 1024 or config["file"]                       # larger ones have heads of 80 and more
-    if not known_width or width % config["head_width"] or text_width % config["text_head_width"] or not image_layers or not text_layers:
-        raise ValueError(f"{source} is a CLIP with {image_layers} + {text_layers} layers, {width} and {text_width} wide, whose heads are not known "
-                         f"({known_from}); ViT-B/32, ViT-B/16 and ViT-L/14 can be read without a config, others with theirs")
-    if context < data.CONTEXT:
-        raise ValueError(f"{source} reads texts of {context} tokens; captions here take {data.CONTEXT}, as in OpenAI's CLIP")
-    n = len(weights["visual.positional_embedding"]) - 1
-    size, stride = read_image_size(n, patch, config["sizes"], image_size, stride, source)
-    arch = dict(embed=weights["text_projection"].shape[1], image_size=size, patch=patch, stride=stride, image_width=width,
-                image_layers=image_layers, text_width=text_width, text_layers=text_layers, vocab=vocab, context=context,
-                head_width=config["head_width"], text_head_width=config["text_head_width"], quick_gelu=config["quick_gelu"])
-    rows, columns = patch_grid(size, patch, stride)
-    print(f"clip: {layers_of(arch)}; {rows}x{columns} positions, of images of {size[0]}x{size[1]}; heads of {arch['head_width']}, "
-          f"{'Quick' * arch['quick_gelu']}GELU ({known_from})")
-    return arch
-
-
-def layers_of(arch):
-    return (f"patch {arch['patch']}, image {arch['image_layers']} layers of {arch['image_width']}, "
-            f"text {arch['text_layers']} layers of {arch['text_width']}")
+def read_foreign_clip(saved, path, image_size, stride):
+    """What another program's file holds -> architecture, tensors with our names, names of what is left out."""
+    nested = next((saved[key] for key in ("model", "state_dict") if isinstance(saved.get(key), dict)), None)
+    weights, left_out, config = {}, set(), read_config(path)
+    for name, w in (saved if nested is None else nested).items():
+        if not torch.is_tensor(w):
+            raise ValueError(f"{path} holds {', '.join(sorted(saved)[:5])}, not a dict of tensors")
+        if name.endswith("input_resolution"):                           # OpenAI's archives tell the size of images
+            config["sizes"].append(as_size(int(w)))
+        if re.search(NOT_WEIGHTS, name):
+            continue
+        key = re.sub(WRAPPERS, "", name.replace("_orig_mod.", ""))      # torch.compile's, at any depth
+        if nested is not None:                                          # a training checkpoint: any prefix, and heads
+            match = re.match(ENCODER, key)
+            if not match:
+                left_out.add(key.split(".")[0])
+                continue
+            key = match[1]
+        if key in weights:
+            raise ValueError(f"{path} holds more than one encoder: {name} is the second {key}")
+        weights[key] = w
+    if any(name.startswith("text_model.") for name in weights):
+        weights = to_openai_names(weights, path)
+    if nested is not None:
+        weights.setdefault("logit_scale", torch.tensor(math.log(50)))   # IRRA's temperature is fixed at 0.02
+    arch = read_arch(weights, config, image_size, stride, path)
+    return arch, {rename(name, OPENAI_NAMES): w for name, w in weights.items()}, sorted(left_out)
 
 
 def resize_pos(pos, old, new):
-    """Position embeddings (1 + rows * cols, C) of a grid `old` to a grid `new`: the class token's stays, the rest is stretched."""
-    grid = pos[1:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)                                     # (1, C, rows, cols)
+    """Position embeddings (1 + rows * columns, C) of a grid `old` -> of a grid `new`; that of the class token stays."""
+    grid = pos[1:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)                     # (1, C, rows, columns)
     grid = F.interpolate(grid, size=new, mode="bilinear")
     return torch.cat([pos[:1].float(), grid.flatten(2)[0].T])
 
 
 @torch.no_grad()
 def copy_weights(model, weights, source, old_grid):
-    """Copy tensors that carry our names into `model`. Each is copied, or resized and copied; the model's heads are new. Anything
-    else is an error that names the tensor."""
-    ours = {n: p for n, p in model.state_dict().items() if not n.startswith("heads.")}
+    """Copy tensors with our names into `model`. Each is copied, or resized and copied; the model's heads are new.
+    Anything else is a ValueError that names the tensor."""
+    ours = {name: p for name, p in model.state_dict().items() if not name.startswith("heads.")}
     resized = "none"
     for name, w in weights.items():
         if name not in ours:
@@ -663,82 +648,49 @@ def copy_weights(model, weights, source, old_grid):
             w = resize_pos(w, old_grid, model.image.grid)
             resized = "positions from {}x{} to {}x{}".format(*old_grid, *model.image.grid)
         if w.shape != ours[name].shape or not w.is_floating_point():
-            raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)} {w.dtype}, it should be {tuple(ours[name].shape)} of floating point")
-        ours[name].copy_(w)                                             # shares memory with the model; casts fp16 to fp32
+            raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)} {w.dtype}, "
+                             f"it should be {tuple(ours[name].shape)} of floating point")
+        ours[name].copy_(w)                                             # shares memory with the model; also casts fp16
     if missing := sorted(ours.keys() - weights.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors, e.g. {', '.join(missing[:3])}")
     print(f"clip: {len(ours)} tensors from {source}, resized: {resized}")
 
 
-def select_encoders(weights, source):
-    """The two encoders in a training checkpoint, under whatever prefix -> their tensors with OpenAI's names, what else is there."""
-    found = {name: m[1] for name in weights if (m := re.match(ENCODER, name))}
-    for key, times in collections.Counter(found.values()).items():
-        if times > 1:
-            raise ValueError(f"{source} holds more than one encoder: {', '.join(n for n in found if found[n] == key)}")
-    encoders = {key: weights[name] for name, key in found.items()}
-    encoders.setdefault("logit_scale", torch.tensor(math.log(50)))      # IRRA fixes the temperature at 0.02 and stores none
-    return encoders, sorted({name.split(".")[0] for name in weights.keys() - found.keys()})
-
-
-def read_foreign_clip(saved, path, image_size, stride):
-    """What any other program's file holds -> the architecture, tensors with our names, names of what is left out."""
-    nested = next((saved[k] for k in ("model", "state_dict") if isinstance(saved.get(k), dict)), None)
-    weights, config = {}, read_config(path)
-    for name, w in (saved if nested is None else nested).items():
-        if not torch.is_tensor(w):
-            raise ValueError(f"{path} holds {', '.join(sorted(map(str, saved))[:5])}, not a dict of tensors; --clip wants model weights")
-        if name.endswith("input_resolution"):                           # OpenAI's archives tell the size of images
-            config["sizes"].append((int(w), int(w)))
-        if re.search(NOT_WEIGHTS, name):
-            continue
-        key = re.sub(WRAPPERS, "", name.replace("_orig_mod.", ""))      # torch.compile's, at any depth
-        if key in weights:
-            raise ValueError(f"{path} holds more than one encoder: {name} and another {key}")
-        weights[key] = w
-    if any(name.startswith("text_model.") for name in weights):
-        weights = to_openai_names(weights, path)
-    weights, left_out = (weights, []) if nested is None else select_encoders(weights, path)
-    arch = read_arch(weights, config, image_size, stride, path)
-    return arch, {rename(name, OPENAI_NAMES): w for name, w in weights.items()}, left_out
-
-
 def encoder_of(arch, source, **options):
     """A DualEncoder of a checkpoint's architecture."""
-    arch, few_shot = dict(arch), ("prompt", "adapter")                  # keys of lab/few_shot.py and of the first edition
-    if any([arch.pop(key, 0) for key in few_shot]):
-        raise ValueError(f"{source} has a prompt (CoOp) or an adapter (CLIP-Adapter): only lab/few_shot.py knows those, and trains and scores them")
+    arch = dict(arch)
+    if any([arch.pop(key, 0) for key in ("prompt", "adapter")]):        # the first edition has both keys, mostly 0
+        raise ValueError(f"{source} has a prompt (CoOp) or an adapter (CLIP-Adapter): only lab/few_shot.py knows those")
     return DualEncoder(**arch | options)
 
 
 def load_clip(source, image_size=None, stride=None, **options):
-    """A DualEncoder with the weights of `source`: OpenAI's TorchScript archive or a plain state dict, open_clip's safetensors or
-    bin, Hugging Face's model.safetensors (also in shards) or pytorch_model.bin, the folder of one of them, a hub id; a checkpoint of
-    ours; the released checkpoints of IRRA, RDE and TBPS-CLIP (encoders only, the rest is named).
+    """A DualEncoder with the weights of `source`: a file, a folder or a hub id. Files: OpenAI's TorchScript archive, a
+    state dict, open_clip's safetensors or bin, Hugging Face's safetensors (also in shards) or bin, a checkpoint of
+    ours, or a released checkpoint of IRRA, RDE or TBPS-CLIP, whose heads are left out.
 
-    The architecture is read from the file and the config beside it. image_size (H, W): positions are stretched to it; stride: of the patches,
-    0: no overlap; None keeps the file's. `options` go to DualEncoder.
-    Raises FileNotFoundError or ValueError, in words, if anything is missing, left over or of another shape."""
+    The architecture is read from the tensors and the config beside them. image_size (H, W): position embeddings are
+    resized to it; stride of the patches, 0: no overlap; None keeps what the file has. `options` go to DualEncoder.
+    Raises FileNotFoundError or ValueError if anything is missing, left over or of another shape."""
     path = find_weights(source)
     saved = read_file(path)
-    if not isinstance(saved, dict) or not all(isinstance(n, str) for n in saved):
+    if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
         raise ValueError(f"{path} holds no dict of named tensors but a {type(saved).__name__}")
     if saved.get("format") == "tbps":
-        arch, left_out = dict(saved["arch"]), []
-        weights = {n: w for n, w in saved["weights"].items() if not n.startswith("heads.")}
+        arch, left_out = saved["arch"], []
+        weights = {name: w for name, w in saved["weights"].items() if not name.startswith("heads.")}
     else:
         arch, weights, left_out = read_foreign_clip(saved, path, image_size, stride)
-    old_grid = patch_grid(arch["image_size"], arch["patch"], arch["stride"])
-    asked = {k: v for k, v in dict(image_size=image_size, stride=stride).items() if v is not None}
+    asked = {key: value for key, value in dict(image_size=image_size, stride=stride).items() if value is not None}
     model = encoder_of(arch, path, **options | asked)
-    copy_weights(model, weights, path, old_grid)
+    copy_weights(model, weights, path, old_grid=patch_grid(arch["image_size"], arch["patch"], arch["stride"]))
     if left_out:
         print(f"clip: left out, for they are no encoders: {', '.join(left_out)}")
     return model
 
 
 def preprocessing_for(source):
-    """How images and captions are prepared for these weights: dict(norm, resize, clean, file), for data.EvalView; file: from where it is known."""
+    """How images and captions are prepared for these weights; file: the file that says so, None if it is assumed."""
     path = find_weights(source)
     if is_ours(path):
         return read_file(path)["info"] | dict(file=path.name)
@@ -746,17 +698,17 @@ def preprocessing_for(source):
     return dict(norm=config["norm"], resize=config["resize"], clean=False, file=config["file"])
 
 
-def tokenizer_for(source, path, mask=False):
-    """The tokenizer that belongs to the weights: the one named, that of our checkpoint, or the vocabulary beside the weights file."""
-    if path:
-        return data.load_tokenizer(path, mask)
-    file = find_weights(source)
-    if is_ours(file):
-        saved = read_file(file)["tokenizer"]
-        return data.Tokenizer([m.split(" ") for m in saved["merges"]], mask)
-    beside = [file.parent / name for name in VOCABULARIES if (file.parent / name).exists()]
-    return data.load_tokenizer(beside[0] if beside else data.need(
-        file.parent / VOCABULARIES[-1], "CLIP's vocabulary", f"put it beside the weights: curl -LO {OPENAI_VOCABULARY}; or name it with --tokenizer"), mask)
+def tokenizer_for(source, vocabulary=None, mask=False):
+    """The tokenizer of these weights: the vocabulary named, that of our checkpoint, or the file beside the weights."""
+    if vocabulary:
+        return data.load_tokenizer(vocabulary, mask)
+    path = find_weights(source)
+    if is_ours(path):
+        return saved_tokenizer(read_file(path), mask)
+    files = [path.parent / name for name in VOCABULARIES]
+    fix = f"put it beside the weights (curl -LO {OPENAI_VOCABULARY}), or name it with --tokenizer"
+    found = next((file for file in files if file.exists()), None)
+    return data.load_tokenizer(found or data.need(files[-1], "CLIP's vocabulary", fix), mask)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -765,29 +717,34 @@ VERSION = 1
 
 
 def content(args, recipe, model, tokenizer, info, heads):
-    """What a checkpoint holds besides the state of its training: all that a search needs, with or without the heads."""
-    weights = {n: w for n, w in model.state_dict().items() if heads or not n.startswith("heads.")}
-    return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info, method=args.method, recipe=recipe, args=settings(args),
+    """What a checkpoint holds besides the state of the training: all that a search needs, with or without the heads."""
+    weights = {name: w for name, w in model.state_dict().items() if heads or not name.startswith("heads.")}
+    return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info,
+                method=args.method, recipe=recipe, args=settings(args),
                 tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None))
 
 
+def saved_tokenizer(saved, mask=None):
+    """The tokenizer in a checkpoint's dict."""
+    merges = [pair.split(" ") for pair in saved["tokenizer"]["merges"]]
+    return data.Tokenizer(merges, saved["tokenizer"]["mask"] if mask is None else mask)
+
+
 def write_log(out, **facts):
+    """Append a line to log.jsonl, on the first rank."""
     if losses.ranks()[0] == 0:
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(facts) + "\n")
 
 
 def is_ours(path):
-    """Whether a file is a checkpoint of this program, without reading its weights."""
-    name = next((n for n in names_in(path) if n.endswith("/data.pkl")), None)
-    if name is None:
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return b"tbps" in archive.read(name)[:200]
+    """Whether a weights file is a checkpoint of this program."""
+    saved = read_file(path)
+    return isinstance(saved, dict) and saved.get("format") == "tbps"
 
 
 def save(path, content):
-    """Writes a checkpoint so that a crash or a full disk leaves the old one. Of several processes the first does, and the others wait."""
+    """Write a checkpoint such that a crash or a full disk leaves the old one. The first rank writes."""
     part = Path(f"{path}.part")
     if losses.ranks()[0] == 0:
         try:
@@ -795,13 +752,15 @@ def save(path, content):
             os.replace(part, path)
         except (OSError, RuntimeError) as e:                            # torch reports a full disk as RuntimeError
             part.unlink(missing_ok=True)
-            raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the one before it, if any, is untouched. Is the disk full?") from None
+            raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); an older one is untouched. "
+                          "Is the disk full?") from None
     wait()
 
 
-def load_checkpoint(path, device="cpu", make_heads=None):
-    """-> model (in eval mode), tokenizer, info: all that a search needs. info has method, recipe, args, step, scores, and what
-    queries and photos need: size, norm, resize, clean. With the method's make_heads also the heads, which last.pt has."""
+def read_checkpoint(path):
+    """The dict in a checkpoint: method, recipe, args, epoch, step, best, scores, weights, arch, info, tokenizer.
+
+    Raises FileNotFoundError or ValueError if there is none, or one of a newer version."""
     path = data.need(path, "the checkpoint", "train one with python tbps.py, which writes runs/NAME/best.pt")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; the checkpoint is a file in it, like {path / 'best.pt'}")
@@ -809,17 +768,26 @@ def load_checkpoint(path, device="cpu", make_heads=None):
     if not (isinstance(saved, dict) and saved.get("format") == "tbps"):
         raise ValueError(f"{path} is not a checkpoint of this program")
     if saved["version"] > VERSION:
-        raise ValueError(f"{path} was written by a newer version ({saved['version']}, this is {VERSION}); update the program")
+        raise ValueError(f"{path} was written by a newer version ({saved['version']}, this is {VERSION}); update tbps")
+    return saved
+
+
+def load_checkpoint(path, device="cpu", make_heads=None):
+    """-> model in eval mode, tokenizer, data.Preprocessing: all that a search needs. With the method's make_heads the
+    model has its heads, too, which only last.pt holds. read_checkpoint tells how the model was trained."""
+    saved = read_checkpoint(path)
     model = encoder_of(saved["arch"], path)
-    weights = {n: w for n, w in saved["weights"].items() if make_heads or not n.startswith("heads.")}
+    weights = {name: w for name, w in saved["weights"].items() if make_heads or not name.startswith("heads.")}
     if make_heads:
-        for name, head in make_heads(saved["recipe"], model, len(weights.get("heads.id.bias", ()))).items():
+        persons = len(weights.get("heads.id.bias", ()))
+        for name, head in make_heads(saved["recipe"], model, persons).items():
             model.heads[name] = head
         if differ := sorted(model.state_dict().keys() ^ weights.keys()):
-            raise ValueError(f"{path} does not hold what is wanted here (e.g. {differ[0]}): heads are in the last.pt of a run with the method that has them")
+            raise ValueError(f"{path} does not hold the heads wanted here (e.g. {differ[0]}): they are in the last.pt "
+                             "of a run with the method that has them")
     model.load_state_dict(weights)
-    tokenizer = data.Tokenizer([m.split(" ") for m in saved["tokenizer"]["merges"]], saved["tokenizer"]["mask"])
-    return model.eval().to(device), tokenizer, {k: saved[k] for k in ("method", "recipe", "args", "epoch", "step", "best", "scores")} | saved["info"]
+    info = {key: saved[key] for key in ("method", "recipe", "args", "epoch", "step", "best", "scores")} | saved["info"]
+    return model.eval().to(device), saved_tokenizer(saved), info
 
 
 # ---- methods: a recipe, a step, heads -------------------------------------------------------------------------------

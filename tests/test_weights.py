@@ -19,14 +19,13 @@ from tiny_clip import (FORMATS, IMAGE, TEXT, TOKENS, assert_features, features, 
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_gives_the_features_of_the_original(kind, tmp_path, capfd):
+def test_every_format_gives_the_features_of_the_original(kind, tmp_path, capsys):
     model = tbps.load_clip(write(kind, tmp_path))
     assert_features(model)
     assert model.logit_scale.item() == pytest.approx(math.log(50))
     assert model.arch["image_size"] == (24, 24) and model.arch["vocab"] == 100
-    out, err = capfd.readouterr()
+    out = capsys.readouterr().out
     assert f"clip: {len(model.state_dict())} tensors" in out and "3x3 positions, of images of 24x24" in out
-    assert ("none that OpenAI published" in err) == (kind == "torchscript")
 
 
 def test_half_precision_becomes_fp32(tmp_path):
@@ -169,9 +168,9 @@ def without(name):
     ({"classifier.weight": torch.ones(1)}, "has a tensor classifier.weight for which"),
     ({SOME: torch.ones(127)}, "image.blocks.1.ln2.bias is (127,) torch.float32, it should be (128,)"),
     ({SOME: torch.ones(128).long()}, "of floating point"),
-    ({"text_projection": torch.ones(5)}, "should have 2 dimensions"),
+    ({"text_projection": torch.ones(5)}, "text_projection is (5,)"),
     ({"visual.positional_embedding": torch.ones(12, 128)}, "11 positions of 8x8 patches, which fit no usual"),
-    ({"positional_embedding": torch.ones(32, 64)}, "reads texts of 32 tokens; captions here take 77"),
+    ({"positional_embedding": torch.ones(32, 64)}, "reads texts of 32 tokens; OpenAI's CLIP and tbps read 77"),
 ])
 def test_a_wrong_tensor_is_named(change, sentence, tmp_path):
     torch.save(openai_tiny() | change, tmp_path / "clip.pt")
@@ -181,7 +180,7 @@ def test_a_wrong_tensor_is_named(change, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (without(SOME), "lacks 1 tensors, e.g. image.blocks.1.ln2.bias"), (without("transformer."), "2 + 0 layers"),
+    (without(SOME), "lacks 1 tensors, e.g. image.blocks.1.ln2.bias"), (without("transformer."), "image 2 layers of 128, text 0 layers"),
     ([1], "no dict of named tensors but a list"), (dict(a=1), "not a dict of tensors"),
     ({n: w for n, w in hugging_face(openai_tiny()).items() if "1.self_attn.k_proj.bias" not in n or "text" not in n},
      "lacks text_model.encoder.layers.1.self_attn.k_proj.bias"),

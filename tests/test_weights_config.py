@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import data
@@ -160,21 +161,19 @@ def test_weights_in_shards(tmp_path):
 
 
 class Hub:
-    """huggingface_hub.hf_hub_download for the files of one folder."""
+    """huggingface_hub.snapshot_download for a model whose files are in a folder."""
 
     def __init__(self, files, cache):
         self.files, self.cache, self.fetched, self.reachable = files, cache, [], True
 
-    def download(self, hub_id, name, local_files_only=False):
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-        if (self.cache / name).exists():
-            return str(self.cache / name)
-        if not self.reachable:
+    def download(self, hub_id, allow_patterns):
+        if not self.reachable and not any(self.cache.iterdir()):
             raise LocalEntryNotFoundError("no network")
-        if not (self.files / name).exists():
-            raise EntryNotFoundError(name)
-        self.fetched.append(name)
-        return shutil.copy(self.files / name, self.cache / name)
+        for name in allow_patterns:
+            if self.reachable and (self.files / name).exists() and not (self.cache / name).exists():
+                self.fetched.append(name)
+                shutil.copy(self.files / name, self.cache / name)
+        return str(self.cache)
 
 
 @pytest.fixture
@@ -182,7 +181,7 @@ def hub(tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
     (tmp_path / "cache").mkdir()
     hub = Hub(tmp_path / "files", tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
     return hub
 
 
@@ -191,7 +190,7 @@ def test_from_the_hub_in_shards(hub):
     model = tbps.load_clip("someone/clip")
     shards = [f for f in hub.fetched if "-of-" in f]
     assert model.arch["head_width"] == 32 and shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    hub.reachable = False                                               # all is in the cache now
+    hub.reachable = False                                               # all is in the cache
     assert tbps.load_clip("someone/clip").arch["head_width"] == 32
 
 
