@@ -180,7 +180,8 @@ def test_a_wrong_tensor_is_named(change, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (without(SOME), "lacks 1 tensors, e.g. image.blocks.1.ln2.bias"), (without("transformer."), "image 2 layers of 128, text 0 layers"),
+    (without(SOME), "lacks 1 tensors, e.g. image.blocks.1.ln2.bias"),
+    (without("transformer."), "image 2 layers of 128, text 0 layers"),
     ([1], "no dict of named tensors but a list"), (dict(a=1), "not a dict of tensors"),
     ({n: w for n, w in hugging_face(openai_tiny()).items() if "1.self_attn.k_proj.bias" not in n or "text" not in n},
      "lacks text_model.encoder.layers.1.self_attn.k_proj.bias"),

@@ -1,5 +1,6 @@
 """What is beside the weights: their config, shards, the hub; and the grid of positions, which tensors do not tell."""
 
+import argparse
 import json
 import re
 import shutil
@@ -116,8 +117,9 @@ def small(tmp_path):
 
 
 def test_zero_shot_scores_use_the_norm_beside_the_weights(small):
-    model, _, info = evaluation.open_model(small)
-    assert info["norm"] == "half" and info["resize"] == "bicubic" and info["size"] == (24, 24)
+    args = argparse.Namespace(tokenizer=None, size=None, device="cpu")
+    model, _, preprocessing, _ = evaluation.open_model(data, tbps, args, small)
+    assert preprocessing.settings == dict(size=(24, 24), norm="half", resize="bicubic", clean=False)
     assert model.arch["head_width"] == 32
 
 
