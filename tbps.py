@@ -320,6 +320,7 @@ WEIGHT_FILES = {  # name -> the config that belongs to it
     "open_clip_pytorch_model.bin": "open_clip_config.json",
     "pytorch_model.bin": "config.json",
 }
+HF_VIEWS = ["preprocessor_config.json", "processor_config.json"]        # of transformers until 4, of 5
 VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
 
 
@@ -363,7 +364,7 @@ def fetch_weights(hub_id):
     from huggingface_hub import errors, snapshot_download
     reason = f"it has none of {', '.join(WEIGHT_FILES)}"
     try:
-        beside = [*CONFIG_KEYS, "preprocessor_config.json", *VOCABULARIES]
+        beside = [*CONFIG_KEYS, *HF_VIEWS, *VOCABULARIES]
         folder = Path(snapshot_download(hub_id, allow_patterns=beside))
         for name in rank_weight_files(folder):
             snapshot_download(hub_id, allow_patterns=[name])
@@ -426,7 +427,8 @@ def read_file(path):
                 return torch.jit.load(path, map_location="cpu").state_dict()
         with torch.serialization.safe_globals(allowed_classes()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError) as e:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, RuntimeError, OSError, EOFError, ValueError,
+            LookupError) as e:
         if found := re.search(r"GLOBAL (\S+)", str(e)):
             raise ValueError(f"{path} holds an object of {found[1]} beside the weights; loading it could run code\n"
                              "  Save the weights alone, where the file comes from: "
@@ -462,7 +464,8 @@ def read_config(path):
                     sizes=[])
     try:
         if file.name == "config.json":
-            said = read_hf_config(config, read_json(file.parent / "preprocessor_config.json"))
+            views = [read_json(file.parent / name) for name in HF_VIEWS]
+            said = read_hf_config(config, views[0] or views[1].get("image_processor", {}))
         else:
             said = read_open_clip_config(config["model_cfg"], config.get("preprocess_cfg", {}))
         mean, std, resize = said.pop("mean"), said.pop("std"), said.pop("resize")

@@ -38,7 +38,13 @@ def timm_pair(folder):
     write_json(folder / "config.json", config)
 
 
-PAIRS = {"open_clip": open_clip_pair, "Hugging Face": hugging_face_pair}
+def transformers_5_pair(folder):
+    hugging_face_pair(folder)
+    (folder / "preprocessor_config.json").unlink()
+    write_json(folder / "processor_config.json", dict(image_processor=OTHER_HF_VIEWS))
+
+
+PAIRS = {"open_clip": open_clip_pair, "Hugging Face": hugging_face_pair, "transformers 5": transformers_5_pair}
 
 
 @pytest.mark.parametrize("pair", PAIRS)
