@@ -9,7 +9,7 @@
 A run has three stages in three folders of runs/DATASET-METHOD-SEED/. `plain` is an ordinary dual encoder. `richer` puts a fusion on it:
 each image looks at a few other images of its person, each text at other texts, and what comes out has seen more than one view shows. `light`
 is a dual encoder again, from the start that plain had, that also learns what the richer model makes of each pair: light/best.pt is what
-one searches with, and costs what plain costs. plain, light and a richer model trained end to end go through tbps.steps, as all models do, with
+one searches with, and costs what plain costs. plain, light and a richer model trained end to end go through tbps.train, as all models do, with
 the losses below; a richer model on frozen encoders learns from stored features in its own loop, train_fusion. Ctrl-C saves, --resume goes on.
 
 What the paper says and what we chose: no public code exists, and of the paper no more was at hand than its abstract and what others report. From
@@ -18,12 +18,12 @@ first and then frozen; a light one without fusion that copies its features and i
 
 M captions, N images of a set, K others of a person at most, S supports; the other letters are those of tbps.py."""
 
+import argparse
 import collections
 import copy
 import functools
 import hashlib
 import html
-import json
 import math
 import statistics
 import time
@@ -32,14 +32,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import eval as evaluation
 import losses
 import tbps
 
-LCR2S = tbps.SDM_ID | dict(
+LCR2S = tbps.SDM | dict(
     batch=128,
     # the richer model
     end_to_end=False, fusion="attention", support=4, siblings=True, support_drop=0.3, aux=1.0, rich_epochs=20, rich_lr=3e-4, rich_decay=0.01,
@@ -48,7 +47,7 @@ LCR2S = tbps.SDM_ID | dict(
 PAPER = LCR2S | dict(end_to_end=True, sampler="views", affinity=0.0, features=0.5, relations=0.2)
 RECIPES = {"lcr2s": LCR2S, "lcr2s-paper": PAPER}
 CHOICES = tbps.CHOICES | dict(fusion=["attention", "self", "mean"], target=["richer", "self", "centroid"])
-KEYS = tbps.KEYS | dict(  # what --help says of each key
+HELP = dict(  # what --help says of each key
     end_to_end="richer: encoders and fusion learn together, supports come from the batch; else fusion alone, on stored features",
     fusion="attention (the sample looks at its supports), self (all look at all, then the mean) or mean (nothing to learn)",
     support="other images, or texts, that a sample is fused with, at most", siblings="the other captions of the same image are supports too",
@@ -58,6 +57,7 @@ KEYS = tbps.KEYS | dict(  # what --help says of each key
     affinity="weight: the same neighbours (KL of softmaxed cosines)", kd_tau="its temperature", pair="share of the pair itself in its target",
     features="weight: the same features (the paper's)", relations="weight: the same image-text cosines (the paper's)",
     warm="the light one starts from the teacher's encoders instead of where plain started")
+KEYS = tbps.SDM_KEYS | {key: (LCR2S[key], text) for key, text in HELP.items()}
 
 
 # ---- support sets ---------------------------------------------------------------------------------------------------
@@ -213,23 +213,25 @@ def targets(bank, heads, target, size, item):
 def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
     """Trains the fusion and a classifier on features that do not change: minutes, and no supports need to be loaded with a batch. Batches
     hold several images of a person, each with one of its captions: among strangers alone, whoever brings supports of the right person wins,
-    and the fusion learns to look at nothing else. Writes last.pt and log.jsonl, as tbps.steps does; resumes exactly."""
+    and the fusion learns to look at nothing else. Writes last.pt and log.jsonl, as tbps.train does; resumes exactly."""
     images, pid, label = bank.own.tolist(), bank.pid[bank.own].tolist(), bank.pid.unique(return_inverse=True)[1][bank.own]         # of each caption
     N, epochs = len(bank.image), recipe["rich_epochs"] if recipe["fusion"] != "mean" else 0
     no_amp = functools.partial(torch.autocast, bank.image.device.type, enabled=False)
     model.to(args.device).requires_grad_(False)
     heads = model.heads.requires_grad_(True)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["rich_lr"], weight_decay=recipe["rich_decay"])
-    state, saved_at = dict(epoch=0, step=0, best=-1.0, scores={}), time.time()
+    state, saved_at = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0), time.time()
     if args.resume:
         saved = tbps.read_file(out / "last.pt")
         model.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = {k: saved[k] for k in state}
-    bar = tqdm(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", disable=True if losses.ranks()[0] else None)
+        state |= {k: saved[k] for k in state if k in saved}
+    bar = data.progress_bar(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", desc="fusion", disable=losses.ranks()[0] > 0)
+    started = time.time() - 60 * state["minutes"]
     while True:
         stopping = tbps.any_rank(stop, args.device)                     # looked at once: what is said to be saved is saved
         if state["epoch"] == epochs or stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
+            state["minutes"] = (time.time() - started) / 60
             tbps.save(out / "last.pt", tbps.content(args, recipe, model, tokenizer, info, heads=True) | state | dict(optimizer=optimizer.state_dict()))
             saved_at = time.time()
         if stopping:
@@ -256,7 +258,7 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
         state |= dict(epoch=state["epoch"] + 1)
         tbps.write_log(out, at=[state["epoch"], 0], epoch=state["epoch"], lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
         line = f"epoch {state['epoch']:3d}/{epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {N / (time.time() - began):.0f} pairs/s"
-        bar.write(line) if not bar.disable else print(line, flush=True)
+        tbps.print_above(bar, line)
     bar.close()
 
 
@@ -383,18 +385,20 @@ def cost(model, tokens, batch=32, times=5):
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
+def default_method(dataset):
+    return "lcr2s"
+
+
 def parse_args(argv=None):
-    p = tbps.arguments(RECIPES, __doc__, f"keys of a recipe, for --set, with the values of lcr2s:\n{tbps.listed(LCR2S, KEYS)}\n"
-                       f"lcr2s-paper differs in: {tbps.differences(PAPER, LCR2S)}\n")
+    p = tbps.training_options(__doc__, RECIPES, KEYS, default_method, argv)
     g = p.add_argument_group("stages")
     g.add_argument("--stage", choices=["richer", "light"], help="richer: end with the richer model; light: only the light one, from the richer one there (default: all)")
     g.add_argument("--plain", metavar="FILE", help="a checkpoint whose encoders to put the fusion on, instead of training plain ones")
     g.add_argument("--teacher", metavar="FILE", help="richer/last.pt of another run: only the light model is trained")
     g.add_argument("--student", default="same", help="the light model: same (as the plain one), half (its depth) or narrow (half its width), both from the "
                    "teacher's layers; ViT-B/32, or any CLIP weights as --clip takes them (default: same)")
-    args = p.parse_args(argv)
-    args.method = args.method or "lcr2s"
-    recipe = tbps.settle(args, LCR2S if args.method == "lcr2s" else PAPER, CHOICES)
+    args, recipe = tbps.parse_options(p, RECIPES, argv, [f"{stage}/last.pt" for stage in ("light", "richer", "plain")], default_method)
+    recipe = tbps.resolve_recipe(args, recipe, KEYS, CHOICES)
     if recipe["end_to_end"] and recipe["sampler"] != "views" and not args.teacher and args.stage != "light":
         raise ValueError("end to end, supports come from the batch, which must hold several images of a person: sampler=views")
     if zero := [k for k in ("support", "rich_lr", "kd_tau") if recipe[k] <= 0]:
@@ -413,7 +417,7 @@ def parse_args(argv=None):
 def main():
     args, recipe = parse_args()
     out = Path(args.out)
-    tbps.join(args)
+    tbps.join_ranks(args)
     stages = [] if args.plain or recipe["end_to_end"] else ["plain"]
     stages = {None: stages + ["richer", "light"], "richer": stages + ["richer"], "light": ["light"]}["light" if args.teacher else args.stage]
     plain = Path(args.plain) if args.plain else out / "plain/best.pt"
@@ -432,12 +436,9 @@ def main():
     todo = []
     for stage in stages:
         folder, here = out / stage, copy.copy(args)
-        here.stage, here.resume = stage, args.resume and (folder / "last.pt").exists()
-        if stage == "light":
-            start = {"same": teacher if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"} | {k: out / f"{k}.pt" for k in SHRUNK}
-            here.clip = str(start.get(args.student, args.student))
+        here.trains, here.resume = stage, args.resume and (folder / "last.pt").exists()
         tbps.check_run(here, recipe, folder)
-        if here.resume and '"test"' in (folder / "log.jsonl").read_text().rpartition("\n{")[2]:
+        if here.resume and any("test" in line for line in tbps.read_log(folder)):
             print(f"{folder} is done: {folder / 'report.html'}")
         else:
             todo.append((stage, here, folder))
@@ -452,44 +453,46 @@ def main():
     for stage, here, folder in todo:
         print(f"\n{stage}")
         if stage == "plain":
-            train_light(here, recipe, splits, folder)
+            train_light(here, recipe, splits, folder, args.clip)
         elif stage == "richer":
             train_richer(here, recipe, splits, folder, plain)
         else:
             teach(here, recipe, splits, folder, teacher)
 
 
-def train_light(args, recipe, splits, folder, target=None, rows=()):
-    """A dual encoder, and its scores: by itself or, with target(item) -> what `copy_losses` takes, as the copy of a richer one. rows: what
-    its cost is shown beside, {name: cost}."""
-    model, tokenizer, pairs, info = tbps.prepare(args, recipe, splits["train"], tbps.id_heads)
+def train_light(args, recipe, splits, folder, clip, target=None, rows=()):
+    """A dual encoder from the weights `clip`, and its scores: by itself or, with target(item) -> what `copy_losses` takes, as the copy of
+    a richer one. rows: what its cost is shown beside, {name: cost}."""
+    model, tokenizer, pairs, info = tbps.prepare(argparse.Namespace(**vars(args) | dict(clip=str(clip))), recipe, splits["train"], tbps.id_heads)
     tbps.open_run(args, folder)
-    began = time.time()
-    with tbps.asked_to_stop() as stop:
-        for batch, _, autocast, parts in tbps.steps(args, recipe, model, tokenizer, pairs, splits.get("val"), folder, info, stop):
-            with autocast():
-                image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])        # (B, D)
-            image, text, pid = map(losses.gather, (image, text, batch["pid"]))                           # of all processes
-            parts |= tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, autocast)
-            if target:
-                parts |= copy_losses(image, text, *target(losses.gather(batch["item"].to(pid.device))), recipe)
-    minutes = (time.time() - began) / 60
-    rows = dict(rows) | {f"the {args.stage} model": cost(model, tokenizer(["a man"] * 32))}
+
+    def step_losses(model, batch, epoch, autocast):
+        with autocast():
+            image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])        # (B, D)
+        image, text, pid = map(losses.gather, (image, text, batch["pid"]))                               # of all processes
+        parts = tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, autocast)
+        if target:
+            parts |= copy_losses(image, text, *target(losses.gather(batch["item"].to(pid.device))), recipe)
+        return parts
+
+    tbps.train(args, recipe, model, tokenizer, info, pairs, splits.get("val"), folder, step_losses)
+    rows = dict(rows) | {f"the {args.trains} model": cost(model, tokenizer(["a man"] * 32))}
     for name, row in rows.items():
         print(f"{name:24}{row['parameters']:,} parameters, {row['ms per image']:.2f} ms per image, {row['ms per caption']:.2f} ms per caption")
-    tbps.conclude(args, recipe, splits["test"], folder, minutes, ("Cost of a search", evaluation.table(rows)))
+    tbps.score_run(args, recipe, splits["test"], folder, ("Cost of a search", evaluation.table(rows)))
 
 
 def train_richer(args, recipe, splits, folder, plain):
-    began = time.time()
     if recipe["end_to_end"]:
         model, tokenizer, pairs, info = tbps.prepare(args, recipe, splits["train"], richer_heads)
         tbps.open_run(args, folder)
-        with tbps.asked_to_stop() as stop:
-            for batch, _, autocast, parts in tbps.steps(args, recipe, model, tokenizer, pairs, splits.get("val"), folder, info, stop):
-                with autocast():
-                    image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
-                parts |= richer_losses(image, text, batch, model, recipe, autocast)
+
+        def step_losses(model, batch, epoch, autocast):
+            with autocast():
+                image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
+            return richer_losses(image, text, batch, model, recipe, autocast)
+
+        tbps.train(args, recipe, model, tokenizer, info, pairs, splits.get("val"), folder, step_losses)
     else:
         model, tokenizer, info = tbps.load_checkpoint(plain, args.device)
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
@@ -497,7 +500,7 @@ def train_richer(args, recipe, splits, folder, plain):
         for name, head in richer_heads(recipe, model, len(bank.pid.unique())).items():
             model.heads[name] = head
         tbps.open_run(args, folder)
-        with tbps.asked_to_stop() as stop:
+        with tbps.stop_on_signal() as stop:
             train_fusion(args, recipe, model, tokenizer, {k: info[k] for k in ("size", "norm", "resize", "clean")}, bank, folder, stop)
     model, tokenizer, info = load_teacher(folder / "last.pt", args)
     bank = Bank.of(model, tokenizer, info, splits["test"], recipe, args)
@@ -507,20 +510,20 @@ def train_richer(args, recipe, splits, folder, plain):
         print("no person of the test split has two images: the richer model cannot be judged on it")
     for name, scores in rows.items():
         print(f"{name:44}{evaluation.format_scores(scores)}")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    steps = [x for x in lines if "loss" in x]
+    steps = [x for x in tbps.read_log(folder) if "loss" in x]
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")})
     if losses.ranks()[0]:
         return                                                          # the first process writes
     evaluation.write_page(folder / "report.html", f"the richer model of {args.method} on {args.dataset}, seed {args.seed}", [("Test scores, %", evaluation.table(rows)),
                           ("Where the fusion looks", attention_pictures(model.heads, bank, splits["test"], recipe["support"])), ("Curves", curves)])
     tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)
-    print(f"the richer model took {(time.time() - began) / 60:.1f} minutes; report: {folder / 'report.html'}", flush=True)
+    print(f"the richer model took {tbps.read_file(folder / 'last.pt')['minutes']:.1f} minutes; report: {folder / 'report.html'}", flush=True)
 
 
 def load_teacher(path, args):
     """-> model with its heads, tokenizer, info."""
-    if tbps.load_checkpoint(path)[2]["args"].get("stage") != "richer":
+    saved = tbps.load_checkpoint(path)[2]["args"]
+    if saved.get("trains", saved.get("stage")) != "richer":
         raise ValueError(f"{path} is no richer model: name the richer/last.pt of a run of distill.py")
     return tbps.load_checkpoint(path, args.device, richer_heads)
 
@@ -534,10 +537,13 @@ def teach(args, recipe, splits, folder, teacher):
     if distils(recipe):
         bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
         target = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
+    clip = {"same": teacher if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"}.get(args.student, args.student)
     if args.student in SHRUNK:                                          # a file like any other weights: sizes and dropout are the recipe's
+        clip = folder.parent / f"{args.student}.pt"
+        clip.parent.mkdir(parents=True, exist_ok=True)
         state = {k: info[k] for k in ("epoch", "step", "best", "scores")}
-        tbps.save(Path(args.clip), tbps.content(args, recipe, shrink(model, args.student), tokenizer, info, heads=False) | state)
-    train_light(args, recipe, splits, folder, target, rows)
+        tbps.save(clip, tbps.content(args, recipe, shrink(model, args.student), tokenizer, info, heads=False) | state)
+    train_light(args, recipe, splits, folder, clip, target, rows)
 
 
 def distils(recipe):

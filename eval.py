@@ -1056,7 +1056,7 @@ def main(data, tbps):
         page = Path(args.page or "search.html")
         data.need(page.absolute().parent, "the folder for the page", "make it, or name another file with --page")
         check_page(page)
-    tbps.join(args)                                                     # the processes of torchrun
+    tbps.join_ranks(args)                                                     # the processes of torchrun
     (search_gallery if args.gallery else compare)(data, tbps, args)
 
 

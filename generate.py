@@ -719,10 +719,13 @@ def make(model, records, batch, recipe, judge, seed):
 
 
 def parse_args(argv=None):
-    listed = tbps.listed(SD, KEYS)
+    listed = tbps.format_keys(SD, {key: (SD[key], text) for key, text in KEYS.items()})
+
+    def differences(recipe, base):
+        return " ".join(f"{k}={v}" for k, v in recipe.items() if v != base[k])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=f"keys for --set, with the values for Stable Diffusion:\n{listed}\n--preset paper differs in: {tbps.differences(PAPER, SD)}\n"
-                                       f"on toy people: {tbps.differences(TOY, SD)}")
+                                epilog=f"keys for --set, with the values for Stable Diffusion:\n{listed}\n--preset paper differs in: {differences(PAPER, SD)}\n"
+                                       f"on toy people: {differences(TOY, SD)}")
     p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="whose training split the sources are from (default: toy)")
     p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
     p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x (toy people: trained first, and kept)")
@@ -747,7 +750,7 @@ def parse_args(argv=None):
         key, _, value = text.partition("=")
         if key not in recipe:
             raise ValueError(f"there is no key {key!r}; there are {', '.join(recipe)}")
-        recipe[key] = tbps.typed(key, value, recipe[key])
+        recipe[key] = tbps.parse_value(key, value, recipe[key])
     if recipe["inversion"] not in ("direct", "negative", "null"):
         raise ValueError(f"inversion must be one of direct, negative, null, not {recipe['inversion']!r}")
     if zero := [k for k in ("height", "width", "steps", "rounds", "blend_at", "train_epochs", "train_batch") if recipe[k] < 1]:

@@ -6,18 +6,20 @@
     python tbps.py --dataset cuhk --method uit              UIT (2023), or irra: IRRA (CVPR 2023)
     python tbps.py --set mvs=0 citc=0 tau=0.01              any key of the method's recipe; --help lists them
 
-A run writes runs/DATASET-METHOD-SEED/: last.pt, best.pt (best on the validation split), log.jsonl, report.html, and a copy of
-the scripts. Ctrl-C saves; --resume goes on bit for bit where it stopped. The last line printed is the test score of best.pt.
+A run writes runs/DATASET-METHOD-SEED/: last.pt, best.pt (best on the validation split), log.jsonl, report.html, and a
+copy of the scripts. Ctrl-C saves; --resume goes on bit for bit where it stopped. The last line printed is the test
+score of best.pt.
 
-Letters in all files: B pairs in a batch, T tokens, C width, H heads, D embedding size, Q queries, G gallery size, P persons,
-V views of an image, U variations of a caption. image, text are features; pixels, tokens are inputs; pid is a person id; scale is
-1 / temperature. Everything is (B, T, C) throughout."""
+Letters in all files: B pairs in a batch, T tokens, C width, H heads, D embedding size, Q queries, G gallery size, P
+persons, V views of an image, U variations of a caption. image, text are features; pixels, tokens are inputs; pid is a
+person id; scale is 1 / temperature. Everything is (B, T, C) throughout."""
 
 import argparse
 import atexit
 import collections
 import contextlib
 import functools
+import hashlib
 import html
 import json
 import math
@@ -39,8 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint as made_again
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
 import data
 import eval as evaluation
@@ -48,16 +49,19 @@ import losses
 
 # ---- the dual encoder -----------------------------------------------------------------------------------------------
 
+VIT_B = dict(embed=512, image_size=(224, 224), image_width=768, image_layers=12, text_width=512, text_layers=12,
+             vocab=49408)
 SIZES = {
-    "ViT-B/32": dict(embed=512, image_size=(224, 224), patch=32, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
-    "ViT-B/16": dict(embed=512, image_size=(224, 224), patch=16, image_width=768, image_layers=12, text_width=512, text_layers=12, vocab=49408),
-    "ViT-L/14": dict(embed=768, image_size=(224, 224), patch=14, image_width=1024, image_layers=24, text_width=768, text_layers=12, vocab=49408),
-    "toy": dict(embed=128, image_size=(96, 48), patch=8, image_width=128, image_layers=2, text_width=128, text_layers=2, vocab=1024, head_width=32),
+    "ViT-B/32": VIT_B | dict(patch=32),
+    "ViT-B/16": VIT_B | dict(patch=16),
+    "ViT-L/14": VIT_B | dict(patch=14, embed=768, image_width=1024, image_layers=24, text_width=768),
+    "toy": dict(embed=128, image_size=(96, 48), patch=8, image_width=128, image_layers=2, text_width=128, text_layers=2,
+                vocab=1024, head_width=32),
 }
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. qkv rows are stacked q, k, v, as in nn.MultiheadAttention's in_proj."""
+    """Multi-head self-attention. The rows of qkv are q, k, v, as in the in_proj of nn.MultiheadAttention."""
 
     def __init__(self, width, head_width, dropout=0.0):
         super().__init__()
@@ -66,33 +70,40 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, at=None, seen=None):
-        """(B, T, C) -> (B, T, C), or with `at` (B,) the result of these tokens alone, (B, 1, C). seen (B, T) bool: where to look."""
+    def forward(self, x, causal=False, token_index=None, key_mask=None):
+        """(B, T, C) -> (B, T, C), or (B, 1, C) if token_index (B,) names the only token of each sample that is needed.
+        key_mask (B, T) bool: the tokens that may be attended to."""
         B, T, C = x.shape
         dropout = self.dropout if self.training else 0.0
-        if at is None:
-            q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)       # each (B, H, T, C/H)
-            x = F.scaled_dot_product_attention(q, k, v, None if seen is None else seen[:, None, None], dropout, causal)
+        if token_index is None:
+            qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)                                            # each (B, H, T, C/H)
+            mask = None if key_mask is None else key_mask[:, None, None]                    # (B, 1, 1, T)
+            x = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         else:
-            q = F.linear(pick(x, at), self.qkv.weight[:C], self.qkv.bias[:C]).view(B, 1, self.heads, -1).transpose(1, 2)      # (B, H, 1, C/H)
-            k, v = F.linear(x, self.qkv.weight[C:], self.qkv.bias[C:]).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            seen = (torch.arange(T, device=x.device) <= at[:, None])[:, None, None] if causal else None                       # (B, 1, 1, T)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+            q = F.linear(pick(x, token_index), self.qkv.weight[:C], self.qkv.bias[:C])
+            q = q.view(B, 1, self.heads, -1).transpose(1, 2)                                # (B, H, 1, C/H)
+            kv = F.linear(x, self.qkv.weight[C:], self.qkv.bias[C:])
+            k, v = kv.view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            mask = None
+            if causal:
+                mask = (torch.arange(T, device=x.device) <= token_index[:, None])[:, None, None]
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj(x.transpose(1, 2).reshape(B, -1, C))
 
 
-def pick(x, at):
-    """Token at[b] of each sample: (B, T, C), (B,) -> (B, 1, C)."""
-    return x[torch.arange(x.shape[0], device=x.device), at][:, None]
+def pick(x, token_index):
+    """One token of each sample: x (B, T, C), token_index (B,) -> (B, 1, C)."""
+    return x[torch.arange(x.shape[0], device=x.device), token_index][:, None]
 
 
-def mixed(x, share, partner):
-    """Each sample mixed with its partner: x (B, ...), share in [0, 1] its own part, partner (B,)."""
-    return share * x + (1 - share) * x[partner]
+def mix_samples(x, weight, partner):
+    """Mixup: each sample of x (B, ...) interpolated with its partner (B,); weight in [0, 1] is its own part."""
+    return weight * x + (1 - weight) * x[partner]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; both towers are built from it. Dropout is on the attention weights only."""
+    """Pre-norm transformer block; both towers are built from it. Dropout acts on the attention weights only."""
 
     def __init__(self, width, head_width, dropout=0.0, quick_gelu=True):
         super().__init__()
@@ -100,20 +111,27 @@ class Block(nn.Module):
         self.ln2, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.quick_gelu = quick_gelu
 
-    def forward(self, x, causal=False, at=None, seen=None):
-        attended = self.attn(self.ln1(x), causal, at, seen)
-        x = (x if at is None else pick(x, at)) + attended
+    def forward(self, x, causal=False, token_index=None, key_mask=None):
+        attended = self.attn(self.ln1(x), causal, token_index, key_mask)
+        x = (x if token_index is None else pick(x, token_index)) + attended
         h = self.ln2(x)
-        if self.quick_gelu:
-            # OpenAI's CLIP was trained with h * sigmoid(1.702 h), and one must keep what one was trained with; LAION's models have the
-            # exact GELU. Written as silu(1.702 h) / 1.702 with the factors moved into the weights, it is one pass over h instead of three
-            h = F.silu(F.linear(h, 1.702 * self.fc1.weight, 1.702 * self.fc1.bias))
-            return x + F.linear(h, self.fc2.weight / 1.702, self.fc2.bias)
-        return x + self.fc2(F.gelu(self.fc1(h)))
+        if not self.quick_gelu:                                         # LAION's models
+            return x + self.fc2(F.gelu(self.fc1(h)))
+        # OpenAI's CLIP was trained with h * sigmoid(1.702 h). That is silu(1.702 h) / 1.702; with the factors moved
+        # into the weights, the activation takes one pass over h instead of three.
+        h = F.silu(F.linear(h, 1.702 * self.fc1.weight, 1.702 * self.fc1.bias))
+        return x + F.linear(h, self.fc2.weight / 1.702, self.fc2.bias)
+
+
+def run_block(block, checkpointing, x, **options):
+    """Run a block, with activation checkpointing if enabled: backward then recomputes the block from x."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False, **options)
+    return block(x, **options)
 
 
 def init_blocks(blocks, width):
-    """CLIP's initialisation: residual branches start smaller the deeper the tower."""
+    """CLIP's initialisation: the deeper the tower, the smaller its residual branches start."""
     for block in blocks:
         nn.init.normal_(block.attn.qkv.weight, std=width ** -0.5)
         nn.init.normal_(block.attn.proj.weight, std=width ** -0.5 * (2 * len(blocks)) ** -0.5)
@@ -124,40 +142,36 @@ def init_blocks(blocks, width):
 
 
 def sincos(positions, width):
-    """Sine-cosine embedding of numbers (T,) -> (T, width): [sin(p w_k), cos(p w_k)], w_k = 10000^(-k / (width / 2))."""
+    """Sine-cosine embedding of positions (T,) -> (T, width): [sin(p w_k), cos(p w_k)], w_k = 10000^(-k / (width /
+    2))."""
     w = 10000 ** (-torch.arange(width // 2) / (width // 2))
-    angle = positions[:, None] * w                                                                      # (T, width/2)
+    angle = positions[:, None] * w                                                          # (T, width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def sincos_grid(grid, width):
-    """Of a class token (zeros) and the patches of a grid (rows, columns): half the width tells the column, half the row; (T, width)."""
+    """Sine-cosine embedding of a class token (zeros) and a grid (rows, columns) of patches -> (1 + rows * columns,
+    width). One half of the width encodes the column, the other the row."""
     row, column = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float32) for n in grid)).T
-    return torch.cat([torch.zeros(1, width), torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=1)])
-
-
-def kept(block, checkpoint_blocks, x, **how):
-    """block(x, ...), of which backward keeps all that it needs, or with checkpoint_blocks x alone, to make the rest again."""
-    if checkpoint_blocks and torch.is_grad_enabled():
-        return made_again(block, x, use_reentrant=False, **how)
-    return block(x, **how)
+    patches = torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=1)
+    return torch.cat([torch.zeros(1, width), patches])
 
 
 class ImageTower(nn.Module):
-    """Vision transformer: (B, 3, H, W) in, patches behind a class token through the blocks, (B, T, C) out, not yet normalised
-    and projected. With `at` (B,) only these tokens, (B, 1, C): the last block need not compute the others."""
+    """Vision transformer: pixels (B, 3, H, W) -> tokens (B, T, C), the class token first, before the last norm and the
+    projection."""
 
     def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True):
         super().__init__()
-        self.checkpoint_blocks, self.patch_drop = False, 0.0
-        self.grid = tuple((side - patch) // stride + 1 for side in size)                                # rows, columns
+        self.checkpointing = False
+        self.grid = tuple((side - patch) // stride + 1 for side in size)                    # rows, columns
         if min(self.grid) < 1:
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
         self.patch = nn.Conv2d(3, width, patch, stride, bias=False)
         self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))
-        # From scratch, positions start as sines of column and row rather than CLIP's noise: neighbours are then alike from the
-        # first step on, which is worth many epochs where there are only a few
-        self.pos = nn.Parameter(0.5 * sincos_grid(self.grid, width))                                    # (T, C)
+        # CLIP starts positions from noise. Sines make neighbours alike from the first step on, which saves epochs when
+        # training from scratch.
+        self.pos = nn.Parameter(0.5 * sincos_grid(self.grid, width))                        # (T, C)
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, head_width, quick_gelu=quick_gelu) for _ in range(layers))
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
@@ -167,116 +181,126 @@ class ImageTower(nn.Module):
         """Class tokens (B, C) as `forward` gives them -> features (B, D)."""
         return self.ln_post(x) @ self.proj
 
-    def forward(self, pixels, at=None, keep=None, mix=None):
-        """keep (B, K): only these patches, by number, go through the transformer; in training with a patch_drop a share of them at random (FLIP,
-        arXiv 2212.00794). mix: as `mixed` takes it, after the first block."""
-        x = self.patch(pixels).flatten(2).transpose(1, 2)                                               # (B, T-1, C), row by row
-        x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1) + self.pos              # (B, T, C)
-        if keep is None and self.training and self.patch_drop:
-            keep = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)[:, :max(1, round((1 - self.patch_drop) * (x.shape[1] - 1)))]
-        if keep is not None:
-            x = torch.cat([x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[2]))], dim=1)      # (B, 1+K, C)
+    def forward(self, pixels, token_index=None, patch_ids=None, mixup=None):
+        """token_index (B,): return only this token of each sample, (B, 1, C); the last block then computes no other.
+        patch_ids (B, K): only these patches go through the transformer. mixup: (weight, partner) of `mix_samples`,
+        applied after the first block."""
+        x = self.patch(pixels).flatten(2).transpose(1, 2)                                   # (B, T-1, C), row by row
+        x = torch.cat([self.cls.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1) + self.pos                # (B, T, C)
+        if patch_ids is not None:
+            patches = x[:, 1:].gather(1, patch_ids[..., None].expand(-1, -1, x.shape[2]))
+            x = torch.cat([x[:, :1], patches], dim=1)                                       # (B, 1+K, C)
         x = self.ln_pre(x)
         for n, block in enumerate(self.blocks[:-1]):
-            x = kept(block, self.checkpoint_blocks, x)
-            x = mixed(x, *mix) if mix and n == 0 else x
-        return kept(self.blocks[-1], self.checkpoint_blocks, x, at=at)
+            x = run_block(block, self.checkpointing, x)
+            if mixup and n == 0:
+                x = mix_samples(x, *mixup)
+        return run_block(self.blocks[-1], self.checkpointing, x, token_index=token_index)
 
 
 class TextTower(nn.Module):
-    """Causal transformer over caption tokens: (B, T) ids in, (B, T, C) out, or (B, 1, C) as above."""
+    """Causal transformer over caption tokens: ids (B, T) -> (B, T, C), before the last norm and the projection."""
 
     def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
-        self.checkpoint_blocks = False
+        self.checkpointing = False
         self.tok = nn.Embedding(vocab, width)
-        self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))      # about as large as the tokens
+        self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))   # as large as tokens
         self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, embed))
         nn.init.normal_(self.tok.weight, std=0.02)
         init_blocks(self.blocks, width)
 
-    def forward(self, tokens, at=None, mix=None):
-        x = self.tok(tokens)                                                                            # (B, T, C)
-        x = x + self.pos[:x.shape[1]]
+    def forward(self, tokens, token_index=None, mixup=None):
+        """token_index and mixup as in ImageTower."""
+        x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                   # (B, T, C)
         for n, block in enumerate(self.blocks[:-1]):
-            x = kept(block, self.checkpoint_blocks, x, causal=True)
-            x = mixed(x, *mix) if mix and n == 0 else x
-        return kept(self.blocks[-1], self.checkpoint_blocks, x, causal=True, at=at)
+            x = run_block(block, self.checkpointing, x, causal=True)
+            if mixup and n == 0:
+                x = mix_samples(x, *mixup)
+        return run_block(self.blocks[-1], self.checkpointing, x, causal=True, token_index=token_index)
 
 
 class DualEncoder(nn.Module):
-    """CLIP: an image tower and a text tower into one space of D numbers, compared by cosine. Any image size (H, W) that holds
-    a patch; a stride smaller than the patch makes patches overlap. `heads` are a method's extra layers, used in training only."""
+    """CLIP: an image tower and a text tower that map into one space of D numbers, compared by cosine.
 
-    def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab, context=data.CONTEXT,
-                 head_width=64, text_head_width=None, stride=None, quick_gelu=True, text_dropout=0.0, patch_drop=0.0, lock_patch=False):
+    Images may have any size (H, W) that holds a patch; a stride smaller than the patch gives overlapping patches.
+    `heads` are the extra layers of a method, used in training only. With micro_batch M > 0 the encoders see M samples
+    at a time."""
+
+    def __init__(self, embed, image_size, patch, image_width, image_layers, text_width, text_layers, vocab,
+                 context=data.CONTEXT, head_width=64, text_head_width=None, stride=None, quick_gelu=True,
+                 text_dropout=0.0, lock_patch=False):
         super().__init__()
-        self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width, image_layers=image_layers,
-                         text_width=text_width, text_layers=text_layers, vocab=vocab, context=context, head_width=head_width,
-                         text_head_width=text_head_width or head_width, stride=stride or patch, quick_gelu=quick_gelu)
-        self.image = ImageTower(image_size, patch, stride or patch, image_width, head_width, image_layers, embed, quick_gelu)
-        self.text = TextTower(vocab, context, text_width, text_head_width or head_width, text_layers, embed, text_dropout, quick_gelu)
+        stride, text_head_width = stride or patch, text_head_width or head_width
+        self.arch = dict(embed=embed, image_size=tuple(image_size), patch=patch, image_width=image_width,
+                         image_layers=image_layers, text_width=text_width, text_layers=text_layers, vocab=vocab,
+                         context=context, head_width=head_width, text_head_width=text_head_width, stride=stride,
+                         quick_gelu=quick_gelu)
+        self.image = ImageTower(image_size, patch, stride, image_width, head_width, image_layers, embed, quick_gelu)
+        self.text = TextTower(vocab, context, text_width, text_head_width, text_layers, embed, text_dropout, quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
-        self.image.patch_drop = patch_drop
-        # TBPS-CLIP's "locked bottom layer" is the patch convolution alone. Frozen here, so that no optimizer ever sees it
+        # The "locked bottom layer" of TBPS-CLIP is the patch convolution alone. No optimizer sees it.
         self.image.patch.weight.requires_grad_(not lock_patch)
         self.micro_batch = 0
 
-    def in_parts(self, encode, x, *more):
-        """encode(x, ...) of a batch; with `micro_batch` M in parts of M rows, of which nothing is kept but the result. Backward makes each part
-        again, random numbers included, when the gradient of its result is known (arXiv 2101.06983, "GradCache"): the exact gradient of a
-        contrastive loss over the whole batch, in the memory of a part."""
-        if not 0 < self.micro_batch < len(x):
-            return encode(x, *more)
-        run = functools.partial(made_again, encode, use_reentrant=False) if torch.is_grad_enabled() else encode
-        return torch.cat([run(*part) for part in zip(*(y.split(self.micro_batch) for y in (x, *more)))])
-
-    def image_tokens(self, pixels, keep=None):
-        """(B, 3, H, W) -> (B, T, D): class token first, then the patches row by row, or those of `keep` (B, K)."""
-        def encode(pixels, *keep):
-            return self.image.ln_post(self.image(pixels, keep=keep[0] if keep else None)) @ self.image.proj
-        return self.in_parts(encode, pixels, *([] if keep is None else [keep]))
-
-    def text_tokens(self, tokens, cut=True):
-        """(B, 77) ids -> (B, T, D), T the longest caption of the batch, or with cut=False all 77."""
-        tokens = self.cut(tokens)[0] if cut else tokens.to(self.logit_scale.device, non_blocking=True)
-        return self.in_parts(lambda part: self.text.ln_post(self.text(part)) @ self.text.proj, tokens)
-
-    def encode_image(self, pixels, mix=None):
-        """(B, 3, H, W) -> (B, D), not normalised: the class token. mix: CTLG's mixup of features, as `mixed` takes it."""
+    def encode_image(self, pixels, mixup=None):
+        """(B, 3, H, W) -> features (B, D), not normalised, from the class token. mixup: (weight, partner), CTLG's
+        mixup of features."""
         def encode(pixels):
-            cls = torch.zeros(pixels.shape[0], dtype=torch.int64, device=pixels.device)      # not len(): export keeps the batch free
-            return self.image.project(self.image(pixels, at=cls, mix=mix)[:, 0])
-        return encode(pixels) if mix else self.in_parts(encode, pixels)
+            first = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)       # the class token
+            return self.image.project(self.image(pixels, token_index=first, mixup=mixup)[:, 0])
+        return encode(pixels) if mixup else self.micro_batched(encode, pixels)
 
-    def encode_text(self, tokens, mix=None):
-        """(B, 77) ids -> (B, D), not normalised: the token at EOT, which has the largest id. Tokens may still be on the CPU. A mixed
-        caption ends twice, and both ends are looked at, in the same shares."""
-        if mix:
-            tokens, eot = self.cut(tokens)
-            x = self.text(tokens, mix=mix)                                                              # (B, T, C)
-            share, partner = mix
-            end = share * pick(x, eot)[:, 0] + (1 - share) * pick(x, eot[partner])[:, 0]
-            return self.text.ln_post(end) @ self.text.proj
+    def encode_text(self, tokens, mixup=None):
+        """(B, 77) ids -> features (B, D), not normalised, from the EOT token, which has the largest id. Tokens may be
+        on the CPU. With mixup, interpolate the features at both EOT positions with the mixup weight."""
+        if mixup:
+            tokens, eot = self.trim_padding(tokens)
+            x, (weight, partner) = self.text(tokens, mixup=mixup), mixup                    # (B, T, C)
+            x = weight * pick(x, eot)[:, 0] + (1 - weight) * pick(x, eot[partner])[:, 0]
+            return self.text.ln_post(x) @ self.text.proj
 
         def encode(tokens):
-            tokens, eot = self.cut(tokens)
-            return self.text.ln_post(self.text(tokens, at=eot)[:, 0]) @ self.text.proj
-        return self.in_parts(encode, tokens)
+            tokens, eot = self.trim_padding(tokens)
+            return self.text.ln_post(self.text(tokens, token_index=eot)[:, 0]) @ self.text.proj
+        return self.micro_batched(encode, tokens)
 
-    def cut(self, tokens):
-        """Tokens without the padding after the longest caption, and where each EOT is. The tower is causal, so nothing changes
-        but the cost: captions have 30 tokens where CLIP has room for 77. Cheapest where the tokens are, on the CPU."""
+    def image_tokens(self, pixels, patch_ids=None):
+        """(B, 3, H, W) -> (B, T, D): the class token, then the patches row by row, or those of patch_ids (B, K)."""
+        def encode(pixels, *patch_ids):
+            x = self.image(pixels, patch_ids=patch_ids[0] if patch_ids else None)
+            return self.image.ln_post(x) @ self.image.proj
+        return self.micro_batched(encode, pixels, *([] if patch_ids is None else [patch_ids]))
+
+    def text_tokens(self, tokens, trim=True):
+        """(B, 77) ids -> (B, T, D), T the length of the longest caption in the batch, or 77 with trim=False."""
+        tokens = self.trim_padding(tokens)[0] if trim else tokens.to(self.logit_scale.device, non_blocking=True)
+        return self.micro_batched(lambda part: self.text.ln_post(self.text(part)) @ self.text.proj, tokens)
+
+    def trim_padding(self, tokens):
+        """(B, 77) ids -> ids up to the longest caption (B, T) and EOT positions (B,), on the model's device.
+
+        The tower is causal, so trimming changes the cost and nothing else: captions have about 30 tokens of 77."""
         eot = tokens.argmax(dim=1)
         tokens = tokens[:, :int(eot.max()) + 1]
-        return tokens.to(self.logit_scale.device, non_blocking=True), eot.to(self.logit_scale.device, non_blocking=True)
+        device = self.logit_scale.device
+        return tokens.to(device, non_blocking=True), eot.to(device, non_blocking=True)
+
+    def micro_batched(self, encode, x, *more):
+        """encode(x, ...) in parts of `micro_batch` rows, of which only the results are kept. Backward recomputes each
+        part when the gradient of its result is known (GradCache, arXiv 2101.06983): the exact gradient of a
+        contrastive loss over the whole batch, in the memory of a part. Random numbers are recomputed too."""
+        if not 0 < self.micro_batch < len(x):
+            return encode(x, *more)
+        run = functools.partial(checkpoint, encode, use_reentrant=False) if torch.is_grad_enabled() else encode
+        return torch.cat([run(*part) for part in zip(*(y.split(self.micro_batch) for y in (x, *more)))])
 
     def scale(self):
-        """exp(logit_scale), while it learns at most 100. The limit acts on the value only: the gradient goes on as if it were not there,
-        as in the code of TBPS-CLIP, so a scale beyond 100 can come back."""
+        """exp(logit_scale), limited to 100 if it is learned. The limit acts on the value only, not on the gradient,
+        as in the official code of TBPS-CLIP: a scale beyond 100 can come back."""
         scale = self.logit_scale.exp()
         if not self.logit_scale.requires_grad:
             return scale
@@ -723,7 +747,7 @@ def content(args, recipe, model, tokenizer, info, heads):
     """What a checkpoint holds besides the state of the training: all that a search needs, with or without the heads."""
     weights = {name: w for name, w in model.state_dict().items() if heads or not name.startswith("heads.")}
     return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info,
-                method=args.method, recipe=recipe, args=settings(args),
+                method=args.method, recipe=recipe, args=saved_options(args),
                 tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None))
 
 
@@ -738,6 +762,26 @@ def write_log(out, **facts):
     if losses.ranks()[0] == 0:
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(facts) + "\n")
+
+
+def read_log(out, until=None):
+    """The lines of a run's log.jsonl as dicts; with `until` [epochs, steps] those up to a checkpoint.
+
+    A crash may leave the last lines damaged: half a line, or zero bytes. They are skipped. ValueError names a damaged
+    line that lines to be read follow."""
+    path, lines, damaged = out / "log.jsonl", [], None
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            wanted = until is None or line["at"] <= until
+        except (ValueError, TypeError, KeyError):
+            damaged = damaged or number
+            continue
+        if wanted and damaged:
+            raise ValueError(f"{path}, line {damaged} is damaged; remove this line, or start anew with --overwrite")
+        if wanted:
+            lines.append(line)
+    return lines
 
 
 def is_ours(path):
@@ -757,7 +801,7 @@ def save(path, content):
             part.unlink(missing_ok=True)
             raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); an older one is untouched. "
                           "Is the disk full?") from None
-    wait()
+    barrier()
 
 
 def read_checkpoint(path):
@@ -793,68 +837,130 @@ def load_checkpoint(path, device="cpu", make_heads=None):
     return model.eval().to(device), saved_tokenizer(saved), info
 
 
-# ---- methods: a recipe, a step, heads -------------------------------------------------------------------------------
+# ---- recipes --------------------------------------------------------------------------------------------------------
+#
+# A recipe is a flat dict. Each key has one row here: its default, which is TBPS-CLIP's value, and its help. The
+# recipes below say what else a method has. --set key=value changes a value; a key whose help begins with "weight"
+# switches a loss.
 
-COMMON = dict(  # what every method has
-    # optimisation: a rise, then a cosine, per iteration; AdamW
-    epochs=5, batch=320, lr=1e-4, lr_start=1e-6, lr_end=5e-6, warmup=1.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98,
-    muon=0.0, lr_bias=1.0, lr_new=1.0, sampler="random",
+COMMON_KEYS = dict(
+    # optimisation
+    epochs=(5, "passes over the pairs"),
+    batch=(320, "pairs per step; also the number of negatives"),
+    lr=(1e-4, "peak learning rate"),
+    lr_start=(1e-6, "learning rate of the first step"),
+    lr_end=(5e-6, "learning rate of the last step"),
+    warmup=(1.0, "epochs of linear warm-up; then half a cosine down to lr_end"),
+    per_epoch=(False, "change the rate between epochs only, not at every step"),
+    decay_every=(0, "instead of the cosine: divide the rate by 10 every so many epochs"),
+    weight_decay=(0.02, "of matrices"),
+    coupled=(False, "Adam with an L2 penalty on all but biases, instead of AdamW"),
+    eps=(1e-8, "of Adam"),
+    beta2=(0.98, "of Adam"),
+    muon=(0.0, "if above 0, Muon makes the steps of the blocks' matrices, with the rate times this factor"),
+    lr_bias=(1.0, "factor of the rate of biases"),
+    lr_new=(1.0, "factor of the rate of layers that CLIP does not have"),
+    sampler=("random", "random, random-count (UIT) or views (LCR2S); see data.batches"),
     # images and captions
-    height=224, width=224, stride=0, norm="imagenet", resize="bilinear", eval_resize="bicubic", clean=True,
+    height=(224, "of the image in pixels"),
+    width=(224, "of the image in pixels"),
+    stride=(0, "of the patches in pixels; 0: patches do not overlap"),
+    norm=("imagenet", "mean and std of pixels: imagenet or clip"),
+    resize=("bilinear", "of training images: bilinear or bicubic"),
+    eval_resize=("bicubic", "of all other images"),
+    clean=(True, "captions in lower case, without full stops"),
     # augmentation
-    image_aug="pool", back_translation=0.1, deletion=0.05, synonym=0.0, insertion=0.0, swap=0.0, eda=0.0, prune=0.0, approximate=0.0,
+    image_aug=("pool", "pool (2 of 6 operations), stack (all 6), reid (flip, pad-crop, erase), shift (flip, pad-crop), "
+               "none, or the name of an operation"),
+    back_translation=(0.1, "chance to use captions_bt instead of captions, where the data have them"),
+    deletion=(0.05, "chance of each word to be deleted"),
+    synonym=(0.0, "fraction of words replaced by synonyms"),
+    insertion=(0.0, "fraction of words to insert"),
+    swap=(0.0, "fraction of words to swap"),
+    eda=(0.0, "rate of one of these four operations, drawn at random"),
+    prune=(0.0, "chance of a caption to be reduced to nouns, adjectives and pronouns (UIT)"),
+    approximate=(0.0, "chance of approximate text (CTLG): a fifth of the words replaced, deleted or cut out"),
     # model
-    tau=0.0, text_dropout=0.05, patch_drop=0.0, lock_patch=True)
-TBPS_CLIP = COMMON | dict(
-    itc=0.0, nitc=1.0, ritc=1.0, ritc_eps=0.01, citc=0.1, ss=0.4, ss_text=0.0, mvs=True, mvs_text=False,
-    soft=0.5, soft_ramp=1.0, teacher_pass=True)
-SIMPLIFIED = TBPS_CLIP | dict(ss=0.0, mvs=False, citc=0.0)
-BASELINE = SIMPLIFIED | dict(itc=1.0, nitc=0.0, ritc=0.0, soft=0.0, text_dropout=0.0, lock_patch=False, image_aug="none", back_translation=0.0,
-                             deletion=0.0)
-BEST = SIMPLIFIED | dict(image_aug="shift")      # what stayed of all four papers on toy people (README, "The best of all four"): CTLG's augmentation instead of the pool
-SDM_ID = COMMON | dict(  # what IRRA, UIT and LCR2S share
-    epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5, coupled=True, eps=1e-3, beta2=0.999,
-    lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip", eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0,
-    deletion=0.0, tau=0.02, text_dropout=0.0, lock_patch=False,
-    itc=0.0, sdm=1.0, cmpm=0.0, id=1.0, triplet=0.0)
-IRRA = SDM_ID | dict(
-    restoration=0.0, mlm=1.0, mask_content=0.15, mask_other=0.15, mask_all=False, depth=4, drop=0.7, official=False, half_weights=False)
-UIT = IRRA | dict(batch=128, sampler="random-count", triplet=10.0, restoration=10.0, mlm=0.0, prune=0.2, mask_content=0.3, mask_other=0.05, mask_all=True)
-CTLG = COMMON | dict(
-    epochs=70, batch=256, lr=1e-4, lr_start=1e-5, lr_end=0.0, warmup=9.0, per_epoch=True, decay_every=20, weight_decay=0.0, beta2=0.999,
-    height=384, width=128, stride=12, resize="bicubic", clean=False, image_aug="shift", back_translation=0.0, deletion=0.0, approximate=0.5,
-    tau=0.005, text_dropout=0.0, lock_patch=False,
-    itc=1.0, same="pair", mixup=0.5, feature_mixup=0.0, official=False)
-KEYS = dict(  # what --help says of each key
-    epochs="passes over the pairs", batch="pairs per step: also the number of negatives", lr="peak learning rate", lr_start="at the first step",
-    lr_end="at the last step", warmup="epochs of linear rise", per_epoch="the rate changes between epochs only",
-    decay_every="epochs after which the rate falls to a tenth, each time; 0: half a cosine instead", weight_decay="of matrices",
-    coupled="Adam with an L2 penalty on all but biases, instead of AdamW", eps="of Adam", beta2="of Adam", muon="factor of the rate of "
-    "the blocks' matrices, whose steps Muon makes; 0: as all others", lr_bias="factor of the rate of biases",
-    lr_new="factor of the rate of layers that CLIP does not have", sampler="random, random-count or views (data.batches)",
-    height="of the image, pixels", width="of the image, pixels", stride="of the patches, pixels; 0: no overlap", norm="mean and std: imagenet, clip or half",
-    resize="of training images: bilinear or bicubic", eval_resize="of all others", clean="lower case, no full stops",
-    image_aug="pool (2 of 6), stack (all), reid (mirror, pad-crop, erase), shift (reid without erasing), none, or one of " + ", ".join(data.IMAGE_AUG[5:]),
-    back_translation="chance to take captions_bt instead, where the data have it", deletion="chance of each word to be left out",
-    synonym="share of words replaced", insertion="share of words inserted", swap="share of words exchanged", eda="rate of one of these four at random",
-    prune="chance of a caption to be cut to its nouns, adjectives and pronouns",
-    approximate="chance of CTLG's approximate text: a fifth of the words replaced, left out, or left out in a row",
-    tau="temperature; 0: learned from where the weights have it", text_dropout="on attention weights",
-    patch_drop="share of the patches that the image tower does not see in training: steps are cheaper", lock_patch="freeze the patch convolution",
-    itc="weight: contrast with one right answer each", nitc="weight: N-ITC, all captions of the person are right", ritc="weight: reversed KL",
-    ritc_eps="its label smoothing", citc="weight: cyclic consistency", ss="weight: self-supervision between two image views",
-    ss_text="weight: the same between two caption variations", mvs="a second image view in N-ITC", mvs_text="a second caption variation in N-ITC",
-    soft="share of the model's own belief in the targets of N-ITC", soft_ramp="epochs until `soft` is reached",
-    teacher_pass="the teacher's texts get a dropout mask of their own",
-    sdm="weight: similarity distribution matching", cmpm="weight: projection matching", id="weight: classifying persons",
-    triplet="weight: nearest of other persons, margin 0.05",
-    restoration="weight: dropped patches from a grey image and the caption", mlm="weight: masked words from the image",
-    mask_content="chance of nouns and adjectives to be masked", mask_other="of other words", mask_all="the masked captions are used in all losses",
-    depth="blocks of the restorer and of the word guesser", drop="share of patches dropped",
-    official="the quirks of the official code, see OFFICIAL in tbps.py", half_weights="fp16 weights without fp32 copies, as the official code trains",
-    same="which captions are right for an image in itc: of its pair, image or person", mixup="chance of a pair to be mixed with another: mean pixels, both captions",
-    feature_mixup="alpha of the Beta distribution that tells how pairs are mixed after the first block; 0: they are not")
+    tau=(0.0, "temperature; 0: learned, starting from that of the weights"),
+    text_dropout=(0.05, "on the attention weights of the text tower"),
+    lock_patch=(True, "freeze the patch convolution"),
+    itc=(0.0, "weight of ITC, as CLIP is trained: one positive per row"))
+TBPS_CLIP_KEYS = COMMON_KEYS | dict(
+    nitc=(1.0, "weight of N-ITC: all pairs of a person are positives"),
+    ritc=(1.0, "weight of R-ITC, reversed KL"),
+    ritc_eps=(0.01, "label smoothing of R-ITC"),
+    citc=(0.1, "weight of C-ITC, cyclic consistency"),
+    ss=(0.4, "weight of self-supervision between two image views"),
+    ss_text=(0.0, "weight of self-supervision between two variations of a caption"),
+    mvs=(True, "multi-view supervision: a second image view in N-ITC"),
+    mvs_text=(False, "a second variation of the caption in N-ITC"),
+    soft=(0.5, "share of soft labels, the model's own predictions, in the targets of N-ITC"),
+    soft_ramp=(1.0, "epochs until `soft` is reached"),
+    teacher_pass=(True, "compute the texts of the soft labels with a dropout mask of their own"))
+SDM_KEYS = COMMON_KEYS | dict(
+    sdm=(1.0, "weight of SDM, similarity distribution matching"),
+    cmpm=(0.0, "weight of CMPM, projection matching"),
+    id=(1.0, "weight of identity classification"),
+    triplet=(0.0, "weight of the hardest cross-modal triplet, margin 0.05"))
+IRRA_KEYS = SDM_KEYS | dict(
+    restoration=(0.0, "weight of the restoration of dropped patches from a grey image and the caption"),
+    mlm=(1.0, "weight of masked language modelling with the image"),
+    mask_content=(0.15, "chance of nouns and adjectives to be masked"),
+    mask_other=(0.15, "chance of other words to be masked"),
+    mask_all=(False, "use the masked captions in all losses, not in MLM only"),
+    depth=(4, "blocks of the cross-modal encoder in the MLM and restoration heads"),
+    drop=(0.7, "fraction of patches dropped for restoration"),
+    official=(False, "do what the official code does; see OFFICIAL CODE in tbps.py"),
+    half_weights=(False, "train in fp16 without fp32 master weights, as the official code"))
+CTLG_KEYS = COMMON_KEYS | dict(
+    positives=("pair", "the texts that are right for an image: of its pair, image or person"),
+    mixup=(0.5, "chance of a pair to be mixed with another: mean of the pixels, both captions"),
+    feature_mixup=(0.0, "alpha of the Beta distribution of mixup after the first block; 0: off"),
+    official=(False, "do what the official code does; see OFFICIAL CODE in tbps.py"))
+KEYS = TBPS_CLIP_KEYS | IRRA_KEYS | CTLG_KEYS
+CHOICES = dict(sampler=["random", "random-count", "views"], norm=list(data.NORMS), resize=["bilinear", "bicubic"],
+               eval_resize=["bilinear", "bicubic"], image_aug=data.IMAGE_AUG, positives=["pair", "image", "person"])
+TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]
+FRACTIONS = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "mask_content", "mask_other", "drop"]
 
+
+def make_recipe(keys, **changes):
+    """A flat recipe: the defaults of a table of keys, and what a method changes."""
+    assert changes.keys() <= keys.keys(), f"no such keys: {changes.keys() - keys.keys()}"
+    return {key: default for key, (default, _) in keys.items()} | changes
+
+
+# TBPS-CLIP, AAAI 2024: config.yaml of the official code, s.config.yaml for the simplified form
+TBPS_CLIP = make_recipe(TBPS_CLIP_KEYS)
+SIMPLIFIED = make_recipe(TBPS_CLIP_KEYS, ss=0.0, mvs=False, citc=0.0)
+# Fine-tuning with CLIP's own loss. The first row of the paper's tables; the official code cannot be configured for it
+BASELINE = make_recipe(
+    TBPS_CLIP_KEYS, itc=1.0, nitc=0.0, ritc=0.0, citc=0.0, ss=0.0, mvs=False, soft=0.0, text_dropout=0.0,
+    lock_patch=False, image_aug="none", back_translation=0.0, deletion=0.0)
+# IRRA, CVPR 2023: defaults of the official code, paper Sec. 4. LCR2S starts from the same values (distill.py)
+SDM = make_recipe(
+    SDM_KEYS, epochs=60, batch=64, lr=1e-5, lr_start=1e-6, lr_end=0.0, warmup=5.0, per_epoch=True, weight_decay=4e-5,
+    coupled=True, eps=1e-3, beta2=0.999, lr_bias=2.0, lr_new=5.0, height=384, width=128, norm="clip",
+    eval_resize="bilinear", clean=False, image_aug="reid", back_translation=0.0, deletion=0.0, tau=0.02,
+    text_dropout=0.0, lock_patch=False)
+IRRA = make_recipe(IRRA_KEYS) | SDM
+# UIT / SEN, 2023: run.sh of the official code
+UIT = IRRA | dict(batch=128, sampler="random-count", triplet=10.0, restoration=10.0, mlm=0.0, prune=0.2,
+                  mask_content=0.3, mask_other=0.05, mask_all=True)
+# CTLG, TCSVT 2023: paper Sec. IV-B and the official code
+CTLG = make_recipe(
+    CTLG_KEYS, epochs=70, batch=256, lr_start=1e-5, lr_end=0.0, warmup=9.0, per_epoch=True, decay_every=20,
+    weight_decay=0.0, beta2=0.999, height=384, width=128, stride=12, resize="bicubic", clean=False, image_aug="shift",
+    back_translation=0.0, deletion=0.0, approximate=0.5, tau=0.005, text_dropout=0.0, lock_patch=False, itc=1.0)
+# On synthetic pedestrians every recipe gets these values: a small model, small batches, learned from scratch, where all
+# layers are new, nothing is worth locking, and the model's own predictions are no labels yet.
+TOY = dict(height=96, width=48, stride=0, epochs=10, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0,
+           per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98, lr_bias=1.0,
+           lr_new=1.0, soft=0.0, lock_patch=False, depth=1)
+FROM_SCRATCH = dict(muon=3.0, epochs=8, warmup=1.0)                     # and these without --clip: python tbps.py
+
+
+# ---- methods: TBPS-CLIP ---------------------------------------------------------------------------------------------
 
 def tbps_clip_heads(recipe, model, persons):
     """SimCLR's projection heads, where self-supervision is on."""
@@ -868,60 +974,78 @@ def tbps_clip_heads(recipe, model, persons):
 def tbps_clip_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of TBPS-CLIP (arXiv 2308.10045) by name; their sum is the objective.
 
-    batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, 77) likewise.
-    epoch: passes done, with fraction. All views go through the encoder in one forward. The features of all ranks are gathered, and each
-    computes the loss of the whole batch."""
+    batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, 77)
+    likewise. epoch: epochs done, with a fraction. All views go through the encoder in one forward pass. The features
+    of all ranks are gathered, and each rank computes the losses of the whole batch."""
     r, B = recipe, len(batch["pid"])
-    alpha = r["soft"] * (min(1, epoch / r["soft_ramp"]) if r["soft_ramp"] else 1)                       # the model's own belief in the targets
+    alpha = r["soft"] * (min(1, epoch / r["soft_ramp"]) if r["soft_ramp"] else 1)           # share of soft labels
     with autocast():
         image = model.encode_image(batch["pixels"].flatten(0, 1)).view(-1, B, model.arch["embed"])      # (V, B, D)
         text = model.encode_text(batch["tokens"].flatten(0, 1)).view(-1, B, model.arch["embed"])        # (U, B, D)
+        # The teacher of the soft labels is the model itself. Nothing in the image tower is random, so its image
+        # features are the student's. Its texts differ by a dropout mask if they are computed again, as in the
+        # official code.
         teacher_text = text.detach()
-        # The teacher is the model itself. Its image features are the student's, dropped patches included: nothing else is random in the image tower. Its text
-        # features differ by the dropout mask if it gets a pass of its own, as in the released code; it costs a forward of the text tower.
         if alpha > 0 and r["teacher_pass"] and r["text_dropout"] > 0:
             with torch.no_grad():
-                teacher_text = model.encode_text(batch["tokens"][:1 + r["mvs_text"]].flatten(0, 1)).view(-1, B, model.arch["embed"])
-        pid, image, text, teacher_text = (losses.gather(x, dim) for x, dim in ((batch["pid"], 0), (image, 1), (text, 1), (teacher_text, 1)))
-        a, b = (model.heads["ss"](image[-2:]) if r["ss"] else (None, None))
-        c, d = (model.heads["ss_text"](text[-2:]) if r["ss_text"] else (None, None))
+                tokens = batch["tokens"][:1 + r["mvs_text"]]
+                teacher_text = model.encode_text(tokens.flatten(0, 1)).view(-1, B, model.arch["embed"])
+        pid, image = losses.gather(batch["pid"]), losses.gather(image, dim=1)
+        text, teacher_text = losses.gather(text, dim=1), losses.gather(teacher_text, dim=1)
+        ss_image = model.heads["ss"](image[-2:]) if r["ss"] else None                                   # (2, B, D)
+        ss_text = model.heads["ss_text"](text[-2:]) if r["ss_text"] else None
     scale, out = model.scale(), {}
     if r["itc"]:
         out["itc"] = r["itc"] * losses.itc(image[0], text[0], scale)
-    if r["nitc"]:                                                       # multi-view supervision: the mean over the views
+    if r["nitc"]:                                                       # multi-view supervision: the mean over views
         views = [(0, 0), (int(r["mvs"]), int(r["mvs_text"]))] if r["mvs"] or r["mvs_text"] else [(0, 0)]
-        out["nitc"] = r["nitc"] / len(views) * sum(losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u])
-                                                   for v, u in views)
+        out["nitc"] = r["nitc"] / len(views) * sum(
+            losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u]) for v, u in views)
     if r["ritc"]:
         out["ritc"] = r["ritc"] * losses.ritc(image[0], text[0], pid, scale, r["ritc_eps"])
     if r["citc"]:
         out["citc"] = r["citc"] * losses.citc(image[0], text[0])
     if r["ss"]:
-        out["ss"] = r["ss"] * losses.nt_xent(a, b)
+        out["ss"] = r["ss"] * losses.nt_xent(ss_image[0], ss_image[1])
     if r["ss_text"]:
-        out["ss_text"] = r["ss_text"] * losses.nt_xent(c, d)
+        out["ss_text"] = r["ss_text"] * losses.nt_xent(ss_text[0], ss_text[1])
     return out
 
 
+# ---- methods: IRRA and UIT ------------------------------------------------------------------------------------------
+#
+# OFFICIAL CODE. official=1 does what the official code does where it differs from the paper, or is surprising:
+#
+#   IRRA, UIT        rates by layer names: new layers outside of cross-attention, its blocks and classifiers learn at
+#                    CLIP's rate (lr_factor)
+#   IRRA, UIT        the heads also attend to the padding after a caption (irra_losses)
+#   IRRA             all losses see the masked captions, not MLM alone; UIT does so anyway (masks_all_losses)
+#   IRRA, UIT, CTLG  the last, smaller batch of an epoch is used (train)
+#   UIT              one patch more is dropped than scored (visible_patches); the mask token starts at zero (irra_heads)
+#   CTLG             approximate text may also replace and delete colours and garments (data.approximate_caption)
+#
+# The recipes of TBPS-CLIP are what its official code does. half_weights=1 is a key of its own: see HalfAdam.
+
 class CrossAttention(nn.Module):
-    """Queries (B, T, C) look at a context (B, S, C) -> (B, T, C). seen (B, S) bool: where they may."""
+    """Queries (B, T, C) attend to a context (B, S, C) -> (B, T, C). key_mask (B, S) bool: what may be attended to."""
 
     def __init__(self, width, head_width):
         super().__init__()
         self.heads = width // head_width
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
-    def forward(self, x, context, seen=None):
+    def forward(self, x, context, key_mask=None):
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)                                        # (B, H, T, C/H)
         k, v = self.kv(context).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, None if seen is None else seen[:, None, None])
+        x = F.scaled_dot_product_attention(q, k, v, None if key_mask is None else key_mask[:, None, None])
         return self.proj(x.transpose(1, 2).reshape(B, T, C))
 
 
-class Interaction(nn.Module):
-    """What IRRA and UIT share: tokens of one kind (B, T, C) look once at those of the other (B, S, C), then a few blocks. There is
-    no residual around the look: what comes out is made of the context alone, the query only chooses where to look."""
+class CrossEncoder(nn.Module):
+    """The cross-modal encoder that IRRA and UIT share: one cross-attention of queries (B, T, C) to a context (B, S,
+    C), then a few blocks. There is no residual around the cross-attention: its output is made of the context
+    alone."""
 
     def __init__(self, width, head_width, depth):
         super().__init__()
@@ -936,54 +1060,57 @@ class Interaction(nn.Module):
         nn.init.zeros_(self.cross.proj.bias)
         init_blocks(self.blocks, width)
 
-    def forward(self, query, context, query_seen=None, context_seen=None):
-        x = self.ln_mid(self.cross(self.ln_query(query), self.ln_context(context), context_seen))
+    def forward(self, query, context, query_mask=None, context_mask=None):
+        x = self.ln_mid(self.cross(self.ln_query(query), self.ln_context(context), context_mask))
         for block in self.blocks:
-            x = block(x, seen=query_seen)
+            x = block(x, key_mask=query_mask)
         return self.ln_post(x)
 
 
-class Guesser(nn.Module):
-    """IRRA's masked language model (arXiv 2303.12501, Sec. 3.2): masked words look at the image, and are to be guessed."""
+class MLMHead(nn.Module):
+    """Masked language modelling of IRRA (arXiv 2303.12501, Sec. 3.2): predict masked words from the caption and the
+    image."""
 
     def __init__(self, width, head_width, depth, vocab):
         super().__init__()
-        self.look = Interaction(width, head_width, depth)
+        self.cross_encoder = CrossEncoder(width, head_width, depth)
         self.fc, self.ln, self.out = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, vocab)
         nn.init.normal_(self.fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.out.weight, std=(2 * depth * width) ** -0.5)
 
-    def forward(self, text, image, where, seen=None):
-        """text (B, T, D), image (B, S, D), where (B, T) bool -> logits (M, vocab) of the M tokens asked for."""
-        x = self.look(text, image, query_seen=seen)[where]
+    def forward(self, text, image, is_masked, key_mask=None):
+        """text (B, T, D), image (B, S, D), is_masked (B, T) bool -> logits (M, vocab) of the M masked tokens."""
+        x = self.cross_encoder(text, image, query_mask=key_mask)[is_masked]
         return self.out(self.ln(F.silu(1.702 * self.fc(x)) / 1.702))
 
 
-class Restorer(nn.Module):
-    """UIT's text-guided image restoration (arXiv 2307.09059): from the tokens of a grey image's visible patches and the words to the
-    pixels, in colour, of all patches. The colours can only come from the words."""
+class RestorationHead(nn.Module):
+    """Text-guided image restoration of UIT (arXiv 2307.09059): from the visible patches of a grey image and the
+    caption to the colour pixels of all patches. Colours can only come from the caption."""
 
     def __init__(self, width, head_width, depth, grid, patch):
         super().__init__()
         self.ln, self.embed = nn.LayerNorm(width), nn.Linear(width, width)
         self.mask = nn.Parameter(0.02 * torch.randn(width))
-        self.register_buffer("pos", sincos_grid(grid, width), persistent=False)                         # (1+N, D), fixed
-        self.look = Interaction(width, head_width, depth)
-        self.look.ln_mid = nn.LayerNorm(width)
+        self.register_buffer("pos", sincos_grid(grid, width), persistent=False)             # (1+N, D), fixed
+        self.cross_encoder = CrossEncoder(width, head_width, depth)
+        self.cross_encoder.ln_mid = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, 3 * patch ** 2)
 
-    def forward(self, visible, order, text, seen=None):
-        """visible (B, 1+K, D): class token and the first K patches of `order` (B, N); text (B, T, D) -> (B, N, 3 patch^2)."""
+    def forward(self, visible, order, text, key_mask=None):
+        """visible (B, 1+K, D): the class token and the first K patches of `order` (B, N); text (B, T, D), key_mask
+        (B, T) -> (B, N, 3 patch^2)."""
         x = self.embed(self.ln(visible))
         B, K, N = len(x), x.shape[1] - 1, order.shape[1]
-        patches = torch.cat([x[:, 1:], self.mask.to(x.dtype).expand(B, N - K, -1)], dim=1)              # (B, N, D), as drawn
+        patches = torch.cat([x[:, 1:], self.mask.to(x.dtype).expand(B, N - K, -1)], dim=1)  # (B, N, D), in order
         patches = patches.gather(1, order.argsort(dim=1)[..., None].expand_as(patches))                 # row by row
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos
-        return self.pixels(self.look(x, text, context_seen=seen)[:, 1:])
+        return self.pixels(self.cross_encoder(x, text, context_mask=key_mask)[:, 1:])
 
 
 def patchify(pixels, patch):
-    """(B, 3, H, W) -> (B, N, 3 patch^2): patches row by row, each by row, column, channel. Rows and columns that fill none are cut."""
+    """(B, 3, H, W) -> (B, N, 3 patch^2): patches row by row, each by row, column, channel. Incomplete patches are cut
+    off."""
     B, _, H, W = pixels.shape
     h, w = H // patch, W // patch
     x = pixels[:, :, :h * patch, :w * patch].reshape(B, 3, h, patch, w, patch)
@@ -991,25 +1118,27 @@ def patchify(pixels, patch):
 
 
 def unpatchify(patches, grid, patch):
-    """The way back: (B, N, 3 patch^2) -> (B, 3, H, W)."""
+    """The inverse of patchify: (B, N, 3 patch^2) -> (B, 3, H, W)."""
     x = patches.reshape(-1, *grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(len(patches), 3, grid[0] * patch, grid[1] * patch)
 
 
 def grey(pixels):
-    """Luma in all three channels, of normalised pixels as released: within 0.11 of normalising the grey image."""
-    return (pixels * pixels.new_tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(dim=1, keepdim=True).expand_as(pixels)
+    """Luma in all three channels. The pixels are normalised, as in the official code; the result is within 0.11 of the
+    normalised grey image."""
+    luma = (pixels * pixels.new_tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(dim=1, keepdim=True)
+    return luma.expand_as(pixels)
 
 
 def visible_patches(model, recipe):
-    """The number of patches that the restorer sees. Of 192 patches 57 are visible; with official=1 56, and the loss still leaves out
-    the first 57, so one dropped patch is not scored."""
+    """The number of patches that the restoration head sees: 57 of 192. With official=1 it is 56, and the loss still
+    leaves out the first 57, so one dropped patch is not scored."""
     N, visible = math.prod(model.image.grid), 1 - recipe["drop"]
     return int((N + 1) * visible + 1e-6) - 1 if recipe["official"] else int(N * visible + 1e-6)
 
 
 def id_heads(recipe, model, persons):
-    """One classifier of persons for both sides, if the recipe gives it a weight."""
+    """One classifier of persons for images and texts, if its loss has a weight."""
     if not recipe["id"]:
         return {}
     classifier = nn.Linear(model.arch["embed"], persons)
@@ -1018,8 +1147,27 @@ def id_heads(recipe, model, persons):
     return {"id": classifier}
 
 
+def irra_heads(recipe, model, persons):
+    """The classifier, MLM head and restoration head whose losses have a weight."""
+    arch, heads = model.arch, id_heads(recipe, model, persons)
+    size = arch["embed"], arch["head_width"], recipe["depth"]
+    if recipe["mlm"]:
+        heads["mlm"] = MLMHead(*size, arch["vocab"])
+    if recipe["restoration"]:
+        if arch["stride"] != arch["patch"]:
+            raise ValueError("restoration needs patches that do not overlap: stride=0")
+        N, K = math.prod(model.image.grid), visible_patches(model, recipe)
+        if not 0 < K < N - recipe["official"]:
+            raise ValueError(f"drop={recipe['drop']} leaves {max(K, 0)} of {N} patches visible: "
+                             "some must be, and some not")
+        heads["restoration"] = RestorationHead(*size, model.image.grid, arch["patch"])
+        if recipe["official"]:
+            nn.init.zeros_(heads["restoration"].mask)
+    return heads
+
+
 def pair_losses(image, text, pid, scale, heads, recipe, autocast):
-    """The weighted losses that need no more than the features of the pairs, (B, D) each, by name."""
+    """The weighted losses of features of pairs by name: image, text (B, D), pid (B,)."""
     r, out = recipe, {}
     if r["itc"]:
         out["itc"] = r["itc"] * losses.itc(image, text, scale)
@@ -1029,29 +1177,11 @@ def pair_losses(image, text, pid, scale, heads, recipe, autocast):
         out["cmpm"] = r["cmpm"] * losses.cmpm(image, text, pid)
     if r["id"]:
         with autocast():
-            who = heads["id"](image), heads["id"](text)                                                 # (B, P)
-        out["id"] = r["id"] * losses.id_loss(*who, pid)
+            image_logits, text_logits = heads["id"](image), heads["id"](text)                           # (B, P)
+        out["id"] = r["id"] * losses.id_loss(image_logits, text_logits, pid)
     if r["triplet"]:
         out["triplet"] = r["triplet"] * losses.triplet(image, text, pid)
     return out
-
-
-def irra_heads(recipe, model, persons):
-    """The classifier, word guesser and restorer that the recipe's weights ask for."""
-    arch, heads = model.arch, id_heads(recipe, model, persons)
-    size = arch["embed"], arch["head_width"], recipe["depth"]
-    if recipe["mlm"]:
-        heads["mlm"] = Guesser(*size, arch["vocab"])
-    if recipe["restoration"]:
-        if arch["stride"] != arch["patch"]:
-            raise ValueError("restoration needs patches that do not overlap: stride=0")
-        N, K = math.prod(model.image.grid), visible_patches(model, recipe)
-        if not 0 < K < N - recipe["official"]:
-            raise ValueError(f"drop={recipe['drop']} leaves {max(K, 0)} of {N} patches visible: some must be, and some not")
-        heads["restoration"] = Restorer(*size, model.image.grid, arch["patch"])
-        if recipe["official"]:
-            nn.init.zeros_(heads["restoration"].mask)
-    return heads
 
 
 def masks_all_losses(recipe):
@@ -1059,110 +1189,120 @@ def masks_all_losses(recipe):
     return recipe.get("mask_all") or recipe.get("official") and "mlm" in recipe
 
 
-def irra_losses(model, batch, recipe, epoch, autocast):
-    """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their recipes' weights.
+def mask_rates(recipe):
+    """(rate of content words, rate of other words) to mask, or None where the recipe has no use for masked captions."""
+    if recipe.get("mlm") or masks_all_losses(recipe):
+        return recipe["mask_content"], recipe["mask_other"]
+    return None
 
-    batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77)."""
+
+def irra_losses(model, batch, recipe, epoch, autocast):
+    """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their
+    recipes.
+
+    batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77): the
+    masked captions, and the ids of the masked tokens with -1 elsewhere."""
     r, pid, pixels = recipe, batch["pid"], batch["pixels"][0]
-    restorer, guesser, mask_all = r["restoration"], r["mlm"], masks_all_losses(r)
+    mlm, restoration, mask_all, trim = r["mlm"] > 0, r["restoration"] > 0, masks_all_losses(r), not r["official"]
     tokens = batch["masked"] if mask_all else batch["tokens"][0]
     eot = tokens.argmax(dim=1)                                          # the same in masked captions
-    seen = None if r["official"] else (torch.arange(int(eot.max()) + 1) <= eot[:, None]).to(pid.device)            # (B, T)
+    key_mask = (torch.arange(int(eot.max()) + 1) <= eot[:, None]).to(pid.device) if trim else None      # (B, T)
     with autocast():
-        image_tokens = model.image_tokens(pixels) if guesser else model.encode_image(pixels)[:, None]   # (B, S, D), or the class token
-        if restorer or guesser and mask_all:
-            text_tokens = model.text_tokens(tokens, cut=not r["official"])                               # (B, T, D)
-            text = pick(text_tokens, eot.to(pid.device))[:, 0]                                          # (B, D)
+        if mlm:
+            image_tokens = model.image_tokens(pixels)                                                   # (B, S, D)
+        else:
+            image_tokens = model.encode_image(pixels)[:, None]                                          # (B, 1, D)
+        if restoration or mlm and mask_all:
+            text_tokens = model.text_tokens(tokens, trim)                                               # (B, T, D)
+            text = pick(text_tokens, eot.to(pid.device))[:, 0]
         else:
             text = model.encode_text(tokens)
         image = image_tokens[:, 0]                                                                      # (B, D)
-        if guesser:
-            words = text_tokens if mask_all else model.text_tokens(batch["masked"], cut=not r["official"])
-            asked = batch["asked"][:, :words.shape[1]].to(pid.device)
-            guessed = model.heads["mlm"](words, image_tokens, asked >= 0, seen)                         # (M, vocab)
-        if restorer:
-            restored, dropped = restore(model, pixels, text_tokens, seen, r)
+        if mlm:
+            masked_tokens = text_tokens if mask_all else model.text_tokens(batch["masked"], trim)
+            target = batch["asked"][:, :masked_tokens.shape[1]].to(pid.device)
+            logits = model.heads["mlm"](masked_tokens, image_tokens, target >= 0, key_mask)             # (M, vocab)
+        if restoration:
+            restored, dropped = restore(model, pixels, text_tokens, key_mask, r)
     out = pair_losses(*map(losses.gather, (image, text, pid)), model.scale(), model.heads, r, autocast)
-    if guesser:
-        out["mlm"] = guesser * losses.mlm(guessed, asked[asked >= 0]) * losses.rank_weight(len(guessed))
-    if restorer:
-        out["restoration"] = restorer * losses.restoration(restored, patchify(pixels, model.arch["patch"]), dropped)
+    if mlm:
+        out["mlm"] = r["mlm"] * losses.mlm(logits, target[target >= 0]) * losses.rank_weight(len(logits))
+    if restoration:
+        patches = patchify(pixels, model.arch["patch"])
+        out["restoration"] = r["restoration"] * losses.restoration(restored, patches, dropped)
     return out
 
 
-def restore(model, pixels, text_tokens, seen, recipe, generator=None):
-    """-> all patches as restored (B, N, 3 patch^2) from a grey image with most of them dropped and the caption's tokens (B, T, D);
-    which of them count, (B, N) bool. Only the visible ones are computed: at drop=0.7 this costs a third of a normal pass."""
-    K = visible_patches(model, recipe)
-    order = torch.rand(len(pixels), math.prod(model.image.grid), generator=generator, device=pixels.device).argsort(dim=1)       # (B, N)
-    visible = model.image_tokens(grey(pixels), keep=order[:, :K])                                       # (B, 1+K, D)
-    dropped = order.argsort(dim=1) >= K + recipe["official"]                                       # (B, N)
-    return model.heads["restoration"](visible, order, text_tokens, seen), dropped
+def restore(model, pixels, text_tokens, key_mask, recipe, generator=None):
+    """Restore a grey image with most patches dropped, from the caption's tokens (B, T, D) -> all patches (B, N, 3
+    patch^2), and which of them are scored (B, N) bool. Only visible patches are encoded: a third of the cost of a
+    normal pass at drop=0.7."""
+    K, N = visible_patches(model, recipe), math.prod(model.image.grid)
+    order = torch.rand(len(pixels), N, generator=generator, device=pixels.device).argsort(dim=1)        # (B, N)
+    visible = model.image_tokens(grey(pixels), patch_ids=order[:, :K])                                  # (B, 1+K, D)
+    dropped = order.argsort(dim=1) >= K + recipe["official"]                                            # (B, N)
+    return model.heads["restoration"](visible, order, text_tokens, key_mask), dropped
+
+
+# ---- methods: CTLG --------------------------------------------------------------------------------------------------
+
+def no_heads(recipe, model, persons):
+    return {}
 
 
 def ctlg_losses(model, batch, recipe, epoch, autocast):
-    """The loss of one step of CTLG (arXiv 2311.09084): contrast at a very low temperature, where nearly all the gradient goes to the hardest
-    negative. With feature_mixup all pairs are mixed with others, in one share for the batch, and what comes out are pairs again."""
-    mix, B = None, len(batch["pid"])
+    """The loss of one step of CTLG (arXiv 2311.09084): contrast at a very low temperature, where nearly all of the
+    gradient goes to the hardest negative. feature_mixup mixes all pairs of a batch with others by one weight; the
+    results are pairs."""
+    mixup, B = None, len(batch["pid"])
     if recipe["feature_mixup"]:
         alpha = torch.tensor(recipe["feature_mixup"])
-        mix = float(torch.distributions.Beta(alpha, alpha).sample()), torch.randperm(B).to(batch["pid"].device)
+        weight = float(torch.distributions.Beta(alpha, alpha).sample())
+        mixup = weight, torch.randperm(B).to(batch["pid"].device)
     with autocast():
-        image, text = model.encode_image(batch["pixels"][0], mix), model.encode_text(batch["tokens"][0], mix)      # (B, D)
+        image = model.encode_image(batch["pixels"][0], mixup)                                           # (B, D)
+        text = model.encode_text(batch["tokens"][0], mixup)
     image, text = losses.gather(image), losses.gather(text)
-    right = torch.arange(len(image), device=image.device)               # which text is right for which image
-    if recipe["same"] != "pair":
-        right = losses.gather(batch["image" if recipe["same"] == "image" else "pid"].to(image.device))
-    return {"itc": recipe["itc"] * losses.nitc(image, text, right, model.scale())}                      # N-ITC of numbers that differ is ITC
+    label = torch.arange(len(image), device=image.device)               # pairs with the same label are positives
+    if recipe["positives"] != "pair":
+        label = losses.gather(batch["image" if recipe["positives"] == "image" else "pid"].to(image.device))
+    return {"itc": recipe["itc"] * losses.nitc(image, text, label, model.scale())}      # N-ITC of unique labels is ITC
 
 
-# official=1 reproduces what the official code does where it differs from the paper, or from what one would expect:
-#
-#   IRRA, UIT   learning rates by layer names: new layers outside of cross-attention, its blocks and classifiers learn at CLIP's rate (lr_factor)
-#   IRRA, UIT   the MLM head and the restorer also attend to the padding after a caption (irra_losses)
-#   IRRA        all losses see the masked captions, not MLM alone; UIT does so anyway (masks_all_losses)
-#   IRRA, UIT, CTLG   the last, smaller batch of an epoch is used (train)
-#   UIT         one patch more is dropped than scored (visible_patches), and the mask token starts at zero (irra_heads)
-#   CTLG        approximate text may also replace and delete colours and garments (data.approximate_caption)
-#
-# TBPS-CLIP and the baseline have no such key: their recipes are what the official code does. half_weights=1 (IRRA, UIT) is a key of its own:
-# see HalfAdam.
 METHODS = {  # name: (recipe, heads, losses of a step)
     "tbps-clip": (TBPS_CLIP, tbps_clip_heads, tbps_clip_losses),
     "tbps-clip-simplified": (SIMPLIFIED, tbps_clip_heads, tbps_clip_losses),
     "baseline": (BASELINE, tbps_clip_heads, tbps_clip_losses),
-    "best": (BEST, tbps_clip_heads, tbps_clip_losses),
     "irra": (IRRA, irra_heads, irra_losses),
     "uit": (UIT, irra_heads, irra_losses),
-    "ctlg": (CTLG, lambda *_: {}, ctlg_losses),
+    "ctlg": (CTLG, no_heads, ctlg_losses),
 }
-# On top of any recipe, for toy people learned from scratch: a smaller model and rate, more and smaller batches. There is nothing to lock or to
-# believe in before anything is learned, so the patch convolution learns too and the targets are the labels; every layer is new
-TOY = dict(height=96, width=48, stride=0, epochs=10, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0, per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False,
-           eps=1e-8, beta2=0.98, lr_bias=1.0, lr_new=1.0, soft=0.0, lock_patch=False, depth=1)
-SCRATCH = dict(muon=3.0, epochs=8, warmup=1.0)      # and this where no --clip tells what to start from
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- optimisation ---------------------------------------------------------------------------------------------------
 
 def lr_at(it, n, recipe):
-    """Learning rate at iteration `it`, n iterations per epoch: linear from lr_start to lr, then half a cosine to lr_end, or with decay_every
-    tenths of it. Per iteration the warm-up ends at lr; per epoch, the first epoch after it begins there (IRRA: 0.1, 0.28 ... 0.82, then 1 of
-    the rate)."""
+    """Learning rate at iteration `it`, with n iterations per epoch: linear warm-up from lr_start to lr, then half a
+    cosine to lr_end, or with decay_every a tenth of the rate every so many epochs.
+
+    Per iteration, the warm-up ends at lr. Per epoch, the first epoch after it begins there (IRRA: 0.1, 0.28 ... 0.82,
+    1)."""
     if recipe["per_epoch"]:
         it, n = it // n, 1
-    warm = round(recipe["warmup"] * n)
-    if it < warm:
-        return recipe["lr_start"] + (recipe["lr"] - recipe["lr_start"]) * it / max(1, warm - (not recipe["per_epoch"]))
+    warmup = round(recipe["warmup"] * n)
+    if it < warmup:
+        last = max(1, warmup - (not recipe["per_epoch"]))
+        return recipe["lr_start"] + (recipe["lr"] - recipe["lr_start"]) * it / last
     if recipe["decay_every"]:
         return recipe["lr"] * 0.1 ** (it // (recipe["decay_every"] * n))
-    done = (it - warm) / max(1, recipe["epochs"] * n - warm)
+    done = (it - warmup) / max(1, recipe["epochs"] * n - warmup)
     return recipe["lr_end"] + 0.5 * (recipe["lr"] - recipe["lr_end"]) * (1 + math.cos(math.pi * done))
 
 
 def lr_factor(name, recipe):
-    """Factor of a parameter's learning rate: lr_new for layers that CLIP does not have, lr_bias for CLIP's biases. With official=1 by
-    names: lr_new for cross-attention, its blocks and classifiers only, and lr_bias for the biases of the former two."""
+    """Factor of a parameter's learning rate: lr_new for layers that CLIP does not have, lr_bias for CLIP's biases.
+    With official=1 by names: lr_new for cross-attention, its blocks and classifiers only, lr_bias for biases of the
+    former two."""
     new, bias = name.startswith("heads."), name.endswith("bias")
     if recipe.get("official") and not re.match(r"heads\.(id|mlm\.(fc|ln|out))\.", name):
         new = new and not bias and re.search(r"\.(cross|blocks)\.", name)
@@ -1170,16 +1310,16 @@ def lr_factor(name, recipe):
 
 
 class HalfAdam(torch.optim.Adam):
-    """Adam on weights in pure fp16, as the official code of IRRA and UIT trains: gradient, both moments and the step are rounded to
-    fp16, and there is no fp32 copy that would add up steps too small for fp16. At a rate of 1e-5 weights above 0.03 then never move:
-    half of the distance to the next fp16 number is more than a step.
+    """Adam on pure fp16 weights, as the official code of IRRA and UIT trains. Gradients, moments and steps are
+    rounded to fp16, and there is no fp32 copy that would sum up steps too small for fp16. At a rate of 1e-5, weights
+    above 0.03 never move: a step is less than half the distance to the next fp16 number.
 
-    parameters: as torch.optim.Adam takes them. halves: those held in fp16; the model keeps them as fp32 numbers that fp16 can hold."""
+    halves: the parameters held in fp16. The model keeps them in fp32, with values that fp16 can represent."""
 
     def __init__(self, groups, halves, **options):
         self.copies = {p: p.detach().half() for p in halves}
         groups = [group | dict(params=[self.copies.get(p, p) for p in group["params"]]) for group in groups]
-        super().__init__(groups, **options, foreach=False)              # the plain loop: the same roundings on any device
+        super().__init__(groups, **options, foreach=False)  # the plain loop: the same rounding on any device
         self.write_back()
 
     @torch.no_grad()
@@ -1189,53 +1329,691 @@ class HalfAdam(torch.optim.Adam):
 
     def step(self, closure=None):
         for p, half in self.copies.items():
-            half.copy_(p.detach())                                      # the same unless a checkpoint was loaded
+            half.copy_(p.detach())                                      # differs only after a checkpoint was loaded
             half.grad = None if p.grad is None else p.grad.half()
         super().step(closure)
         self.write_back()
 
 
-def held_in_half(model):
-    """The parameters that OpenAI's convert_weights turns to fp16: weights and biases of linear layers and convolutions, and the two
-    projections. Norms, embeddings and single tokens stay in fp32."""
+def half_parameters(model):
+    """The parameters that OpenAI's convert_weights turns into fp16: weights and biases of linear layers and
+    convolutions, and the two projections. Norms, embeddings and single tokens stay in fp32."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     found = [p for layer in layers for p in layer.parameters()] + [model.image.proj, model.text.proj]
     return [p for p in found if p.requires_grad]
 
 
 def make_optimizers(model, recipe, fused):
-    """AdamW: matrices decay; biases, norms, the class token and the temperature do not. Or `coupled`, as IRRA: Adam, where all but
-    biases are drawn to 0 by their gradient. And with `muon` Muon (arXiv 2502.16982) for the matrices of both towers' blocks, whose steps
-    are then orthogonal: a model that starts from nothing needs fewer of them. Each group has a `factor` of the learning rate."""
+    """AdamW, where matrices decay and biases, norms, tokens and the temperature do not. With `coupled` Adam with an
+    L2 penalty on all but biases, as IRRA has it. With `muon` a second optimizer, Muon (arXiv 2502.16982), makes
+    orthogonal steps of the matrices of the blocks: from scratch, fewer steps are needed. Each parameter group has a
+    `factor` of the learning rate."""
     groups, matrices = {}, []
     for name, p in model.named_parameters():
-        if p.requires_grad and recipe["muon"] and not recipe.get("half_weights") and p.ndim == 2 and re.match(r"(image|text)\.blocks\.", name):
+        is_matrix = p.ndim == 2 and re.match(r"(image|text)\.blocks\.", name)
+        if not p.requires_grad:
+            continue
+        if recipe["muon"] and not recipe.get("half_weights") and is_matrix:
             matrices.append(p)
-        elif p.requires_grad:
+        else:
             decays = not name.endswith("bias") if recipe["coupled"] else p.ndim >= 2
             groups.setdefault((lr_factor(name, recipe), decays), []).append(p)
     groups = [dict(params=params, factor=factor, weight_decay=recipe["weight_decay"] if decays else 0.0)
               for (factor, decays), params in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))]
     options = dict(lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"])
     if recipe.get("half_weights"):
-        return [HalfAdam(groups, held_in_half(model), **options)]
-    kind = torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW
-    optimizers = [kind(groups, **options, fused=fused)]
+        return [HalfAdam(groups, half_parameters(model), **options)]
+    optimizers = [(torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, **options, fused=fused)]
     if matrices:
         matrices = [dict(params=matrices, factor=recipe["muon"])]
-        optimizers.append(torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=recipe["weight_decay"], adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=recipe["weight_decay"],
+                                           adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def build(args, recipe, tokenizer, persons, make_heads):
-    """The model for a run, with its method's heads."""
+# ---- several processes ----------------------------------------------------------------------------------------------
+#
+# torchrun starts W processes of one command. Each encodes its part of every batch, gathers the features of all ranks
+# (losses.gather), and computes the loss of the whole batch. The mean of their gradients is the gradient of one
+# process with the whole batch, so all ranks make the same step.
+
+def join_ranks(args):
+    """Under torchrun: join its processes, with a GPU each. Only the first one prints and writes files."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if losses.ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+
+
+def barrier():
+    """Wait until all ranks are here."""
+    if losses.ranks()[1] > 1:
+        torch.distributed.barrier()
+
+
+def together(x):
+    """Rows rank, rank + W, ... from each of W processes -> all rows, in order, on the CPU. A process may have no
+    row."""
+    rank, ranks = losses.ranks()
+    if ranks == 1:
+        return x
+    torch.distributed.all_gather_object(parts := [None] * ranks, x)
+    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])     # the first process has a row if any has
+    for r, part in enumerate(parts):
+        if len(part):
+            out[r::ranks] = part
+    return out
+
+
+def average_over_ranks(tensors):
+    """Replace each tensor by its mean over all ranks, in one message."""
+    W = losses.ranks()[1]
+    if W > 1 and tensors:
+        flat = torch.cat([x.flatten() for x in tensors])
+        torch.distributed.all_reduce(flat)
+        for x, part in zip(tensors, flat.div_(W).split([x.numel() for x in tensors])):
+            x.copy_(part.view_as(x))
+
+
+def any_rank(wanted, device):
+    """Whether any rank wants it."""
+    votes = torch.tensor(float(bool(wanted)), device=device)
+    average_over_ranks([votes])
+    return votes.item() > 0
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_losses):
+    """Train a model and write last.pt, best.pt and log.jsonl into the folder `out`.
+
+    step_losses(model, batch, epoch, autocast) -> {name: weighted loss}: the losses of a step, whose sum is minimised.
+    `epoch` counts the epochs done, with a fraction; encoders run under autocast(). pairs: data.Pairs; val: records of
+    the validation split, or None. Ctrl-C and SIGTERM save last.pt and raise KeyboardInterrupt; --resume then
+    continues bit for bit."""
+    device, (rank, W) = torch.device(args.device), losses.ranks()
+    autocast = prepare_model(args, model)
+    optimizers = make_optimizers(model, recipe, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not recipe.get("half_weights"))
+    state = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0)    # step: batches done in this epoch
+    if args.resume:
+        state |= restore_training(out / "last.pt", model, optimizers, scaler, state)
+    save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state,
+                             out, time.time() - 60 * state["minutes"])
+    n = len(epoch_batches(args, recipe, pairs, epoch=0))                # samplers by person: epochs differ a little
+    bar = training_bar(recipe, state, n)
+    with stop_on_signal() as stop:
+        for epoch in range(state["epoch"], recipe["epochs"]):
+            batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
+            history, saved_at = LossHistory(), time.time()
+            model.train()
+            for i, batch in enumerate(load_batches(args, recipe, tokenizer, pairs, batches, epoch, start), start):
+                it = epoch * n + i * n / len(batches)
+                lr = lr_at(it, n, recipe)
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                    group["lr"] = lr * group["factor"]
+                batch |= {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}
+                torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
+
+                parts = step_losses(model, batch, it / n, autocast)
+                loss = total_loss(parts)
+                model.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
+                for optimizer in optimizers:
+                    scaler.step(optimizer)                              # skips the step if fp16 overflowed
+                scaler.update()
+
+                state["step"] = i + 1
+                history.append(loss, parts)
+                bar.update(recipe["batch"])
+                last = i + 1 == len(batches)
+                log_now = i % args.log_every == 0 or last               # not at every step: reading waits for the GPU
+                save_now = bool(stop) or time.time() - saved_at > 60 * args.save_minutes
+                if W > 1:                                               # ranks agree, at logged steps
+                    save_now = log_now and any_rank(save_now, device)
+                if log_now or save_now:
+                    means = history.recent(log_now)
+                    check_finite(history, start, pairs, batches, args, recipe, out)
+                if log_now:
+                    bar.set_postfix_str(format_losses(means), refresh=False)
+                    write_log(out, at=[epoch, i + 1], epoch=epoch + (i + 1) / len(batches), lr=lr,
+                              scale=model.scale().item(), **means)
+                if save_now and not last:
+                    save("last.pt")
+                    saved_at = time.time()
+                    stop_here(any_rank(stop, device), bar, f"in epoch {epoch + 1}, step {i + 1} of {len(batches)}", out)
+
+            state |= dict(epoch=epoch + 1, step=0)
+            line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {format_losses(history.mean())}"
+            line += f"  {history.speed(recipe['batch']):.0f} pairs/s"
+            if val:
+                scores, _ = evaluate(model, tokenizer, preprocessing, val, device, args.workers, sheet=False)
+                state["scores"] = scores["text to image"]
+                line += f"  val {evaluation.format_scores(state['scores'])}"
+                write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
+            print_above(bar, line)
+            if not val or state["scores"]["R@1"] > state["best"]:       # without a validation split: the last epoch
+                state["best"] = state["scores"].get("R@1", -1.0)
+                save("best.pt")
+            save("last.pt")
+            stop_here(any_rank(stop, device), bar, f"after epoch {epoch + 1}", out)
+    bar.close()
+
+
+def prepare_model(args, model):
+    """Move the model to its device and switch on what saves memory or time -> the autocast of its encoders."""
+    device = torch.device(args.device)
+    model.to(device)
+    model.micro_batch = args.micro_batch
+    model.image.checkpointing = model.text.checkpointing = args.checkpoint_blocks
+    if args.compile:
+        model.image.compile()
+        model.text.compile()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")
+
+
+def epoch_batches(args, recipe, pairs, epoch):
+    """The batches of an epoch as lists of item numbers. The last, smaller one is dropped, but not by the official
+    code of IRRA, UIT and CTLG. Raises ValueError if there is no batch, or if ranks cannot share batches equally."""
+    W, size = losses.ranks()[1], recipe["batch"]
+    if size % W:
+        raise ValueError(f"a batch of {size} cannot be shared by {W} processes; choose a multiple with --batch")
+    batches = data.batches(recipe["sampler"], pairs.pids, size, data.derive_seed(args.seed, epoch), pairs.images,
+                           drop_last=not recipe.get("official"))
+    batches = [items for items in batches if len(items) >= W]
+    if not batches:
+        raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {size}; lower it with --batch")
+    one_person = sum(len({pairs.pids[j] for j in items}) == 1 for items in batches)
+    if recipe.get("triplet") and one_person:
+        print(f"{one_person} of {len(batches)} batches show one person only; the triplet loss is 0 there")
+    return batches
+
+
+def load_batches(args, recipe, tokenizer, pairs, batches, epoch, start):
+    """A loader of this rank's part of the batches from number `start` on."""
+    rank, W = losses.ranks()
+    pairs.epoch = epoch
+    parts = [items[rank * (len(items) // W):(rank + 1) * (len(items) // W)] for items in batches[start:]]
+    collate = functools.partial(data.collate, tokenizer, mask=mask_rates(recipe))
+    return torch.utils.data.DataLoader(pairs, batch_sampler=parts, num_workers=args.workers, collate_fn=collate,
+                                       worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
+
+
+def total_loss(parts):
+    """The sum of a step's losses {name: weighted loss}. Raises ValueError, for the author of the step, if it has no
+    gradient."""
+    for name, value in (parts or {}).items():
+        if not torch.is_tensor(value):
+            raise ValueError(f"the step's loss {name!r} is {value!r}, it must be a tensor with a gradient")
+    loss = sum((parts or {}).values())
+    if not parts or not loss.requires_grad:
+        raise ValueError(f"the step's losses ({', '.join(parts or []) or 'none'}) have no gradient: a step returns "
+                         "{name: weight * loss} for every loss whose weight in the recipe is above 0")
+    return loss
+
+
+class LossHistory:
+    """The losses of an epoch's steps. Steps only append, since reading a number waits for the GPU."""
+
+    def __init__(self):
+        self.names, self.rows, self.read, self.began = [], [], 0, time.time()
+
+    def append(self, loss, parts):
+        self.names = ["loss", *parts]
+        self.rows.append(torch.stack([loss, *parts.values()]).detach())
+
+    def recent(self, mark_read):
+        """The mean of each loss since the last logged step, over all ranks: {name: value}."""
+        self.unread = torch.stack(self.rows[self.read:])                # (steps, losses)
+        average_over_ranks([self.unread])
+        self.first_unread = self.read
+        if mark_read:
+            self.read = len(self.rows)
+        return dict(zip(self.names, self.unread.mean(dim=0).tolist()))
+
+    def first_bad(self):
+        """The number of the first recent step whose loss is not finite, or None."""
+        bad = (~self.unread.isfinite().all(dim=1)).nonzero()
+        return self.first_unread + int(bad[0]) if len(bad) else None
+
+    def mean(self):
+        return dict(zip(self.names, torch.stack(self.rows).mean(dim=0).tolist()))
+
+    def speed(self, batch):
+        """Pairs per second."""
+        return len(self.rows) * batch / (time.time() - self.began)
+
+
+def format_losses(means):
+    return "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+
+
+def check_finite(history, start, pairs, batches, args, recipe, out):
+    """Raises FloatingPointError, naming step and images, if a recent loss is not finite. start: number of the first
+    step."""
+    bad = history.first_bad()
+    if bad is None:
+        return
+    paths = [str(pairs.items[j][0]["image"]) for j in batches[start + bad][:4]
+             if isinstance(pairs.items[j][0]["image"], Path)]
+    raise FloatingPointError(
+        f"the loss is not finite in epoch {pairs.epoch + 1}, step {start + bad + 1}" +
+        f" (images {', '.join(paths)} ...)" * bool(paths) + f"\n  Try a lower --lr (now {recipe['lr']:g})" +
+        ", --amp bf16 or off" * (args.amp == "fp16") + f"; {out}/last.pt, if there, is from before")
+
+
+def training_bar(recipe, state, n):
+    done = (state["epoch"] * n + state["step"]) * recipe["batch"]
+    return data.progress_bar(total=recipe["epochs"] * n * recipe["batch"], initial=done, unit=" pairs", desc="training",
+                             smoothing=0.05, disable=losses.ranks()[0] > 0)
+
+
+def print_above(bar, line):
+    """Print a line while a progress bar is on the terminal."""
+    if sys.stderr.isatty():
+        bar.write(line)
+    else:
+        print(line, flush=True)
+
+
+def save_checkpoints(args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state, out, started, name):
+    """Write last.pt, from which a run resumes, or best.pt, which has no heads and no optimizer."""
+    state["minutes"] = (time.time() - started) / 60
+    contents = content(args, recipe, model, tokenizer, preprocessing, heads=name == "last.pt") | state
+    if name == "last.pt":
+        contents |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict())
+    save(out / name, contents)
+
+
+def restore_training(path, model, optimizers, scaler, state):
+    """Load what save_checkpoints wrote -> the entries of `state`."""
+    saved = read_file(path)
+    model.load_state_dict(saved["weights"])
+    for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+    scaler.load_state_dict(saved["scaler"])
+    return {k: saved[k] for k in state if k in saved}
+
+
+@contextlib.contextmanager
+def stop_on_signal():
+    """A list that becomes true on Ctrl-C or SIGTERM, in place of ending the program at once."""
+    stop = []
+    old = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def stop_here(wanted, bar, where, out):
+    if wanted:
+        bar.close()
+        raise KeyboardInterrupt(f"stopped {where}; {out}/last.pt is saved. Go on with the same command and --resume")
+
+
+def ignore_signals(_):
+    """For the loader's processes: Ctrl-C reaches them too, but the training process decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
+    recipes = {name: recipe for name, (recipe, *_) in METHODS.items()}
+    args, published = parse_options(training_options(__doc__, recipes, KEYS, default_method, argv), recipes, argv)
+    return args, resolve_recipe(args, published)
+
+
+def default_method(dataset):
+    return "tbps-clip-simplified" if dataset.startswith("toy") else "tbps-clip"
+
+
+def training_options(description, recipes, keys, default_method, argv):
+    """The parser of the options that training commands share. Its --help ends with the keys of one method: of
+    --method M, or of the default."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", choices=data.DATASETS, default="toy", help="default: toy, synthetic pedestrians")
+    first.add_argument("--method", help=f"{', '.join(recipes)} (default: {default_method('cuhk')}; on synthetic "
+                       f"pedestrians {default_method('toy')})")
+    chosen, _ = first.parse_known_args(argv if argv is None or "--dataset" in argv or "--method" in argv else [])
+    method = chosen.method if chosen.method in recipes else default_method(chosen.dataset)
+    p = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description, parents=[first],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"keys of {method} for --set, as published (other methods: --method M --help):\n"
+               f"{format_keys(recipes[method], keys)}\n"
+               f"on synthetic pedestrians: {format_values(TOY)}\nand without --clip: {format_values(FROM_SCRATCH)}")
+    g = p.add_argument_group("data")
+    g.add_argument("--data-root", default="data",
+                   help="the data set's folder or its parent; for csv the file (default: data)")
+    g.add_argument("--val", choices=["auto", "none"], default="auto",
+                   help="none: no validation split is held out, and the last epoch is kept")
+    g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="also train on these folders of generate.py")
+    g.add_argument("--min-score", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="of these pairs only those with at least these scores, like words=0.02")
+    g.add_argument("--share", type=float, default=1.0, help="train on this fraction of the persons, drawn by the seed")
+    g.add_argument("--skip-bad", action="store_true", help="skip unreadable images (default: stop at the first)")
+    g = p.add_argument_group("model")
+    g.add_argument("--clip", help="weights to start from: a file, folder, hub id, checkpoint, or none "
+                   "(default: openai/clip-vit-base-patch16; on synthetic pedestrians none)")
+    g.add_argument("--tokenizer", help="CLIP's vocabulary, if it is not beside the weights: tokenizer.json or "
+                   "bpe_simple_vocab_16e6.txt.gz")
+    g.add_argument("--size", choices=SIZES,
+                   help="architecture for --clip none (default: ViT-B/16; on synthetic pedestrians toy)")
+    g = p.add_argument_group("recipe")
+    g.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="change keys of the recipe, listed below")
+    g.add_argument("--epochs", type=int, help="short for --set epochs=")
+    g.add_argument("--batch", type=int, help="short for --set batch=")
+    g.add_argument("--lr", type=float, help="short for --set lr=")
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
+    g.add_argument("--out", help="the run folder (default: runs/DATASET-METHOD-SEED)")
+    g.add_argument("--resume", action="store_true",
+                   help="continue from last.pt in the run folder; other options need not be given")
+    g.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
+    g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
+    g = p.add_argument_group("hardware")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda, cpu or mps (default: cuda where there is one)")
+    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+                   help="precision of the encoders (default: bf16 or fp16 on CUDA, off elsewhere)")
+    g.add_argument("--micro-batch", type=int, default=0, metavar="M",
+                   help="encode M samples at a time, twice: same gradient, less memory")
+    g.add_argument("--checkpoint-blocks", action="store_true",
+                   help="recompute transformer blocks in backward: less memory")
+    g.add_argument("--compile", action="store_true",
+                   help="torch.compile the towers: a slow first step, then faster on a GPU")
+    g.add_argument("--workers", type=int, help="processes that load images (default: the cores, at most 8; on "
+                   "synthetic pedestrians 0)")
+    return p
+
+
+def format_values(values):
+    return " ".join(f"{k}={v}" for k, v in values.items())
+
+
+def format_keys(recipe, keys):
+    """A line of --help per key of a recipe: name, value, help."""
+    missing = "", "no help: add a row for this key to the table of keys"
+    return "".join(f"  {k:17}{str(v):11}{keys.get(k, missing)[1]}\n" for k, v in recipe.items())
+
+
+def parse_options(p, recipes, argv, checkpoints=("last.pt",), default_method=default_method):
+    """-> args, the recipe without --set. With --resume, options that are not given come from the first of
+    `checkpoints` (names in the run folder) that exists; check_run compares those that are given."""
+    args = p.parse_args(argv)
+    args.method = args.method or default_method(args.dataset)
+    args.out = f"runs/{args.dataset}-{args.method}-{args.seed}" if args.out is None else args.out
+    found = [Path(args.out, name) for name in checkpoints if args.resume and Path(args.out, name).exists()]
+    if found:
+        saved = read_file(found[0])
+        p.set_defaults(**dict.fromkeys(vars(args)))                     # now None is an option that is not given
+        given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+        args = argparse.Namespace(**vars(args) | saved["args"] | given)
+        if args.method == saved["method"]:
+            return args, saved["recipe"]
+    if args.method not in recipes:
+        raise ValueError(f"there is no method {args.method!r} here but {', '.join(recipes)}; lcr2s and lcr2s-paper are "
+                         "trained by distill.py, all others by tbps.py")
+    return args, recipes[args.method] | toy_values(args, recipes[args.method])
+
+
+def toy_values(args, recipe):
+    """What the recipe gets on synthetic pedestrians."""
+    if not args.dataset.startswith("toy"):
+        return {}
+    values = TOY | (FROM_SCRATCH if args.clip in (None, "none") else {})
+    return {k: v for k, v in values.items() if k in recipe}
+
+
+def given_keys(args):
+    """The keys of the recipe on the command line: {key: text of its value}."""
+    short = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
+    return {key: value for key, _, value in (text.partition("=") for text in short + args.set)}
+
+
+def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
+    """-> the recipe with the values of the command line, checked; completes args with defaults. Raises ValueError in
+    words."""
+    recipe, toy = dict(recipe), args.dataset.startswith("toy")
+    for key, value in given_keys(args).items():
+        if key not in recipe:
+            raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
+        recipe[key] = parse_value(key, value, recipe[key])
+    check_recipe(recipe, keys, choices)
+    args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
+    args.size = args.size or ("toy" if toy else "ViT-B/16")
+    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
+    check_options(args, recipe)
+    if args.amp == "auto":
+        fp16 = recipe.get("half_weights") or not torch.cuda.is_bf16_supported()
+        args.amp = ("fp16" if fp16 else "bf16") if args.device.startswith("cuda") else "off"
+    return recipe
+
+
+def parse_value(key, text, default):
+    """The text of a --set value as the type of the key's default."""
+    kind = {bool: "0 or 1", int: "a whole number", float: "a number"}.get(type(default))
+    try:
+        if isinstance(default, bool):
+            return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{key} takes {kind}, not {text!r}") from None
+
+
+def require(condition, sentence):
+    """The one way in which wrong options end: a sentence for the user."""
+    if not condition:
+        raise ValueError(sentence)
+
+
+def check_recipe(recipe, keys, choices):
+    """Raises ValueError if a value makes no sense."""
+    r = recipe
+    for key, allowed in choices.items():
+        require(r.get(key, allowed[0]) in allowed, f"{key} must be one of {', '.join(allowed)}, not {r.get(key)!r}")
+    for key, value in r.items():
+        require(not isinstance(value, float) or 0 <= value < math.inf, f"{key}={value} must be a number from 0 up")
+        require(key not in FRACTIONS or value <= 1, f"{key}={value} must be a fraction from 0 to 1")
+    for key, least in dict(epochs=1, batch=2, height=1, width=1, stride=0).items():
+        require(r[key] >= least, f"{key}={r[key]} is too small: it must be at least {least}" +
+                ", as a single pair has no negatives" * (key == "batch"))
+    for key in ("eps", "ritc_eps", "depth"):
+        require(r.get(key, 1) > 0, f"{key}={r.get(key)} must be above 0")
+    require(max(r["height"], r["width"]) <= 4096, "height and width are at most 4096 pixels")
+    require(r["beta2"] < 1, f"beta2={r['beta2']} must be below 1")
+    weights = [k for k in r if k not in keys or keys[k][1].startswith("weight of")]     # without help it may be one
+    require(any(r[k] for k in weights), "all losses have the weight 0: nothing to learn")
+    require(mask_rates(r) != (0, 0), "mask_content and mask_other are both 0; mlm=0 mask_all=0 switches masking off")
+    require(not r.get("half_weights") or r["coupled"] and r["eps"] >= 6e-8, "half_weights=1 trains with Adam and an "
+            f"eps that fp16 can represent: set coupled=1 eps=1e-3, not {r['coupled']:d} and {r['eps']:g}")
+
+
+def check_options(args, recipe):
+    """Raises ValueError if an option makes no sense."""
+    require("" not in (args.out, args.clip, args.tokenizer, *args.extra),
+            "an option was given an empty text; is a variable of the shell not set?")
+    require(len({Path(folder).resolve() for folder in args.extra}) == len(args.extra), "--extra names a folder twice")
+    require(args.extra or not args.min_score, "--min-score selects generated pairs; name their folder with --extra")
+    require(args.micro_batch >= 0, "--micro-batch must be at least 1")
+    require(not (args.micro_batch and recipe.get("feature_mixup")),
+            "--micro-batch does not go with feature_mixup, which mixes the whole batch inside the encoder")
+    require(args.seed >= 0 and args.workers >= 0 and args.save_minutes >= 0 and args.log_every >= 1,
+            "--seed, --workers and --save-minutes are at least 0, --log-every at least 1")
+    require(0 < args.share <= 1, f"--share {args.share} must be above 0 and at most 1")
+    check_device(args.device)
+
+
+def check_device(device):
+    require(re.fullmatch(r"cpu|mps|cuda(:\d+)?", device), f"--device is cpu, mps, cuda or cuda:N, not {device!r}")
+    require(not device.startswith("cuda") or torch.cuda.is_available(),
+            "torch sees no CUDA device here; use --device cpu, or install the driver")
+
+
+def format_recipe(args, recipe, published):
+    """The effective recipe in lines: what differs from the method's published values, and because of what."""
+    toy, given = toy_values(args, recipe), given_keys(args)
+    reasons = {}
+    for key, value in recipe.items():
+        if value != published[key]:
+            reason = "command line" if key in given else "synthetic pedestrians" if toy.get(key) == value else "last.pt"
+            reasons.setdefault(reason, []).append(f"{key}={value}")
+    lines = [f"  {reason}: {' '.join(values)}" for reason, values in reasons.items()]
+    return "\n".join([f"recipe: {args.method} as published" + ", except" * bool(lines), *lines])
+
+
+# ---- run folder and main --------------------------------------------------------------------------------------------
+
+RUN_FILES = ["last.pt", "best.pt", "log.jsonl", "report.html", "code"]
+# Options that a resumed run may change, as they do not decide what is computed. (stage: distill.py)
+FREE_OPTIONS = ["device", "workers", "save_minutes", "log_every", "micro_batch", "checkpoint_blocks", "stage"]
+
+
+def saved_options(args):
+    """The options that a checkpoint holds for --resume. --set and its short forms are in the recipe."""
+    elsewhere = ("resume", "overwrite", "out", "set", "epochs", "batch", "lr")
+    return {k: v for k, v in vars(args).items() if k not in elsewhere}
+
+
+def check_run(args, recipe, out):
+    """Before anything is read: a new run must not meet an old one, and a resumed run must have the same options."""
+    last = out / "last.pt"
+    require(not (args.resume and args.overwrite), "--resume continues a run, --overwrite deletes it: choose one")
+    if not args.resume:
+        require(args.overwrite or not last.exists(), f"{out} holds a run already; --resume continues it, --overwrite "
+                "deletes it, --out or --seed makes another")
+        is_run, is_empty = last.exists() or (out / "log.jsonl").exists(), out.is_dir() and not any(out.iterdir())
+        require(not out.exists() or is_run or is_empty, f"{out} exists and is not a run; name another --out")
+        return
+    saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
+    before, now = saved["args"] | saved["recipe"], saved_options(args) | recipe
+    differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in FREE_OPTIONS]
+    changed = "".join(f"\n  {k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in differ)
+    if any(k.endswith("epochs") for k in differ):
+        changed += ("\n  The learning rate of every step depends on the number of epochs: a longer run differs from "
+                    "the first step on.")
+    require(not differ, f"{last} was made with other options, so going on would not be the same run:{changed}\n"
+            f"  --clip {last} with another --out starts a new run from these weights")
+    read_log(out, [saved["epoch"], saved["step"]])                      # a damaged log is an error now, not later
+
+
+def open_run(args, out):
+    """Prepare the run folder, when all is ready to start: empty it, or cut its log back to the checkpoint."""
+    barrier()                                                           # all ranks have checked it
+    if losses.ranks()[0] == 0 and args.resume:
+        saved = read_file(out / "last.pt")
+        lines = read_log(out, [saved["epoch"], saved["step"]])          # later steps will be done, and logged, again
+        (out / "log.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(out / "log.part", out / "log.jsonl")
+    elif losses.ranks()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (out / name for name in RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (out / "code").mkdir()
+        (out / "log.jsonl").touch()
+        for file in Path(__file__).parent.glob("*.py"):
+            shutil.copy(file, out / "code")
+    barrier()
+
+
+def load_data(args):
+    """-> {split: records}. The training split has what --extra adds; --skip-bad removes unreadable images."""
+    for folder in args.extra:                                           # first: reading a data set takes a while
+        data.need(Path(folder, "pairs.jsonl"), "the list of generated pairs", "generate.py writes such folders")
+    names = ["train", "val", "test"] if args.val == "auto" else ["train", "test"]
+    splits = {name: data.read(args.dataset, args.data_root, name, args.val == "auto") for name in names}
+    chosen = {r["pid"] for r in splits["train"]}
+    if args.share < 1:
+        number = max(1, round(args.share * len(chosen)))
+        chosen = set(random.Random(f"share {args.seed}").sample(sorted(chosen), number))
+        splits["train"] = [r for r in splits["train"] if r["pid"] in chosen]
+    for folder in args.extra:
+        first_pid = 1 + max(r["pid"] for r in splits["train"])
+        splits["train"] = splits["train"] + load_generated(args, folder, chosen, first_pid)
+    for name, records in splits.items():
+        if args.skip_bad:
+            bad = data.unreadable_images(records)
+            for _, reason in bad:
+                print(f"skipped: {reason}")
+            splits[name] = records = [r for r in records if not any(r is b for b, _ in bad)]
+        print(f"{args.dataset} {name}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
+    return splits
+
+
+def load_generated(args, folder, sources, first_pid):
+    """Generated pairs that pass --min-score, with new person ids; with --share those of the `sources` (pids) that are
+    trained."""
+    pairs = data.read("pairs", folder, "train", hold_out=False)
+    good = data.filter_by_score(pairs, args.min_score)
+    if args.share < 1:
+        good = [r for r in good if r["source_pid"] in sources]
+    print(f"{folder}: {len(good):,} of {len(pairs):,} generated pairs" + " have these scores" * bool(args.min_score) +
+          " and are of these persons" * (args.share < 1))
+    pids = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in good}), start=first_pid)}
+    return [r | dict(pid=pids[r["pid"]]) for r in good]
+
+
+def prepare(args, recipe, records, make_heads):
+    """-> model, tokenizer, pairs, preprocessing: what `train` takes, from the training records."""
+    r, size = recipe, (recipe["height"], recipe["width"])
+    if r["back_translation"] and not any(record.get("captions_bt") for record in records):
+        print("no back-translations (captions_bt) in these data: that augmentation is off")
+    views = {}
+    if "mvs" in r:
+        views = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0),
+                     texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0))
+    pairs = data.Pairs(records, size, args.seed, **views, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"],
+                       clean=r["clean"], back_translation=r["back_translation"], mixup=r.get("mixup", 0.0),
+                       text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")))
+    require(pairs.persons >= 2, "all training images show one person: there are no negatives")
+    masked = mask_rates(r) is not None
+    if args.tokenizer or args.clip != "none":
+        tokenizer = tokenizer_for(args.clip, args.tokenizer, masked)
+    else:
+        tokenizer = data.train_tokenizer([c for record in records for c in record["captions"]], mask=masked)
+    model = build_model(args, recipe, tokenizer, pairs.persons, make_heads)
+    if r["warmup"] >= r["epochs"]:
+        print(f"note: the warm-up takes {r['warmup']:g} of {r['epochs']} epochs, so the rate never reaches its peak; "
+              "see --set warmup=")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{args.method}: {trained:,} parameters trained of {total:,}; "
+          f"{size[0]}x{size[1]} pixels, {model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, "
+          f"{r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
+    known = preprocessing_for(args.clip) if args.clip != "none" else dict(file=None)
+    if known["file"] and known["norm"] != r["norm"]:
+        print(f"note: images are normalised with norm={r['norm']}, as the recipe says; the weights were trained with "
+              f"norm={known['norm']} ({known['file']})")
+    return model, tokenizer, pairs, dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
+
+
+def build_model(args, recipe, tokenizer, persons, make_heads):
+    """The model of a run, with its method's heads. Raises ValueError if tokenizer and weights do not belong
+    together."""
     torch.manual_seed(data.derive_seed(args.seed))
-    options = {k: recipe[k] for k in ("text_dropout", "patch_drop", "lock_patch")}
+    options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
     if args.clip == "none":
-        model = DualEncoder(**SIZES[args.size] | dict(image_size=size, stride=stride, vocab=tokenizer.vocab) | options)
+        sizes = SIZES[args.size] | dict(image_size=size, stride=stride, vocab=tokenizer.vocab)
+        model = DualEncoder(**sizes, **options)
     else:
         model = load_clip(args.clip, size, stride, **options)
+    require(tokenizer.vocab == model.arch["vocab"], f"the tokenizer has {tokenizer.vocab:,} tokens, the weights "
+            f"{model.arch['vocab']:,}: they do not belong together")
     for name, head in make_heads(recipe, model, persons).items():
         model.heads[name] = head
     if recipe["tau"]:
@@ -1245,7 +2023,8 @@ def build(args, recipe, tokenizer, persons, make_heads):
 
 
 def embed(model, tokenizer, info, records, device, workers=0, progress=True):
-    """-> features of unit length of the images (N, D) and captions (M, D) of a split. Each process embeds its share, and all have them."""
+    """-> features of unit length of the images (N, D) and captions (M, D) of a split. Each process embeds its share,
+    and all have them."""
     rank, ranks = losses.ranks()
     images = data.Images([r["image"] for r in records[rank::ranks]], data.EvalView(info["size"], info["norm"], info["resize"]))
     captions = [data.clean_caption(c) if info["clean"] else c for r in records for c in r["captions"]]
@@ -1254,7 +2033,8 @@ def embed(model, tokenizer, info, records, device, workers=0, progress=True):
 
 
 def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, progress=True):
-    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then text-to-image only)."""
+    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then
+    text-to-image only)."""
     captions = [c for r in records for c in r["captions"]]
     g_pid = torch.tensor([r["pid"] for r in records])
     own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
@@ -1270,484 +2050,10 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     return rows, evaluation.retrieval_sheet(captions, text, image, g_pid, own, lambda j: data.load_image(records[j]["image"]))
 
 
-# ---- many processes -------------------------------------------------------------------------------------------------
-#
-# torchrun starts W processes of the same command. Each takes its part of every batch through the encoders, gathers the features of all
-# (losses.gather) and computes the loss of the whole batch; the mean of their gradients is then the gradient of one process with the
-# whole batch. Nothing else is different, so all of them make the same step.
-
-def join(args):
-    """Under torchrun: joins its processes, a GPU each. The first alone prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)
-    if losses.ranks()[0]:
-        sys.stdout = open(os.devnull, "w")
-
-
-def wait():
-    """Until all processes are here."""
-    if losses.ranks()[1] > 1:
-        torch.distributed.barrier()
-
-
-def together(x):
-    """Rows rank, rank + W, ... from each process -> all of them, in order, on the CPU."""
-    rank, ranks = losses.ranks()
-    if ranks == 1:
-        return x
-    torch.distributed.all_gather_object(parts := [None] * ranks, x)
-    out = x.new_empty(sum(map(len, parts)), *x.shape[1:])
-    for r, part in enumerate(parts):
-        out[r::ranks] = part
-    return out
-
-
-def mean_of_ranks(tensors):
-    """Makes each of these tensors the mean over all processes, in one message."""
-    if (W := losses.ranks()[1]) > 1 and tensors:
-        flat = torch.cat([x.flatten() for x in tensors])
-        torch.distributed.all_reduce(flat)
-        for x, part in zip(tensors, flat.div_(W).split([x.numel() for x in tensors])):
-            x.copy_(part.view_as(x))
-
-
-def any_rank(wanted, device):
-    """Whether any process wants it."""
-    said = torch.tensor(float(bool(wanted)), device=device)
-    mean_of_ranks([said])
-    return said.item() > 0
-
-
-def quiet_worker(_):
-    """Ctrl-C reaches every process of the terminal; the workers leave it to the training process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def asked_to_stop():
-    """A list that Ctrl-C and SIGTERM add to, instead of ending the program then and there."""
-    asked = []
-    handlers = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def steps(args, recipe, model, tokenizer, pairs, val, out, info, stop=()):
-    """The whole of training but the losses, which a method computes in the loop over this:
-
-        for batch, epoch, autocast, parts in steps(...):
-            parts |= {name: weighted loss of this batch}
-
-    Each step is made when the loop asks for the next batch. epoch: how many are done, with a fraction; autocast: for the encoders. Writes
-    last.pt, best.pt and log.jsonl; all that matters is in the files. Saves and raises KeyboardInterrupt, with what to do next, when
-    something is in `stop`."""
-    device, (rank, ranks) = torch.device(args.device), losses.ranks()
-    if recipe["batch"] % ranks:
-        raise ValueError(f"a batch of {recipe['batch']} cannot be shared by {ranks} processes; choose --batch so that it can")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
-    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")      # of the encoders; losses are fp32
-    model.to(device)
-    model.micro_batch, model.image.checkpoint_blocks, model.text.checkpoint_blocks = args.micro_batch, args.checkpoint_blocks, args.checkpoint_blocks
-    if args.compile:
-        model.image.compile()
-        model.text.compile()
-    optimizers = make_optimizers(model, recipe, fused=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not recipe.get("half_weights"))
-    state = dict(epoch=0, step=0, best=-1.0, scores={})                 # step: batches done in this epoch
-    if args.resume:
-        saved = read_file(out / "last.pt")
-        model.load_state_dict(saved["weights"])
-        for optimizer, was in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(was)
-        scaler.load_state_dict(saved["scaler"])
-        state = {k: saved[k] for k in state}
-
-    def checkpoint(name):
-        going_on = dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict()) if name == "last.pt" else {}       # best.pt is for use
-        save(out / name, content(args, recipe, model, tokenizer, info, heads=name == "last.pt") | state | going_on)
-
-    log = functools.partial(write_log, out)
-
-    drop_last = not recipe.get("official")
-    n = len(data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.derive_seed(args.seed, 0), pairs.images, drop_last))
-    if n == 0:
-        raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {recipe['batch']}; lower it with --batch")
-    bar = tqdm(total=recipe["epochs"] * n * recipe["batch"], initial=(state["epoch"] * n + state["step"]) * recipe["batch"], unit=" pairs",
-               smoothing=0.05, disable=True if rank else None)
-    saved_at = time.time()
-    while state["epoch"] < recipe["epochs"]:
-        epoch, done = state["epoch"], state["step"]
-        order = data.batches(recipe["sampler"], pairs.pids, recipe["batch"], data.derive_seed(args.seed, epoch), pairs.images, drop_last)
-        order = [items for items in order if len(items) >= ranks]       # a smaller batch cannot be shared
-        if recipe.get("triplet") and (alone := sum(len({pairs.pids[j] for j in items}) == 1 for items in order)):
-            print(f"{alone} of {len(order)} batches show one person only: nothing to be told from, the triplet loss is 0 there")
-        pairs.epoch = epoch
-        shares = [items[rank * (len(items) // ranks):(rank + 1) * (len(items) // ranks)] for items in order[done:]]
-        loader = torch.utils.data.DataLoader(pairs, batch_sampler=shares, num_workers=args.workers, worker_init_fn=quiet_worker,
-                                             pin_memory=device.type == "cuda", collate_fn=functools.partial(data.collate, tokenizer, mask=masks(recipe)))
-        model.train()
-        values, logged, began = [], 0, time.time()                      # of the losses, a row per step; how many rows log.jsonl has
-        for i, batch in enumerate(loader, start=done):
-            it = epoch * n + i * n / len(order)                         # samplers by person give epochs of slightly different length
-            lr = lr_at(it, n, recipe)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr * group["factor"]
-            torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))         # dropout is a function of where we are: resume is exact
-            batch = batch | {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}         # tokens are cut first
-            parts = {}
-            yield batch, it / n, autocast, parts
-            loss = sum(parts.values())
-            model.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            mean_of_ranks([p.grad for p in model.parameters() if p.grad is not None])
-            for optimizer in optimizers:
-                scaler.step(optimizer)                                  # left out by itself if fp16 overflowed
-            scaler.update()
-            state["step"] = i + 1
-            bar.update(recipe["batch"])
-            values.append(torch.stack([loss, *parts.values()]).detach())
-            now, due = i % args.log_every == 0 or i + 1 == len(order), bool(stop) or time.time() - saved_at > 60 * args.save_minutes
-            if ranks > 1:                                               # one wants to save or stop: all do, at the next step that is logged
-                due = now and any_rank(due, device)
-            if now or due:                                              # reading a number waits for the GPU, so not at every step
-                recent = torch.stack(values[logged:])
-                mean_of_ranks([recent])
-                if not recent.isfinite().all():
-                    bad = done + logged + int((~recent.isfinite().all(dim=1)).nonzero()[0])
-                    files = [str(pairs.items[j][0]["image"]) for j in order[bad][:4] if isinstance(pairs.items[j][0]["image"], Path)]
-                    raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}, step {bad + 1}" + f" (images {', '.join(files)} ...)" * bool(files) +
-                                             f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
-                                             f"; {out}/last.pt, if there, is from before")
-            if now:
-                mean, logged = recent.mean(dim=0).tolist(), len(values)
-                bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)))
-                log(at=[epoch, i + 1], epoch=epoch + (i + 1) / len(order), lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
-            if due and i + 1 < len(order):
-                checkpoint("last.pt")
-                saved_at = time.time()
-                if any_rank(stop, device):
-                    bar.close()
-                    raise KeyboardInterrupt(f"stopped in epoch {epoch + 1}, step {i + 1} of {len(order)}; {out}/last.pt is saved. "
-                                  "Go on with the same command and --resume")
-
-        state |= dict(epoch=epoch + 1, step=0)
-        speed = (len(order) - done) * recipe["batch"] / (time.time() - began)
-        mean = torch.stack(values).mean(dim=0).tolist()
-        line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {speed:.0f} pairs/s"
-        if val:
-            scores, _ = evaluate(model, tokenizer, info, val, device, args.workers, sheet=False, progress=False)
-            state["scores"] = scores["text to image"]
-            line += f"  val {evaluation.format_scores(state['scores'])}"
-            log(at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
-        bar.write(line) if not bar.disable else print(line, flush=True)
-        if not val or state["scores"]["R@1"] > state["best"]:           # without a validation split the last epoch is the best
-            state["best"] = state["scores"].get("R@1", -1.0)
-            checkpoint("best.pt")
-        checkpoint("last.pt")
-        saved_at = time.time()
-        if any_rank(stop, device):
-            bar.close()
-            raise KeyboardInterrupt(f"stopped after epoch {epoch + 1}; {out}/last.pt is saved. Go on with the same command and --resume")
-    bar.close()
-
-
-# ---- the command line -----------------------------------------------------------------------------------------------
-
-def listed(recipe, keys, without=()):
-    return "".join(f"  {k:18}{str(v):12}{keys[k]}\n" for k, v in recipe.items() if k not in without)
-
-
-def parse_args(argv=None):
-    """-> args, recipe. The command line beats the recipe, the recipe beats the default."""
-    recipes = {name: recipe for name, (recipe, *_) in METHODS.items()}
-    p = arguments(recipes, __doc__, f"keys of a recipe, for --set, with the values of tbps-clip:\n{listed(TBPS_CLIP, KEYS)}"
-                  f"and of irra and uit alone, with the values of uit:\n{listed(UIT, KEYS, TBPS_CLIP)}"
-                  f"and of ctlg alone:\n{listed(CTLG, KEYS, TBPS_CLIP)}\n" +
-                  "".join(f"{name} differs in: {differences(recipe, CTLG | UIT | TBPS_CLIP)}\n" for name, recipe in recipes.items() if recipe != TBPS_CLIP))
-    args = p.parse_args(argv)
-    args.method = args.method or ("tbps-clip-simplified" if args.dataset.startswith("toy") else "tbps-clip")
-    return args, settle(args, recipes[args.method])
-
-
-def arguments(recipes, description, epilog):
-    """The options that training commands share."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=epilog + f"on toy people every recipe gets: {' '.join(f'{k}={v}' for k, v in TOY.items())}; "
-                                f"without --clip also {' '.join(f'{k}={v}' for k, v in SCRATCH.items())}")
-    g = p.add_argument_group("what")
-    g.add_argument("--dataset", choices=data.DATASETS, default="toy", help="the data set (default: toy, drawn on the spot)")
-    g.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
-    g.add_argument("--method", choices=recipes, help="one of: " + ", ".join(recipes))
-    g.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
-    g.add_argument("--epochs", type=int, help="short for --set epochs=")
-    g.add_argument("--batch", type=int, help="short for --set batch=, pairs per step")
-    g.add_argument("--lr", type=float, help="short for --set lr=, the peak")
-    g.add_argument("--extra", nargs="+", default=[], metavar="DIR", help="folders of generated pairs (imgs/ and pairs.jsonl) to train on too")
-    g.add_argument("--min-score", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of these pairs only those whose scores reach the values, like words=0.02")
-    g.add_argument("--share", type=float, default=1.0, help="train on this share of the training persons, drawn by the seed (default: 1, all)")
-    g.add_argument("--val", choices=["auto", "none"], default="auto", help="none: train on what a set without validation split would hold out, keep the last epoch")
-    g.add_argument("--skip-bad", action="store_true", help="decode all images first and leave out those that fail (default: stop at one)")
-    g = p.add_argument_group("from what")
-    g.add_argument("--clip", help="CLIP weights: a file, folder, hub id, checkpoint of ours, or none (default: none on toy people, else openai/clip-vit-base-patch16)")
-    g.add_argument("--tokenizer", help="CLIP's vocabulary, if it is not beside the weights: bpe_simple_vocab_16e6.txt.gz or tokenizer.json")
-    g.add_argument("--size", choices=SIZES, help="architecture for --clip none (default: toy on toy people, else ViT-B/16)")
-    g = p.add_argument_group("how")
-    g.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
-    g.add_argument("--out", help="the run's folder (default: runs/DATASET-METHOD-SEED)")
-    g.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder, exactly")
-    g.add_argument("--overwrite", action="store_true", help="replace the run in the run's folder")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
-    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision of the encoders (default: bf16 or fp16 on CUDA, off elsewhere)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the towers: slow start, faster steps on a GPU")
-    g.add_argument("--micro-batch", type=int, default=0, metavar="M", help="encode M pictures or captions at a time, twice: the same loss and gradient of the whole "
-                   "batch in less memory (default: all at once)")
-    g.add_argument("--checkpoint-blocks", action="store_true", help="compute each transformer block twice: less memory still")
-    g.add_argument("--workers", type=int, help="processes that decode and augment (default: 0 on toy people, else the number of cores, at most 8)")
-    g.add_argument("--save-minutes", type=float, default=10, help="minutes between saves within an epoch (default: 10)")
-    g.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default: 10)")
-    return p
-
-
-CHOICES = dict(sampler=["random", "random-count", "views"], norm=list(data.NORMS), resize=["bilinear", "bicubic"], eval_resize=["bilinear", "bicubic"],
-               image_aug=data.IMAGE_AUG, same=["pair", "image", "person"])
-
-
-def settle(args, recipe, choices=CHOICES):
-    """-> the recipe with the values from the command line, checked; completes args."""
-    toy = args.dataset.startswith("toy")
-    recipe = recipe | ({k: v for k, v in (TOY | (SCRATCH if args.clip in (None, "none") else {})).items() if k in recipe} if toy else {})
-    given = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
-    for text in given + args.set:
-        key, _, value = text.partition("=")
-        if key not in recipe:
-            raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
-        recipe[key] = typed(key, value, recipe[key])
-    for key, able in choices.items():
-        if recipe.get(key, able[0]) not in able:
-            raise ValueError(f"{key} must be one of {', '.join(able)}, not {recipe[key]!r}")
-    for key, value in recipe.items():
-        if isinstance(value, float) and not 0 <= value < math.inf:      # nan too
-            raise ValueError(f"{key}={value} must be a number from 0 up")
-        if key in SHARES and value > 1:
-            raise ValueError(f"{key}={value} must be a share from 0 to 1")
-    if not any(recipe.get(k) for k in LOSSES):
-        raise ValueError("all losses have the weight 0: nothing to learn")
-    if max(recipe["height"], recipe["width"]) > 4096 or recipe["stride"] < 0:
-        raise ValueError("height and width go up to 4096 pixels, stride from 0")
-    if zero := [k for k in ("eps", "ritc_eps", "depth") if recipe.get(k, 1) <= 0]:
-        raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be above 0")
-    if recipe.get("half_weights") and (not recipe["coupled"] or recipe["eps"] < 6e-8):
-        raise ValueError(f"half_weights=1 trains with Adam and an eps that fp16 can hold: set coupled=1 eps=1e-3 too, not {recipe['coupled']:d} and {recipe['eps']:g}")
-    if recipe["beta2"] >= 1:
-        raise ValueError(f"beta2={recipe['beta2']} must be below 1")
-    if masks(recipe) == (0, 0):
-        raise ValueError("mask_content and mask_other are both 0: masking is left out by mlm=0 mask_all=0")
-    if "" in (args.out, args.clip, args.tokenizer, *args.extra):
-        raise ValueError("an option was given an empty text; is a variable of the shell not set?")
-    if len({Path(folder).resolve() for folder in args.extra}) < len(args.extra):
-        raise ValueError("--extra names a folder twice")
-    if args.min_score and not args.extra:
-        raise ValueError("--min-score chooses among generated pairs; name their folder with --extra")
-    if args.micro_batch < 0 or args.micro_batch and recipe.get("feature_mixup"):
-        raise ValueError("--micro-batch must be at least 1, and cannot be had with feature_mixup, which mixes the whole batch within the encoder")
-    if args.seed < 0 or (args.workers or 0) < 0 or args.log_every < 1 or not args.save_minutes >= 0:
-        raise ValueError("--seed, --workers and --save-minutes go from 0, --log-every from 1")
-    if not 0 < args.share <= 1:
-        raise ValueError(f"--share {args.share} must be above 0 and at most 1")
-    check_device(args.device)
-    if small := [k for k, least in dict(epochs=1, batch=2, height=1, width=1).items() if recipe[k] < least]:
-        raise ValueError(f"{small[0]}={recipe[small[0]]} is too small" + ": a pair alone in its batch has nothing to be told from" * (small[0] == "batch"))
-    args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
-    args.size = args.size or ("toy" if toy else "ViT-B/16")
-    args.out = args.out or f"runs/{args.dataset}-{args.method}-{args.seed}"
-    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
-    if args.amp == "auto":
-        half = recipe.get("half_weights") or not torch.cuda.is_bf16_supported()
-        args.amp = ("fp16" if half else "bf16") if args.device.startswith("cuda") else "off"
-    return recipe
-
-
-def check_device(device):
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"--device is cpu, mps, cuda or cuda:N, not {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device here; take --device cpu, or install the driver")
-
-
-TEXT_AUG = ["deletion", "synonym", "insertion", "swap", "eda", "prune", "approximate"]
-SHARES = ["mixup", "back_translation", *TEXT_AUG, "soft", "text_dropout", "patch_drop", "mask_content", "mask_other", "drop"]
-LOSSES = ["itc", "nitc", "ritc", "citc", "ss", "ss_text", "sdm", "cmpm", "id", "triplet", "restoration", "mlm"]
-
-
-def masks(recipe):
-    """The rates at which words are masked, or None where the recipe has no use for masked captions."""
-    return (recipe["mask_content"], recipe["mask_other"]) if recipe.get("mlm") or masks_all_losses(recipe) else None
-
-
-def differences(recipe, base):
-    return " ".join(f"{k}={v}" for k, v in recipe.items() if v != base.get(k))
-
-
-def typed(key, value, like):
-    """The text of a --set value as the type its key has."""
-    try:
-        if isinstance(like, bool):
-            return {"0": False, "1": True, "false": False, "true": True}[value.lower()]
-        return type(like)(value)
-    except (KeyError, ValueError):
-        raise ValueError(f"{key} takes {'0 or 1' if isinstance(like, bool) else 'a whole number' if isinstance(like, int) else 'a number'}, not {value!r}") from None
-
-
-def settings(args):
-    """What of the arguments decides the result; where it is computed, and how often it is saved, does not."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out", "device", "workers", "save_minutes", "log_every", "micro_batch", "checkpoint_blocks", "set", "epochs", "batch", "lr")}
-
-
-WRITTEN = ["last.pt", "best.pt", "log.jsonl", "report.html", "code"]      # what a run's folder holds
-
-
-def check_run(args, recipe, out):
-    """Before anything is read: a new run must not meet an old one, a resumed one must have the same settings."""
-    last = out / "last.pt"
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite deletes it: take one of them")
-    if not args.resume:
-        if last.exists() and not args.overwrite:
-            raise ValueError(f"{out} holds a run already; --resume goes on with it, --overwrite deletes it, --out or --seed makes another")
-        if not last.exists() and out.exists() and not (out / "log.jsonl").exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is not a run; --out makes another folder")
-        out.mkdir(parents=True, exist_ok=True)
-        return
-    saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
-    before, now = saved["args"] | saved["recipe"], settings(args) | recipe
-    if changed := [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]:
-        raise ValueError(f"{last} was made with other options, so going on would not be the same run:\n  " + "\n  ".join(changed) +
-                         f"\n  --clip {last} with another --out starts a new run from these weights")
-
-
-def open_run(args, out):
-    """The run's folder, when all is ready to start: emptied of an old run, or its log cut back to the checkpoint."""
-    wait()                                                              # all have checked it
-    if losses.ranks()[0]:
-        return wait()
-    if args.resume:
-        saved = read_file(out / "last.pt")
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        with open(out / "log.jsonl", "w") as f:                         # steps after the checkpoint will be done, and logged, again
-            f.writelines(json.dumps(line) + "\n" for line in lines if line["at"] <= [saved["epoch"], saved["step"]])
-        return wait()
-    for name in WRITTEN:
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    (out / "code").mkdir()
-    (out / "log.jsonl").touch()
-    for file in Path(__file__).parent.glob("*.py"):
-        shutil.copy(file, out / "code")
-    wait()
-
-
-def load_data(args):
-    """-> {split: records}; the training split with what --extra adds, without what --skip-bad finds."""
-    for folder in args.extra:                                           # first: to read a set takes a while
-        data.need(Path(folder) / "pairs.jsonl", "the list of generated pairs", "generate.py writes such folders, which hold imgs/ and pairs.jsonl")
-    hold_out = args.val == "auto"
-    splits = {s: data.read(args.dataset, args.data_root, s, hold_out) for s in (("train", "val", "test") if hold_out else ("train", "test"))}
-    if args.share < 1:
-        pids = sorted({r["pid"] for r in splits["train"]})
-        drawn = set(random.Random(f"share {args.seed}").sample(pids, max(1, round(args.share * len(pids)))))
-        splits["train"] = [r for r in splits["train"] if r["pid"] in drawn]
-    for folder in args.extra:
-        pairs = data.read("pairs", folder, "train", hold_out=False)
-        good, first = data.filter_by_score(pairs, args.min_score), 1 + max(r["pid"] for r in splits["train"])
-        if args.share < 1:                                              # what is made of others is not known either
-            good = [r for r in good if r["source_pid"] in drawn]
-        print(f"{folder}: {len(good):,} of {len(pairs):,} generated pairs" + f" reach {' '.join(args.min_score)}" * bool(args.min_score) + " and are of these persons" * (args.share < 1))
-        pids = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in good}), start=first)}          # those of two folders may be the same
-        splits["train"] = splits["train"] + [r | dict(pid=pids[r["pid"]]) for r in good]
-    for split, records in splits.items():
-        if args.skip_bad:
-            bad = data.unreadable_images(records)
-            for _, why in bad:
-                print(f"left out: {why}")
-            splits[split] = records = [r for r in records if not any(r is b for b, _ in bad)]
-        print(f"{args.dataset} {split}: " + "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
-    return splits
-
-
-def prepare(args, recipe, records, make_heads):
-    """-> model, tokenizer, pairs, info: what `steps` takes, from the training records."""
-    if recipe["back_translation"] and not any(r.get("captions_bt") for r in records):
-        print("no back-translations (captions_bt) in these data: that augmentation is off")
-    r, size = recipe, (recipe["height"], recipe["width"])
-    more = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0), texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0)) if "mvs" in r else {}
-    pairs = data.Pairs(records, size, args.seed, **more, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"], clean=r["clean"],
-                       back_translation=r["back_translation"], text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")), mixup=r.get("mixup", 0.0))
-    if args.tokenizer or args.clip != "none":
-        tokenizer = tokenizer_for(args.clip, args.tokenizer, mask=masks(r) is not None)
-    else:
-        tokenizer = data.train_tokenizer([c for record in records for c in record["captions"]], mask=masks(r) is not None)
-    model = build(args, recipe, tokenizer, pairs.persons, make_heads)
-    if tokenizer.vocab != model.arch["vocab"]:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: they do not belong together")
-    if pairs.persons < 2:
-        raise ValueError("all training images show one person: there is nobody to be told from")
-    if r["warmup"] >= r["epochs"]:
-        print(f"note: the warm-up takes {r['warmup']:g} of {r['epochs']} epochs, so the rate never reaches its peak; see --set warmup=")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.method}: {trained:,} parameters trained of {sum(p.numel() for p in model.parameters()):,}; {size[0]}x{size[1]} pixels, "
-          f"{model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, {r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
-    known = preprocessing_for(args.clip) if args.clip != "none" else dict(file=None)
-    if known["file"] and known["norm"] != r["norm"]:
-        print(f"note: images are normalised with norm={r['norm']}, as the recipe says; the weights were trained with norm={known['norm']} "
-              f"({known['file']})")
-    return model, tokenizer, pairs, dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
-
-
-def conclude(args, recipe, records, out, minutes, *chapters):
-    """Looks at the test split, once: scores best.pt and last.pt on these records, writes report.html, prints."""
-    rows = {}
-    for name in ("last.pt", "best.pt"):
-        model, tokenizer, info = load_checkpoint(out / name, args.device)
-        scores, sheet = evaluate(model, tokenizer, info, records, args.device, args.workers)
-        rows |= {f"{name}, {way}": s for way, s in scores.items()}
-    write_log(out, at=[recipe["epochs"], 1], test=rows)
-    if losses.ranks()[0] == 0:
-        report(out, args, recipe, rows, sheet, minutes, *chapters)
-    print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
-    if other := rows.get("best.pt, text to other images"):
-        print(f"test, without the image that a caption was written for, {evaluation.format_scores(other)}")
-    print(f"test {evaluation.format_scores(rows['best.pt, text to image'])}", flush=True)
-
-
-def main():
-    args, recipe = parse_args()
-    make_heads, step_losses = METHODS[args.method][1:]
-    out = Path(args.out)
-    join(args)
-    check_run(args, recipe, out)
-    splits = load_data(args)
-    model, tokenizer, pairs, info = prepare(args, recipe, splits["train"], make_heads)
-    open_run(args, out)
-    began = time.time()
-    with asked_to_stop() as stop:
-        for batch, epoch, autocast, parts in steps(args, recipe, model, tokenizer, pairs, splits.get("val"), out, info, stop):
-            parts |= step_losses(model, batch, recipe, epoch, autocast)
-    minutes = (time.time() - began) / 60
-    restored = restorations(model, tokenizer, info, splits["test"], recipe) if recipe.get("restoration") else ""
-    conclude(args, recipe, splits["test"], out, minutes, ("Restorations (last.pt, test split)", restored))
-
-
 @torch.no_grad()
 def restorations(model, tokenizer, info, records, recipe, number=8):
-    """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is another."""
+    """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is
+    another."""
     able = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
     device, patch, rows = model.logit_scale.device, model.arch["patch"], []
     view = data.EvalView(info["size"], info["norm"], info["resize"])
@@ -1757,7 +2063,7 @@ def restorations(model, tokenizer, info, records, recipe, number=8):
         image = pixels * std + mean                                     # in [0, 1], to look at
         plain = patchify(grey(image), patch)
         for words in (caption, changed):
-            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]), cut=not recipe["official"])
+            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]), trim=not recipe["official"])
             restored, dropped = restore(model, pixels, text, None, recipe, torch.Generator(device).manual_seed(len(rows)))
             restored = patchify(unpatchify(restored, model.image.grid, patch) * std + mean, patch)
             painted.append(torch.where(dropped[..., None], restored, plain))
@@ -1773,19 +2079,60 @@ def restorations(model, tokenizer, info, records, recipe, number=8):
             "restored with caption 1; with caption 2, which names another first colour; the image.</p>" + "".join(rows))
 
 
-def report(out, args, recipe, rows, sheet, minutes, *chapters):
-    """report.html: scores, curves, retrieval sheet, a method's own chapters, settings."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+def score_run(args, recipe, records, out, *chapters):
+    """Score best.pt and last.pt on the test split, once; write report.html; print the result. chapters: (heading,
+    HTML)."""
+    rows, minutes = {}, read_file(out / "last.pt")["minutes"]           # of all parts of a run that was resumed
+    for name in ("last.pt", "best.pt"):
+        model, tokenizer, preprocessing = load_checkpoint(out / name, args.device)
+        scores, sheet = evaluate(model, tokenizer, preprocessing, records, args.device, args.workers)
+        rows |= {f"{name}, {way}": s for way, s in scores.items()}
+    write_log(out, at=[recipe["epochs"], 1], test=rows)
+    if losses.ranks()[0] == 0:
+        write_report(out, args, recipe, rows, sheet, minutes, *chapters)
+    print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
+    if other := rows.get("best.pt, text to other images"):
+        print(f"test, excluding the source image of each caption: {evaluation.format_scores(other)}")
+    print(f"test {evaluation.format_scores(rows['best.pt, text to image'])}", flush=True)
+
+
+def write_report(out, args, recipe, rows, sheet, minutes, *chapters):
+    """report.html: scores, curves, retrieval sheet, the method's own chapters, settings."""
+    lines = read_log(out)
     steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
-    parts = [k for k in steps[0] if k not in ("at", "epoch", "lr", "scale")]
-    curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in parts})
-    curves += evaluation.curve("validation, %", {k: [(x["epoch"], x["val"][k]) for x in vals] for k in (vals[0]["val"] if vals else [])})
+    names = [k for k in steps[0] if k not in ("at", "epoch", "lr", "scale")]
+    curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in names})
+    metrics = vals[0]["val"] if vals else []
+    curves += evaluation.curve("validation, %", {k: [(x["epoch"], x["val"][k]) for x in vals] for k in metrics})
     curves += evaluation.curve("learning rate", {"lr": [(x["epoch"], x["lr"]) for x in steps]})
     curves += evaluation.curve("scale = 1 / temperature", {"scale": [(x["epoch"], x["scale"]) for x in steps]})
-    shown = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((settings(args) | recipe).items()))
-    evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", [("Test scores, %", evaluation.table(rows)),
-                          ("Curves", curves), ("Queries and their top 10 (best.pt, test split)", sheet), *chapters,
-                          ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{shown}</div>")])
+    settings = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((saved_options(args) | recipe).items()))
+    evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", [
+        ("Test scores, %", evaluation.table(rows)), ("Curves", curves),
+        ("Queries and their top 10 (best.pt, test split)", sheet), *chapters,
+        ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{settings}</div>")])
+
+
+def main():
+    args, recipe = parse_args()
+    published, make_heads, losses_of_step = METHODS[args.method]
+    out = Path(args.out)
+    join_ranks(args)
+    check_run(args, recipe, out)
+    print(format_recipe(args, recipe, published))
+    splits = load_data(args)
+    model, tokenizer, pairs, preprocessing = prepare(args, recipe, splits["train"], make_heads)
+    open_run(args, out)
+
+    def step_losses(model, batch, epoch, autocast):
+        return losses_of_step(model, batch, recipe, epoch, autocast)
+
+    train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), out, step_losses)
+    chapters = []
+    if recipe.get("restoration"):
+        shown = restorations(model, tokenizer, preprocessing, splits["test"], recipe)
+        chapters = [("Restorations (last.pt, test split)", shown)]
+    score_run(args, recipe, splits["test"], out, *chapters)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def toy_step():
     torch.manual_seed(0)
     people = draw("train", persons=48)
     tokenizer = data.train_tokenizer([caption for r in people for caption in r["captions"]])
-    recipe = tbps.SIMPLIFIED | tbps.TOY | tbps.SCRATCH
+    recipe = tbps.SIMPLIFIED | tbps.TOY | tbps.FROM_SCRATCH
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
     sample = data.collate(tokenizer, [pairs[i] for i in range(recipe["batch"])])
     options = dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])

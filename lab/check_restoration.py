@@ -49,7 +49,7 @@ def restored_colour(model, tokenizer, info, record, caption, seed):
     grid, patch = model.image.grid, model.arch["patch"]
     if info["clean"]:
         caption = data.clean_caption(caption)
-    text = model.text_tokens(tokenizer([caption]), cut=not info["recipe"]["official"])
+    text = model.text_tokens(tokenizer([caption]), trim=not info["recipe"]["official"])
     generator = torch.Generator().manual_seed(seed)                     # the same patches are dropped for both captions
     restored, dropped = tbps.restore(model, view(record["image"])[None], text, None, info["recipe"], generator)
     image = 255 * (tbps.unpatchify(restored, grid, patch)[0] * std + mean)                          # (3, H, W)

@@ -23,8 +23,8 @@ METHODS = {
     "coop": (RECIPE | dict(prompt="a pedestrian photo of"), tbps.tbps_clip_heads, tbps.tbps_clip_losses),
     "adapter": (RECIPE | dict(adapter=0.4), tbps.tbps_clip_heads, tbps.tbps_clip_losses),
 }
-KEYS = dict(prompt="CoOp: words before every caption, whose embeddings learn",
-            adapter="CLIP-Adapter: fraction of an image feature that the adapter makes")
+KEYS = dict(prompt=("", "CoOp: words before every caption, whose embeddings learn"),
+            adapter=(0.0, "CLIP-Adapter: fraction of an image feature that the adapter makes"))
 
 
 class PromptedEmbedding(nn.Embedding):
@@ -60,17 +60,17 @@ class FewShotEncoder(tbps.DualEncoder):
         self.arch["adapter"] = ratio
         self.adapter = nn.Sequential(nn.Linear(D, D // 4, bias=False), nn.ReLU(), nn.Linear(D // 4, D, bias=False))
 
-    def cut(self, tokens):
+    def trim_padding(self, tokens):
         """Makes room for the prompt after SOT. A caption that is too long then loses its last words, not its EOT."""
         if M := self.arch.get("prompt", 0):
             last = min(tokens.shape[1], self.arch["context"] - M) - 1
             is_cut = tokens.argmax(dim=1) > last
             end = torch.where(is_cut, tokens.amax(dim=1), tokens[:, last])[:, None]
             tokens = torch.cat([tokens[:, :1], tokens[:, :1].expand(-1, M), tokens[:, 1:last], end], dim=1)
-        return super().cut(tokens)
+        return super().trim_padding(tokens)
 
-    def encode_image(self, pixels, mix=None):
-        image = super().encode_image(pixels, mix)
+    def encode_image(self, pixels, mixup=None):
+        image = super().encode_image(pixels, mixup)
         if self.adapter is None:
             return image
         ratio = self.arch["adapter"]
@@ -100,7 +100,7 @@ def encoder_of(arch, source, **options):
 
 
 def parse_args(argv=None, parse=tbps.parse_args):
-    fractions = mock.patch.object(tbps, "SHARES", [*tbps.SHARES, "adapter"])
+    fractions = mock.patch.object(tbps, "FRACTIONS", [*tbps.FRACTIONS, "adapter"])
     with mock.patch.dict(tbps.METHODS, METHODS), mock.patch.dict(tbps.KEYS, KEYS), fractions:
         args, recipe = parse(argv)
     if args.method not in METHODS:
@@ -110,7 +110,7 @@ def parse_args(argv=None, parse=tbps.parse_args):
     return args, recipe
 
 
-def build(args, recipe, tokenizer, persons, make_heads, build=tbps.build):
+def build_model(args, recipe, tokenizer, persons, make_heads, build=tbps.build_model):
     model = build(args, recipe, tokenizer, persons, make_heads)
     add_learned_parts(model, recipe, tokenizer)
     return model
@@ -118,7 +118,7 @@ def build(args, recipe, tokenizer, persons, make_heads, build=tbps.build):
 
 def main():
     """tbps.main with two more methods and another model."""
-    names = dict(parse_args=parse_args, build=build, encoder_of=encoder_of)
+    names = dict(parse_args=parse_args, build_model=build_model, encoder_of=encoder_of)
     with mock.patch.dict(tbps.METHODS, METHODS), mock.patch.multiple(tbps, **names):
         tbps.main()
 

@@ -334,8 +334,8 @@ GROUPS["ctlg-few"][1].update({          # pairs of a diffusion model that saw al
 GROUPS["ctlg-choices"] = FINE_TUNE, {
     "tau 0.005": SHARP,
     "tau 0.05 < tau 0.005": f"{SHARP} tau=0.05",
-    "all texts of the image are positives < tau 0.005": f"{SHARP} same=image",
-    "all texts of the person are positives < tau 0.005": f"{SHARP} same=person",
+    "all texts of the image are positives < tau 0.005": f"{SHARP} positives=image",
+    "all texts of the person are positives < tau 0.005": f"{SHARP} positives=person",
     "rate 1e-4 < tau 0.005": f"{SHARP} lr=1e-4",
     "rate 1e-5 < tau 0.005": f"{SHARP} lr=1e-5",
 }

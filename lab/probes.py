@@ -107,10 +107,10 @@ def probe(args):
 
 
 def without(layers, how):
-    """Replacements for tbps.parse_args and tbps.build: these text layers are frozen ("freeze") or left out ("drop").
+    """Replacements for tbps.parse_args and tbps.build_model: these text layers are frozen ("freeze") or left out ("drop").
 
     The choice is stored in the checkpoint, so that only the same choice resumes it."""
-    parse, build = tbps.parse_args, tbps.build
+    parse, build = tbps.parse_args, tbps.build_model
 
     def parse_args():
         args, recipe = parse()
@@ -157,7 +157,7 @@ def main():
         probe(args)
         return
     sys.argv = ["tbps.py", *rest]
-    tbps.parse_args, tbps.build = without(args.layers, args.how)
+    tbps.parse_args, tbps.build_model = without(args.layers, args.how)
     tbps.main()
 
 

@@ -32,8 +32,8 @@ EMBED = "    image, text = embed(model, tokenizer, info, records, device, worker
 MEAN_OF_CAPTIONS = "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n"
 SINCOS = "nn.Parameter(0.5 * sincos_grid(self.grid, width))"
 NOISE = "nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], width))"
-CLASS_TOKEN = "self.image.project(self.image(pixels, at=cls, mix=mix)[:, 0])"
-MEAN_TOKEN = "self.image.project(self.image(pixels, mix=mix).mean(dim=1))"
+CLASS_TOKEN = "self.image.project(self.image(pixels, token_index=first, mixup=mixup)[:, 0])"
+MEAN_TOKEN = "self.image.project(self.image(pixels, mixup=mixup).mean(dim=1))"
 CHAPTER = "# ---- contrastive losses: which text belongs to which image"
 SIGMOID = f'''@full_precision
 def sigmoid(image, text, pid, scale, bias=-5.0):

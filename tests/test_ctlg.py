@@ -66,7 +66,7 @@ def test_which_captions_are_right(same, right, people):
     right = torch.tensor(right)
     logits = model.scale() * F.normalize(model.encode_image(batch["pixels"][0]), dim=1) @ F.normalize(model.encode_text(batch["tokens"][0]), dim=1).T
     want = sum(table[i].logsumexp(0) - table[i][right == right[i]].mean() for table in (logits, logits.T) for i in range(4)) / 8
-    assert tbps.ctlg_losses(model, batch, tbps.CTLG | dict(same=same), 0.0, NO_AMP)["itc"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert tbps.ctlg_losses(model, batch, tbps.CTLG | dict(positives=same), 0.0, NO_AMP)["itc"].item() == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_learning_rate():
@@ -199,5 +199,5 @@ def test_approximate_text():
 
 def test_a_run(cuhk, tmp_path):
     said = run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "ctlg", "--size", "toy", "--clip", "none", "--workers", "0", "--out", tmp_path / "r",
-               "--set", "height=96", "width=48", "stride=6", "batch=8", "epochs=1", "feature_mixup=0.4", "same=image")
+               "--set", "height=96", "width=48", "stride=6", "batch=8", "epochs=1", "feature_mixup=0.4", "positives=image")
     assert said.splitlines()[-1].startswith("test R@1") and "15x7 patches" in said and "ctlg" in said

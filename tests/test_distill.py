@@ -307,7 +307,7 @@ def test_resume_is_exact(method, looks, lonely, tmp_path, monkeypatch):
     run(*command, "--out", tmp_path / "a")
     for n, (stage, number) in enumerate(looks.items()):
         stops = iter([()] * (n > 0) + [After(number)])                  # the stage that was stopped before ends, the next one is stopped
-        monkeypatch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(next(stops)))
+        monkeypatch.setattr(tbps, "stop_on_signal", lambda: contextlib.nullcontext(next(stops)))
         said = run(*command, "--out", tmp_path / "b", *["--resume"] * (n > 0), code=130)
         assert f"b/{stage}/last.pt is saved" in said.splitlines()[-1] and "--resume" in said.splitlines()[-1]
         saved = torch.load(tmp_path / "b" / stage / "last.pt", weights_only=True)
@@ -326,7 +326,7 @@ def test_a_student_that_starts_elsewhere_can_be_resumed(options, distilled, lone
     shutil.copytree(out / "plain", tmp_path / "plain")
     shutil.copytree(out / "richer", tmp_path / "richer")
     with monkeypatch.context() as patch:
-        patch.setattr(tbps, "asked_to_stop", lambda: contextlib.nullcontext(After(1)))
+        patch.setattr(tbps, "stop_on_signal", lambda: contextlib.nullcontext(After(1)))
         run(*command, "--stage", "light", code=130)
     assert run(*command, "--stage", "light", "--resume").splitlines()[-1].startswith("test R@1")
 
@@ -357,7 +357,7 @@ def test_a_student_from_other_weights(distilled, lonely, tmp_path):
     torch.save(saved | dict(arch=model.arch, weights=model.state_dict()), tmp_path / "other.pt")
     command = ["distill.py", "--dataset", "cuhk", "--data-root", lonely, "--teacher", out / "richer/last.pt", "--student", tmp_path / "other.pt"]
     assert "relations" in run(*command, "--out", tmp_path / "r", *TINY, "relations=0.2")
-    assert "not features" in error(*command, "--out", tmp_path / "f", *TINY, "features=0.2")
+    assert "which compare cosines" in error(*command, "--out", tmp_path / "f", *TINY, "features=0.2")
 
 
 def test_mistakes_at_the_command_line(distilled, lonely, tmp_path):

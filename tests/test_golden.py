@@ -28,30 +28,30 @@ LOSSES = {  # method: {official name: ours}
 HEADS = [  # official name of a head -> ours; blocks and towers follow by tbps.OPENAI_NAMES
     (r"^simclr_mlp\.", "heads.ss."),
     (r"^classifier\.", "heads.id."),
-    (r"^cross_attn\.out_proj", "heads.mlm.look.cross.proj"),
-    (r"^cross_modal_transformer\.res", "heads.mlm.look.transformer.res"),
-    (r"^ln_pre_t", "heads.mlm.look.ln_query"),
-    (r"^ln_pre_i", "heads.mlm.look.ln_context"),
-    (r"^ln_post", "heads.mlm.look.ln_post"),
+    (r"^cross_attn\.out_proj", "heads.mlm.cross_encoder.cross.proj"),
+    (r"^cross_modal_transformer\.res", "heads.mlm.cross_encoder.transformer.res"),
+    (r"^ln_pre_t", "heads.mlm.cross_encoder.ln_query"),
+    (r"^ln_pre_i", "heads.mlm.cross_encoder.ln_context"),
+    (r"^ln_post", "heads.mlm.cross_encoder.ln_post"),
     (r"^mlm_head\.dense", "heads.mlm.fc"),
     (r"^mlm_head\.ln", "heads.mlm.ln"),
     (r"^mlm_head\.fc", "heads.mlm.out"),
     (r"^norm_1", "heads.restoration.ln"),
     (r"^decoder_embed", "heads.restoration.embed"),
     (r"^mask_token", "heads.restoration.mask"),
-    (r"^norm_4", "heads.restoration.look.ln_query"),
-    (r"^norm_2", "heads.restoration.look.ln_context"),
-    (r"^norm_6", "heads.restoration.look.ln_mid"),
-    (r"^norm_7", "heads.restoration.look.ln_post"),
+    (r"^norm_4", "heads.restoration.cross_encoder.ln_query"),
+    (r"^norm_2", "heads.restoration.cross_encoder.ln_context"),
+    (r"^norm_6", "heads.restoration.cross_encoder.ln_mid"),
+    (r"^norm_7", "heads.restoration.cross_encoder.ln_post"),
     (r"^decoder_pred", "heads.restoration.pixels"),
-    (r"^cross_attn_Text\.out_proj", "heads.restoration.look.cross.proj"),
-    (r"^cross_modal_transformer_mae\.res", "heads.restoration.look.transformer.res")]
+    (r"^cross_attn_Text\.out_proj", "heads.restoration.cross_encoder.cross.proj"),
+    (r"^cross_modal_transformer_mae\.res", "heads.restoration.cross_encoder.transformer.res")]
 
 
 def our_names(name):
     """Official name -> ours. The official in_proj of a cross-attention is two layers here, q and kv."""
     if found := re.match(r"cross_attn(_Text)?\.in_proj_(weight|bias)", name):
-        cross = f"heads.{'restoration' if found[1] else 'mlm'}.look.cross."
+        cross = f"heads.{'restoration' if found[1] else 'mlm'}.cross_encoder.cross."
         return [f"{cross}q.{found[2]}", f"{cross}kv.{found[2]}"]
     for pattern, replacement in [*HEADS, *tbps.OPENAI_NAMES]:
         name = re.sub(pattern, replacement, name)

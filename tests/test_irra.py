@@ -79,7 +79,7 @@ def test_what_is_dropped(released, visible, scored, monkeypatch):
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_size=(192, 64), vocab=100, image_layers=1))
     with_heads(model, recipe := tbps.UIT | dict(official=released, depth=1, id=0.0), 3)
     seen, whole = [], model.image_tokens
-    monkeypatch.setattr(model, "image_tokens", lambda pixels, keep: seen.append(keep) or whole(pixels, keep))
+    monkeypatch.setattr(model, "image_tokens", lambda pixels, patch_ids: seen.append(patch_ids) or whole(pixels, patch_ids))
     restored, dropped = tbps.restore(model, torch.randn(2, 3, 192, 64), torch.randn(2, 5, 128), None, recipe)
     assert seen[0].shape == (2, visible) and dropped.sum(dim=1).tolist() == [scored, scored] and restored.shape == (2, 192, 192)
     assert not dropped.gather(1, seen[0]).any()
@@ -101,9 +101,9 @@ def test_restoration_sees_nothing_of_what_is_dropped(setting):
 
 def test_patches_return_to_their_places():
     """With embed and attention as identity-like as can be: the restorer's input, row by row, has each visible token where its patch is."""
-    restorer = tbps.Restorer(64, 32, 1, (3, 2), 4)
+    restorer = tbps.RestorationHead(64, 32, 1, (3, 2), 4)
     found = []
-    restorer.look.forward = lambda x, text, context_seen=None: found.append(x) or x
+    restorer.cross_encoder.forward = lambda x, text, context_mask=None: found.append(x) or x
     order = torch.tensor([[4, 1, 5, 0, 2, 3]])
     visible = torch.randn(1, 3, 64)                                     # class token, patch 4, patch 1
     restorer(visible, order, torch.randn(1, 2, 64))
@@ -112,10 +112,10 @@ def test_patches_return_to_their_places():
     torch.testing.assert_close(found[0][0], torch.stack(want) + restorer.pos)
 
 
-def test_there_is_no_residual_around_the_look():
+def test_there_is_no_residual_around_the_cross_attention():
     """All queries that look at one and the same token get the same, whoever asks."""
     torch.manual_seed(0)
-    look = tbps.Interaction(64, 32, 2)
+    look = tbps.CrossEncoder(64, 32, 2)
     out = look(torch.randn(2, 5, 64), torch.randn(2, 1, 64))
     torch.testing.assert_close(out, out[:, :1].expand_as(out))
     assert not torch.allclose(out[0], out[1])
@@ -181,7 +181,7 @@ def test_padding_counts_for_nothing_unless_asked(setting, monkeypatch):
     seen = torch.arange(77) < length
     order = torch.Generator().manual_seed(0)
     short = tbps.restore(model, pixels, model.text_tokens(tokens), None, recipe, order)[0]
-    long = tbps.restore(model, pixels, model.text_tokens(tokens, cut=False), seen[None], recipe, torch.Generator().manual_seed(0))[0]
+    long = tbps.restore(model, pixels, model.text_tokens(tokens, trim=False), seen[None], recipe, torch.Generator().manual_seed(0))[0]
     torch.testing.assert_close(short, long)
     calls = []
     monkeypatch.setattr(tbps, "restore", functools.partial(restore_without_official_drop, tbps.restore))
@@ -224,7 +224,7 @@ def test_gradients(method, people):
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600, mask=True)
     recipe = tbps.METHODS[method][0] | dict(depth=2)
     pairs = data.Pairs(people, (96, 48), image_aug="reid", norm="clip")
-    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 48, 4)], mask=tbps.masks(recipe))
+    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 48, 4)], mask=tbps.mask_rates(recipe))
     model = with_heads(tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab)), recipe, pairs.persons, method)
     model.logit_scale.requires_grad_(False)
     parts = gradients_are_where_they_should_be(model, recipe, batch)
@@ -245,7 +245,7 @@ def test_a_step_at_full_size(method, parameters, people):
     pairs = data.Pairs(people, (384, 128), image_aug="reid", norm="clip", clean=False)
     optimizer, = tbps.make_optimizers(model, recipe, fused=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    gradients_are_where_they_should_be(model, recipe, data.collate(tokenizer, [pairs[i] for i in range(0, 48, 6)], mask=tbps.masks(recipe)))
+    gradients_are_where_they_should_be(model, recipe, data.collate(tokenizer, [pairs[i] for i in range(0, 48, 6)], mask=tbps.mask_rates(recipe)))
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert before.keys() - moved == {"logit_scale"}
@@ -273,11 +273,11 @@ def test_learning_rates_of_layers():
         assert group["factor"] == (5 if name.startswith("heads.") else 2 if bias else 1), name
         assert group["weight_decay"] == (0 if bias else 4e-5), name
     named = {name: tbps.lr_factor(name, recipe | dict(official=True)) for name, _ in model.named_parameters()}
-    assert {named["heads.restoration." + n] for n in ("look.cross.q.weight", "look.blocks.0.fc1.weight", "look.blocks.0.ln1.weight")} == {5}
-    assert {named["heads.restoration." + n] for n in ("look.cross.q.bias", "look.blocks.1.attn.qkv.bias", "embed.bias", "ln.bias", "look.ln_post.bias")} == {2}
-    assert {named["heads.restoration." + n] for n in ("embed.weight", "pixels.weight", "mask", "ln.weight", "look.ln_mid.weight", "look.ln_query.weight")} == {1}
-    assert {named[n] for n in ("heads.id.weight", "heads.id.bias", "heads.mlm.fc.weight", "heads.mlm.out.bias", "heads.mlm.look.blocks.0.fc2.weight")} == {5}
-    assert named["heads.mlm.look.blocks.0.fc2.bias"] == 2 and named["image.proj"] == 1 and named["image.blocks.0.fc1.bias"] == 2
+    assert {named["heads.restoration." + n] for n in ("cross_encoder.cross.q.weight", "cross_encoder.blocks.0.fc1.weight", "cross_encoder.blocks.0.ln1.weight")} == {5}
+    assert {named["heads.restoration." + n] for n in ("cross_encoder.cross.q.bias", "cross_encoder.blocks.1.attn.qkv.bias", "embed.bias", "ln.bias", "cross_encoder.ln_post.bias")} == {2}
+    assert {named["heads.restoration." + n] for n in ("embed.weight", "pixels.weight", "mask", "ln.weight", "cross_encoder.ln_mid.weight", "cross_encoder.ln_query.weight")} == {1}
+    assert {named[n] for n in ("heads.id.weight", "heads.id.bias", "heads.mlm.fc.weight", "heads.mlm.out.bias", "heads.mlm.cross_encoder.blocks.0.fc2.weight")} == {5}
+    assert named["heads.mlm.cross_encoder.blocks.0.fc2.bias"] == 2 and named["image.proj"] == 1 and named["image.blocks.0.fc1.bias"] == 2
 
 
 @pytest.mark.parametrize("bad, words", [
@@ -287,7 +287,7 @@ def test_some_patches_are_visible_and_some_not(bad, words):
         tbps.irra_heads(tbps.UIT | bad, tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100)), 3)
 
 
-@pytest.mark.parametrize("bad, words", [(["depth=0"], "depth=0 must be above 0"), (["mask_content=0", "mask_other=0"], "left out by mlm=0")])
+@pytest.mark.parametrize("bad, words", [(["depth=0"], "depth=0 must be above 0"), (["mask_content=0", "mask_other=0"], "mlm=0 mask_all=0 switches masking off")])
 def test_values_that_make_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.parse_args(["--method", "uit", "--set", *bad])

@@ -64,25 +64,6 @@ def test_dropout_is_on_the_texts_attention_only():
     assert not any(isinstance(m, torch.nn.Dropout) for m in model.modules())
 
 
-def test_patches_are_dropped_in_training_only(monkeypatch):
-    torch.manual_seed(0)
-    model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100), patch_drop=0.75).train()
-    pixels, seen = torch.randn(2, 3, 96, 48), []
-    model.image.blocks[0].register_forward_pre_hook(lambda block, x: seen.append(x[0].shape))
-    torch.manual_seed(1)
-    features = model.encode_image(pixels)
-    torch.manual_seed(1)
-    chosen = torch.rand(2, 72).argsort(dim=1)[:, :18]
-    with monkeypatch.context() as m:
-        m.setattr(model.image, "patch_drop", 0.0)
-        assert torch.allclose(model.image.project(model.image(pixels, keep=chosen)[:, 0]), features, atol=1e-5)
-        assert not torch.allclose(model.encode_image(pixels), features, atol=1e-2)
-    assert not torch.allclose(model.encode_image(pixels), features, atol=1e-2)                          # another draw
-    model.eval()
-    assert torch.equal(model.encode_image(pixels), model.encode_image(pixels))
-    assert seen == [(2, 19, 128), (2, 19, 128), (2, 73, 128), (2, 19, 128), (2, 73, 128), (2, 73, 128)]
-
-
 # ---- full size ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow

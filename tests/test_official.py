@@ -120,7 +120,7 @@ def test_steps_equal_adam_on_half_tensors():
 def test_what_is_held_in_fp16(method):
     """As OpenAI's convert_weights: linear layers, convolutions and projections; not norms, embeddings and single tokens."""
     model = with_heads(tbps.METHODS[method][0] | dict(depth=1), method)
-    halves = {id(p) for p in tbps.held_in_half(model)}
+    halves = {id(p) for p in tbps.half_parameters(model)}
     names = {name for name, p in model.named_parameters() if id(p) in halves}
     rest = {name for name, _ in model.named_parameters()} - names
     assert {"image.patch.weight", "image.proj", "text.proj", "image.blocks.0.attn.qkv.bias", "heads.id.weight"} <= names

@@ -96,7 +96,7 @@ def test_trainable_parameters_at_full_size(method, monkeypatch):
                 model.heads[name] = head
             return model
 
-    monkeypatch.setattr(tbps, "build", build)
+    monkeypatch.setattr(tbps, "build_model", build)
     for layers, millions in zip(LAYERS, MILLIONS[method]):
         for how in ("freeze", "drop"):
             model = probes.without(layers, how)[1]()
@@ -121,7 +121,7 @@ def base(cuhk, tmp_path_factory):
 def tbps_restored():
     """The commands replace functions of tbps, for the process of a user; here they must come back."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tbps, "build", tbps.build)
+        patch.setattr(tbps, "build_model", tbps.build_model)
         patch.setattr(tbps, "parse_args", tbps.parse_args)
         yield
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -73,6 +74,28 @@ def test_set_is_checked():
         with pytest.raises(ValueError, match=words):
             tbps.parse_args(["--set", bad])
     assert tbps.KEYS.keys() == (tbps.CTLG | tbps.UIT | tbps.TBPS_CLIP).keys()
+
+
+@pytest.mark.parametrize("method", tbps.METHODS)
+def test_help_shows_the_keys_of_one_method(method, capsys):
+    with pytest.raises(SystemExit):
+        tbps.parse_args(["--method", method, "--help"])
+    said = capsys.readouterr().out
+    keys = said.split("(other methods: --method M --help):\n")[1].split("\n\n")[0]
+    shown = [line.split()[0] for line in keys.splitlines()]
+    assert shown == list(tbps.METHODS[method][0]) and len(said.splitlines()) < 130
+
+
+def test_the_effective_recipe_is_printed():
+    """What differs from the published recipe, by reason."""
+    args, recipe = tbps.parse_args(["--epochs", "3", "--set", "citc=0.5"])
+    lines = tbps.format_recipe(args, recipe, tbps.SIMPLIFIED).splitlines()
+    assert lines[0] == "recipe: tbps-clip-simplified as published, except"
+    assert lines[1].startswith("  command line: epochs=3") or lines[2] == "  command line: epochs=3 citc=0.5"
+    shown = dict(pair.split("=") for line in lines[1:] for pair in line.split(": ")[1].split())
+    assert shown == {k: str(v) for k, v in recipe.items() if v != tbps.SIMPLIFIED[k]} and shown["lr"] == "0.001"
+    args, recipe = tbps.parse_args(["--dataset", "cuhk"])
+    assert tbps.format_recipe(args, recipe, tbps.TBPS_CLIP) == "recipe: tbps-clip as published"
 
 
 # ---- the losses of a step -------------------------------------------------------------------------------------------
@@ -274,8 +297,8 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
 
 
 @pytest.mark.parametrize("bad, words", [
-    (["lr=nan"], "lr=nan must be"), (["deletion=2"], "a share from 0 to 1"), (["nitc=0", "ritc=0", "citc=0", "ss=0"], "nothing to learn"),
-    (["stride=-1"], "stride from 0"), (["beta2=1"], "below 1"), (["eps=0"], "above 0"), (["height=5000"], "4096 pixels")])
+    (["lr=nan"], "lr=nan must be"), (["deletion=2"], "a fraction from 0 to 1"), (["nitc=0", "ritc=0", "citc=0", "ss=0"], "nothing to learn"),
+    (["stride=-1"], "stride=-1 is too small"), (["beta2=1"], "below 1"), (["eps=0"], "above 0"), (["height=5000"], "4096 pixels")])
 def test_values_that_make_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.parse_args(["--set", *bad])
@@ -289,7 +312,7 @@ def test_other_peoples_files_stay(tmp_path):
     (tmp_path / "code/thesis.py").write_text("mine")
     assert "exists and is not a run" in error("tbps.py", "--out", tmp_path) and "is not a run" in error("tbps.py", "--out", tmp_path / "code/thesis.py")
     assert (tmp_path / "code/thesis.py").read_text() == "mine"
-    assert "take one of them" in error("tbps.py", "--out", tmp_path, "--resume", "--overwrite")
+    assert "choose one" in error("tbps.py", "--out", tmp_path, "--resume", "--overwrite")
     assert "the CLIP weights should be at" in error("eval.py", "--checkpoint", tmp_path)
     with pytest.raises(ValueError, match="the checkpoint is a file in it"):
         tbps.load_checkpoint(tmp_path)
@@ -311,7 +334,7 @@ def test_bad_images(tmp_path, people):
     for said in (error(*command, "0"), loaded.communicate()[0]):
         assert said.splitlines()[-1].startswith("error: ") and "3.jpg cannot be read" in said.splitlines()[-1] and "--skip-bad" in said
     said = run("tbps.py", "--dataset", "csv", "--data-root", tmp_path, "--out", tmp_path / "r", "--overwrite", "--skip-bad", *SMALL)
-    assert "left out: " in said and "csv train: 3 persons, 11 images, 11 captions" in said
+    assert "skipped: " in said and "csv train: 3 persons, 11 images, 11 captions" in said
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
