@@ -1,7 +1,7 @@
 """Text-based person search: find a person in a picture collection by a sentence. The model, CLIP weights, and training.
 
     python tbps.py                                          built-in toy people, from scratch, on a laptop's CPU
-    python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from OpenAI's CLIP ViT-B/16
+    python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from CLIP ViT-B/16
     python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the row everything is measured against
     python tbps.py --dataset cuhk --method uit              UIT (2023), or irra: IRRA (CVPR 2023)
     python tbps.py --set mvs=0 citc=0 tau=0.01              any key of the method's recipe; --help lists them
@@ -19,7 +19,6 @@ import atexit
 import collections
 import contextlib
 import functools
-import hashlib
 import html
 import json
 import math

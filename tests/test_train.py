@@ -84,7 +84,7 @@ def test_help_shows_the_keys_of_one_method(method, capsys, monkeypatch):
     said = capsys.readouterr().out
     keys = said.split("(other methods: --method M --help):\n")[1].split("\n\n")[0]
     shown = [line.split()[0] for line in keys.splitlines()]
-    assert shown == list(tbps.METHODS[method][0]) and len(said.splitlines()) < 120
+    assert shown == list(tbps.METHODS[method][0]) and len(said.splitlines()) < 130
 
 
 def test_the_effective_recipe_is_printed():
