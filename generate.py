@@ -1,17 +1,21 @@
-"""Proximity data generation (PDG) of CTLG (arXiv 2311.09084): a diffusion model turns a training pair into new pairs nearby, in which one
-piece of clothing has another colour, in the picture and in the caption.
+"""Proximity data generation (PDG) of CTLG (arXiv 2311.09084): new training pairs from existing ones.
 
-    python generate.py --words C --judge C                                 toy people: trains a small diffusion model, then 500 pairs
-    python generate.py --dataset cuhk --data-root DIR --diffusion MODEL    with a Stable Diffusion 1.x: a folder, or a hub id
+One word of a caption changes, "a red shirt" becomes "a green shirt", and a diffusion model changes the image to match.
+
+    python generate.py --words C --judge C                                 synthetic pedestrians, no downloads
+    python generate.py --dataset cuhk --data-root DIR --diffusion MODEL    a Stable Diffusion 1.x: folder or hub id
     torchrun --nproc_per_node 8 generate.py ...                            on all GPUs of a machine
-    python tbps.py --dataset cuhk --data-root DIR --extra runs/pdg-cuhk-0  trains on them too
+    python tbps.py --dataset cuhk --data-root DIR --extra runs/pdg-cuhk-0  trains on the new pairs too
 
-C is a checkpoint of tbps.py: the diffusion model starts from its text tower, its encoders score the pairs. Stopped at any moment and started
-again with the same command, it ends with the same files. Pictures of the folder: imgs/; what each was made from, its captions and
-scores: pairs.jsonl; some of them side by side: report.html.
+C is a checkpoint of tbps.py. The first command initialises a text encoder from C, trains a diffusion model of 1.7 M
+parameters (29 minutes on 2 cores), makes 500 pairs and scores them with C. After an interruption the same command
+continues; the result is the same. The output folder holds imgs/, pairs.jsonl (captions, source, edit, scores) and
+report.html (a sample to look at).
 
-M mentions, B sources in a batch, R rows of the model's batch, T steps, L latents: 4 channels and an eighth of the pixels' side (Stable
-Diffusion), or the pixels themselves (no VAE). z[t] is the latent at step t of T, 0 the clean one."""
+Letters: B sources in a batch, R rows of the UNet's batch, N positions of a layer, H heads, C width. z (B, ...) are
+latents: 4 channels and an eighth of the image's side with a VAE, the pixels themselves without. zs[t] is z after t of
+T steps of DDIM inversion: zs[0] is the image, zs[T] is noise.
+"""
 
 import argparse
 import collections
@@ -44,126 +48,279 @@ import tbps
 
 # ---- caption edits --------------------------------------------------------------------------------------------------
 #
-# What is edited is a *mention*: a garment with its colours, "blue and white striped shirt" or "his shirt is blue". An edit replaces words by
-# others of as many tokens, so that token n of the new caption stands for what token n of the old one stood for, and attention maps of one serve
-# the other.
+# A mention is a garment with its colours, as in "blue and white striped shirt" or "his shirt is blue": a pair (index of
+# the noun, indices of the colours) into the words of a caption.
 #
-# Differences from the official code of PDG:
-# - It enlarges the pictures first, by LDM-SR (latent diffusion super-resolution, 60x160 to 240x640 pixels). That model is
-#   published. Only the authors' fine-tuned weights of Stable Diffusion are not. Here `paste` keeps the source's resolution.
-# - Its mask words are all words of the noun chunk, with articles. Ours are the garment and its colours.
-# - It splits the caption at spaces, so a garment before a comma gets no mask. Ours are found by their place in the text.
-# - It edits the first coloured garment only: 10 colours, 20 garments, one edit per picture. Ours edit any garment of data.py.
-# - It takes pictures of the test split as well. We take the training split only.
+# An edit replaces words by words of as many tokens. So token n of the new caption corresponds to token n of the old
+# one, and the attention maps of one caption fit the other.
+#
+# Differences from the official code:
+# - It first enlarges the images with LDM-SR, 60x160 to 240x640 pixels. That model is published; only the fine-tuned
+#   Stable Diffusion is missing. Here the key `paste` keeps the resolution of the source.
+# - Its mask words are the whole noun chunk with articles. Ours are the garment and its colours.
+# - It splits captions at spaces and loses the noun before a comma. Ours are found by their place in the text.
+# - It makes fewer edits: 10 colours, 20 garments, only the first coloured garment of a caption.
+# - It also edits images of the test split. We edit the training split only.
 
 GARMENT_OF = {word: line[0] for line in data.GARMENTS for word in line}
-NEW_COLOURS = ["red", "yellow", "green", "purple", "white", "brown", "blue", "orange", "pink", "grey", "black"]               # the paper's and black
-SAME_COLOUR = [{"grey", "gray", "silver"}, {"gold", "golden", "yellow"}, {"beige", "tan", "khaki", "cream"}, {"purple", "violet", "lavender"},
-               {"red", "crimson", "maroon", "burgundy"}, {"blue", "navy", "cyan"}, {"green", "olive", "teal"}, {"pink", "magenta"}, {"blue", "teal", "turquoise"}]
+NEW_COLOURS = "red yellow green purple white brown blue orange pink grey black".split()     # the paper's, and black
+SIMILAR_COLOURS = [set(line.split()) for line in (
+    "grey gray silver", "gold golden yellow", "beige tan khaki cream", "purple violet lavender",
+    "red crimson maroon burgundy", "blue navy cyan", "green olive teal", "pink magenta", "blue teal turquoise")]
 NEW_GARMENTS = {"trousers": ["shorts"], "shorts": ["trousers"], "shirt": ["jacket"], "jacket": ["shirt"]}
-SHADES = set("sky royal baby lime forest army mint hot wine coffee rose ocean steel charcoal salmon neon electric midnight military".split())      # of "sky blue"
-IS, JOINS = {"is", "are", "was", "were"}, {"and", "&", ",", "/", "or"}
+SHADES = set("sky royal baby lime forest army mint hot wine coffee rose ocean steel charcoal salmon neon electric "
+             "midnight military".split())                               # of "sky blue"
+VERBS = {"is", "are", "was", "were"}
+DEGREES = {"all", "mostly", "light", "dark", "plain", "solid"}
+JOINS = {"and", "&", ",", "/", "or"}
+
+
+def unique(items):
+    return list(dict.fromkeys(items))
+
+
+def colours_before(words, modifiers, noun):
+    """Indices of the colours before a noun: "red and white striped shirt" -> [0, 2].
+
+    Walks left over colours, over what joins two colours, and over modifiers (adjectives and nouns)."""
+    colours, i = [], noun - 1
+    while i >= 0:
+        is_colour = words[i] in data.COLOURS
+        joins = words[i] in JOINS and i > 0 and words[i - 1] in data.COLOURS and words[i + 1] in data.COLOURS
+        modifies = modifiers[i] and "-" not in words[i] and (words[i] not in GARMENT_OF or i == noun - 1)
+        if not (is_colour or joins or modifies):
+            break
+        if is_colour:
+            colours.insert(0, i)
+        i -= 1
+    # In "a shirt in red and black pants" red may belong to the shirt
+    is_ambiguous = i > 0 and words[i] in ("in", "of") and words[i - 1] in GARMENT_OF
+    return [] if is_ambiguous else colours
+
+
+def colours_after(words, noun):
+    """Indices of the colours after a noun: "shirt is red and white" -> [2, 4]."""
+    verb = noun + 1 + (words[noun + 1:noun + 2] == ["that"])
+    if verb >= len(words) or words[verb] not in VERBS:
+        return []
+    colours = []
+    for i in range(verb + 1, len(words)):
+        if words[i] in data.COLOURS:
+            colours.append(i)
+        elif not (words[i] in DEGREES or words[i] in JOINS and words[i - 1] in data.COLOURS):
+            break
+    return colours
+
+
+def has_shade(words, i):
+    """Whether a colour is part of a compound such as "navy blue" or "sky blue"."""
+    neighbours = words[max(0, i - 1):i] + words[i + 1:i + 2]
+    return any(word in data.COLOURS for word in neighbours) or i > 0 and words[i - 1] in SHADES
 
 
 def mentions(words, kinds):
-    """-> mentions, [(number of the noun, numbers of its colours)], and the numbers of all colour words that are clear: each belongs to one
-    mention or to another noun ("red hair"), and is no part of a shade ("navy blue", "sky blue")."""
-    found, owners, colour = [], collections.Counter(), [w in data.COLOURS for w in words]
-    other = [k in "NJ" and w[0].isalpha() and not c for w, k, c in zip(words, kinds, colour)]           # other words of a noun phrase
-    ends = [not (k + 1 < len(words) and (other[k + 1] or colour[k + 1])) for k in range(len(words))]    # the noun, in "long sleeve shirt"
+    """The mentions of a caption, and the set of colour indices that are clear. kinds: as in data.tag_words, per word.
 
-    def before(k):
-        """Colours before a noun, past adjectives, nouns, and what joins two colours."""
-        i, colours = k - 1, []
-        while i >= 0:
-            joins = words[i] in JOINS and i > 0 and colour[i - 1] and colour[i + 1]
-            describes = other[i] and "-" not in words[i] and (words[i] not in GARMENT_OF or i == k - 1)
-            if not (colour[i] or joins or describes):
-                break
-            colours = [i] * colour[i] + colours
-            i -= 1
-        return [] if i > 0 and words[i] in ("in", "of") and words[i - 1] in GARMENT_OF else colours      # "a shirt in red and black pants"
-
-    def after(k):
-        """Colours after a noun: "is red and white"."""
-        i, colours = k + 1 + (words[k + 1:k + 2] == ["that"]), []
-        if words[i:i + 1] and words[i] in IS:
-            i += 1
-            while i < len(words) and (colour[i] or words[i] in ("all", "mostly", "light", "dark", "plain", "solid") or words[i] in JOINS and colour[i - 1]):
-                colours += [i] * colour[i]
-                i += 1
-        return colours
-
+    A colour is clear if it belongs to one noun only, garment or not ("red hair"), and is not part of a compound.
+    "red shirt and blue jeans" -> [(1, [0]), (4, [3])], {0, 3}"""
+    modifiers = [k in "NJ" and w[0].isalpha() and w not in data.COLOURS for w, k in zip(words, kinds)]
+    found, owners = [], collections.Counter()
     for k, word in enumerate(words):
-        if word in GARMENT_OF and not words[k + 1:k + 2] or word in GARMENT_OF and words[k + 1] not in GARMENT_OF:   # in "suit jacket" the suit is none
-            found.append((k, before(k) + after(k)))
-            owners.update(found[-1][1])
-        elif other[k] and kinds[k] == "N" and ends[k]:
-            owners.update(before(k))
-    shaded = {i for i in range(len(words)) if colour[i] and (words[i - 1:i] and (colour[i - 1] or words[i - 1] in SHADES) or colour[i + 1:i + 2] == [True])}
-    return found, {i for i, n in owners.items() if n == 1} - shaded
+        following = words[k + 1] if k + 1 < len(words) else ""
+        ends_phrase = not (following in data.COLOURS or any(modifiers[k + 1:k + 2]))
+        if word in GARMENT_OF and following not in GARMENT_OF:          # of "suit jacket" only the jacket
+            colours = colours_before(words, modifiers, k) + colours_after(words, k)
+            found.append((k, colours))
+            owners.update(colours)
+        elif modifiers[k] and kinds[k] == "N" and ends_phrase:
+            owners.update(colours_before(words, modifiers, k))
+    return found, {i for i, n in owners.items() if n == 1 and not has_shade(words, i)}
+
+
+def colour_edits(words, group, unclear):
+    """Edits of the colours of one garment. group: its mentions;  unclear: colours that must stay.
+    Yields (what, noun, old word, new word, indices of the words to replace, mentions that are edited)."""
+    said = {noun: [words[c] for c in colours] for noun, colours in group}
+    for old in unique(colour for colours in said.values() for colour in colours):
+        edited = [(noun, colours) for noun, colours in group if old in said[noun]]
+        nouns = {words[noun] for noun, _ in edited}
+        # After "a red shirt and a blue shirt", which one is "the shirt"?
+        conflict = any(colours and old not in colours and words[noun] in nouns for noun, colours in said.items())
+        if old in unclear or conflict:
+            continue
+        taken = {colour for noun, _ in edited for colour in said[noun]}
+        taken = taken.union(*(similar for similar in SIMILAR_COLOURS if similar & taken))
+        replaced = [c for _, colours in edited for c in colours if words[c] == old]
+        for new in NEW_COLOURS:
+            if new not in taken:
+                yield "colour", words[edited[0][0]], old, new, replaced, edited
+
+
+def garment_edits(words, group):
+    """The same for the garment itself: trousers become shorts."""
+    for noun in unique(words[k] for k, _ in group):
+        edited = [(k, colours) for k, colours in group if words[k] == noun and words[k - 1:k] != ["suit"]]
+        descriptions = {tuple(words[c] for c in colours) for _, colours in edited if colours}
+        if len(descriptions) < 2 and words.count(noun) == len(edited):
+            for new in NEW_GARMENTS.get(noun, []):
+                if new not in words:
+                    yield "garment", noun, noun, new, [k for k, _ in edited], edited
 
 
 def edits(caption, tokenizer, garments=False):
-    """All edits of a caption: [dict(what, noun, old, new, caption, source, tokens, blend)].
+    """All edits of the colours in a caption, with garments=True also trousers/shorts and shirt/jacket: a list of dicts.
 
-    what: "colour" or "garment"; old, new: the words; source, caption: before and after, as the tokenizer sees them; tokens: positions in
-    the 77 of what changed; blend: positions of the noun and its colours, where the picture may change. Word for word, never part of one.
-    No edit is offered where it could be wrong: a caption of more than 75 tokens; a garment that is mentioned twice in different colours; a
-    colour that belongs to nothing ("a shirt in red"), or that has a shade ("navy blue"); words of another number of tokens."""
+        edits("A man in a red shirt", tokenizer)[0] == dict(
+            what="colour", noun="shirt", old="red", new="yellow",
+            source="a man in a red shirt", caption="a man in a yellow shirt",       # before and after
+            tokens=[5], blend=[5, 6])
+
+    tokens: positions of the new words, the start symbol is 0;  blend: positions of the noun and its colours.
+    There is no edit where it could be wrong: of captions over 75 tokens, of a garment mentioned in two colours, of a
+    colour without a clear noun ("a shirt in red") or with a shade ("navy blue"), by a word of more or fewer tokens."""
     source = data.normalize_text(caption)
-    tagged, text = data.tag_words(source), tokenizer.bpe.encode(source)
-    words = [source[start:end] for start, end, _ in tagged]
-    if len(text.ids) > data.CONTEXT - 2:
+    tagged, encoded = data.tag_words(source), tokenizer.bpe.encode(source)
+    if len(encoded.ids) > data.CONTEXT - 2:
         return []
+    words, spans = [source[start:end] for start, end, _ in tagged], [(start, end) for start, end, _ in tagged]
     found, clear = mentions(words, [kind for _, _, kind in tagged])
-    unclear = {w for k, w in enumerate(words) if w in data.COLOURS and k not in clear} | {part for w in words if "-" in w for part in w.split("-")}
-    out = []
-    for group in dict.fromkeys(GARMENT_OF[words[k]] for k, _ in found):
-        same = [m for m in found if GARMENT_OF[words[m[0]]] == group]
-        said = {k: [words[c] for c in colours] for k, colours in same}                                  # noun: its colours, in words
-        for old in dict.fromkeys(c for colours in said.values() for c in colours):
-            having = [(k, colours) for k, colours in same if old in said[k]]
-            if old in unclear or any(said[k] and old not in said[k] and words[k] == words[h] for k in said for h, _ in having):
-                continue                                                # two shirts, or one that is not understood
-            near = {c for k, _ in having for c in said[k]}
-            near = near.union(*(s for s in SAME_COLOUR if s & near))
-            changed = [c for _, colours in having for c in colours if words[c] == old]
-            out += [("colour", words[having[0][0]], old, new, changed, having) for new in NEW_COLOURS if new not in near]
-        for noun in dict.fromkeys(words[k] for k, _ in same) if garments else ():
-            having = [m for m in same if words[m[0]] == noun and not words[m[0] - 1:m[0]] == ["suit"]]
-            if len({tuple(said[k]) for k, _ in having if said[k]}) < 2 and words.count(noun) == len(having):
-                out += [("garment", noun, noun, new, [k for k, _ in having], having) for new in NEW_GARMENTS.get(noun, ()) if new not in words]
-    return [edit for what, noun, old, new, changed, having in out
-            if (edit := replaced(source, what, noun, old, new, changed, [i for k, colours in having for i in (k, *colours)], text, tokenizer))]
+    unclear = {word for k, word in enumerate(words) if word in data.COLOURS and k not in clear}
+    unclear |= {part for word in words if "-" in word for part in word.split("-")}          # "red-haired"
+    candidates = []
+    for garment in unique(GARMENT_OF[words[k]] for k, _ in found):
+        group = [(k, colours) for k, colours in found if GARMENT_OF[words[k]] == garment]
+        candidates += colour_edits(words, group, unclear)
+        if garments:
+            candidates += garment_edits(words, group)
+    made = [apply_edit(source, spans, encoded, tokenizer, *candidate) for candidate in candidates]
+    return [edit for edit in made if edit]
 
 
-def replaced(source, what, noun, old, new, changed, blend, text, tokenizer):
-    """The edit in which the words with the numbers `changed` become `new`, or None if tokens do not stay in their places."""
-    spans = [(m.start(), m.end()) for m in data.WORD.finditer(source)]
-    pieces, end = [], 0
-    for k in sorted(changed):
-        before = source[end:spans[k][0]]
-        pieces += [re.sub(r"\b(a|an) $", "an " if new[0] in "aeiou" else "a ", before), new]
-        end = spans[k][1]
-    caption = "".join(pieces) + source[end:]
-    after = tokenizer.bpe.encode(caption)
+def apply_edit(source, spans, encoded, tokenizer, what, noun, old, new, replaced, edited):
+    """The edit as a dict; None if a token changes that should not. spans: (start, end) per word;  encoded: tokens."""
+    caption, end = "", 0
+    for k in sorted(replaced):
+        start, stop = spans[k]
+        caption += re.sub(r"\b(a|an) $", "an " if new[0] in "aeiou" else "a ", source[end:start]) + new
+        end = stop
+    caption += source[end:]
 
-    def at(numbers):
-        """Tokens of these words, counted from the start symbol."""
-        return [1 + t for t, (start, stop) in enumerate(text.offsets) if any(start < spans[k][1] and stop > spans[k][0] for k in numbers)]
+    def positions(indices):
+        """Token positions of words."""
+        wanted = [spans[k] for k in indices]
+        return [n for n, (a, b) in enumerate(encoded.offsets, 1) if any(a < end and b > start for start, end in wanted)]
 
-    tokens = [1 + t for t, (a, b) in enumerate(zip(text.ids, after.ids)) if a != b]
-    articles = {1 + t for t, (start, stop) in enumerate(text.offsets) if source[start:stop].strip() in ("a", "an")}
-    if len(text.ids) != len(after.ids) or not set(tokens) - articles <= set(at(changed)):
+    after, tokens = tokenizer.bpe.encode(caption), positions(replaced)
+    changed = {n for n, (a, b) in enumerate(zip(encoded.ids, after.ids), 1) if a != b}
+    articles = {n for n, (a, b) in enumerate(encoded.offsets, 1) if source[a:b].strip() in ("a", "an")}
+    if len(encoded.ids) != len(after.ids) or not changed <= articles.union(tokens):
         return None
-    return dict(what=what, noun=noun, old=old, new=new, source=source, caption=caption, tokens=at(changed), blend=at(blend))
+    return dict(what=what, noun=noun, old=old, new=new, source=source, caption=caption, tokens=tokens,
+                blend=positions(i for k, colours in edited for i in (k, *colours)))
 
 
-# ---- diffusion, from parts ------------------------------------------------------------------------------------------
+# ---- the folder of a diffusion model --------------------------------------------------------------------------------
 
-class Words(nn.Module):
-    """The text encoder of Stable Diffusion 1.x: the tower of CLIP ViT-L/14 with all its tokens, after the last norm, not projected."""
+LAYOUT = "a diffusion model is a folder in the layout of diffusers: unet, vae, scheduler, text_encoder and tokenizer"
+WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+FILES = {  # part -> its configuration, its weights (one of them)
+    "unet": ("config.json", WEIGHTS),
+    "vae": ("config.json", WEIGHTS),
+    "text_encoder": ("config.json", ["model.safetensors", "pytorch_model.bin"]),
+    "scheduler": ("scheduler_config.json", []),
+    "tokenizer": (None, ["merges.txt", "tokenizer.json"]),
+}
+WANTED = {  # key of a configuration -> the values that work here, first diffusers' default; or a size and its default
+    "unet": dict(
+        _class_name=["UNet2DConditionModel"], in_channels=4, out_channels=4, cross_attention_dim=1280,
+        addition_embed_type=[None],                                     # SDXL has one
+        encoder_hid_dim_type=[None],                                    # Kandinsky, DeepFloyd IF
+        num_class_embeds=[None], class_embed_type=[None]),              # upscalers
+    "vae": dict(_class_name=["AutoencoderKL"], latent_channels=4),
+    "text_encoder": dict(
+        hidden_act=["quick_gelu", "gelu"], max_position_embeddings=[data.CONTEXT],
+        hidden_size=None, num_attention_heads=None, num_hidden_layers=None, vocab_size=None),
+    "scheduler": dict(
+        num_train_timesteps=[1000], prediction_type=["epsilon", "v_prediction"],
+        beta_schedule=["linear", "scaled_linear", "squaredcos_cap_v2"]),
+}
+
+
+def check_value(file, key, value, allowed, why=""):
+    if value not in allowed:
+        raise ValueError(f"{file}: {key} is {value!r}, wanted is {' or '.join(map(repr, allowed))}{why}\n"
+                         "  Only models like Stable Diffusion 1.x can make pairs")
+
+
+def read_config(folder, part):
+    """The keys of WANTED in the configuration of a part, checked."""
+    file = data.need(folder / part / FILES[part][0], "the configuration of a part", LAYOUT)
+    found, config = data.load_json(file), {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object; is the download complete?")
+    for key, rule in WANTED[part].items():
+        value = config[key] = found.get(key, rule[0] if isinstance(rule, list) else rule)
+        if isinstance(rule, list):
+            check_value(file, key, value, rule)
+        elif type(value) is not int or value < 1:
+            raise ValueError(f"{file}: {key} should be a whole number from 1 up, not {value!r}")
+    return config
+
+
+def check_diffusion(folder):
+    """Raise FileNotFoundError or ValueError, naming the file, what is there and what is wanted, if a folder does not
+    hold a diffusion model that can be edited here. Reads configurations, not weights."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; {LAYOUT}")
+    parts = [part for part in FILES if part != "vae" or (folder / part).exists()]
+    for part in parts:
+        data.need(folder / part, "a part of the diffusion model", LAYOUT)
+        names = FILES[part][1]
+        if names and not any((folder / part / name).exists() for name in names):
+            data.need(folder / part / names[0], "a part of the diffusion model", f"or {names[1]}")
+    config = {part: read_config(folder, part) for part in parts if part in WANTED}
+    file, unet, text = folder / "unet/config.json", config["unet"], config["text_encoder"]
+    if "vae" not in parts and unet["in_channels"] != 3:
+        raise ValueError(f"{file}: in_channels is {unet['in_channels']}: latents; but {folder} has no vae/; fetch it")
+    channels = config["vae"]["latent_channels"] if "vae" in parts else 3
+    for key in ("in_channels", "out_channels"):
+        check_value(file, key, unet[key], [channels], ", as in the latents; inpainting models have more")
+    check_value(file, "cross_attention_dim", unet["cross_attention_dim"], [text["hidden_size"]], ", the text encoder's")
+    if text["hidden_size"] % text["num_attention_heads"]:
+        raise ValueError(f"{folder / 'text_encoder/config.json'}: {text['num_attention_heads']} heads do not divide "
+                         f"the hidden_size {text['hidden_size']}")
+
+
+def find_diffusion(source):
+    """A local folder, or a hub id, which huggingface_hub fetches into its cache -> the folder, checked."""
+    folder = Path(source)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        wanted = [f"{part}/{name}" for part, (config, names) in FILES.items() for name in (config, *names)]
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted))
+        except (HfHubHTTPError, OSError, ValueError) as e:
+            raise FileNotFoundError(f"no diffusion model from {source}: no such folder, and the hub cannot give it "
+                                    f"({type(e).__name__})\n  Fetch it where there is a network, then name its folder "
+                                    "with --diffusion") from None
+    check_diffusion(folder)
+    return folder
+
+
+def load_part(cls, folder, name):
+    """A model of diffusers with the weights in folder/name. Raises ValueError unless every tensor is there."""
+    try:
+        part, report = cls.from_pretrained(folder, subfolder=name, low_cpu_mem_usage=False, output_loading_info=True)
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as e:
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{folder / name} cannot be read as {cls.__name__}: {reason}\n"
+                         "  Is the download complete?") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder / name} lacks {len(missing)} weights, e.g. {missing[0]}; are these another model's?")
+    return part
+
+
+class SDTextEncoder(nn.Module):
+    """The text encoder of Stable Diffusion 1.x: CLIP ViT-L/14's text tower, all tokens, normalised, not projected."""
 
     def __init__(self, vocab, width, layers, head_width, quick_gelu=True, context=data.CONTEXT):
         super().__init__()
@@ -175,193 +332,102 @@ class Words(nn.Module):
         return self.tower.ln_post(self.tower(tokens))
 
 
-def load_words(folder):
-    """The text encoder in a folder of the diffusers layout, with the names that Hugging Face gives its tensors."""
-    config = data.load_json(folder / "config.json")
-    path = next((folder / n for n in ("model.safetensors", "pytorch_model.bin") if (folder / n).exists()), folder / "model.safetensors")
-    weights = tbps.read_file(data.need(path, "the text encoder's weights", "or pytorch_model.bin"))
-    weights = {"text_model." + n.removeprefix("text_model."): w for n, w in weights.items()}           # transformers 5 saves it without
-    weights = tbps.to_openai_names({n: w for n, w in weights.items() if not re.search(tbps.NOT_WEIGHTS, n)}, path)
-    weights = {re.sub("^text", "tower", tbps.rename(n, tbps.OPENAI_NAMES)): w.float() for n, w in weights.items()}
+HF_NAMES = [  # our name -> Hugging Face's, applied in this order
+    ("tower.tok", "text_model.embeddings.token_embedding"),
+    ("tower.pos", "text_model.embeddings.position_embedding.weight"),
+    ("tower.ln_post", "text_model.final_layer_norm"),
+    ("tower.blocks", "text_model.encoder.layers"),
+    (".ln", ".layer_norm"),
+    (".fc", ".mlp.fc"),
+    ("attn.proj", "self_attn.out_proj"),
+    ("attn.qkv", "self_attn.qkv_proj"),
+]
+
+
+def hf_names(name):
+    """Hugging Face's names of one of our tensors: three for q, k, v, which are stacked in ours."""
+    for ours, theirs in HF_NAMES:
+        name = name.replace(ours, theirs)
+    return [name.replace("qkv_proj", f"{part}_proj") for part in "qkv"] if "qkv_proj" in name else [name]
+
+
+def load_text_encoder(folder):
+    """The text encoder in a folder that check_diffusion has checked. Raises ValueError unless all weights fit."""
+    config, names = data.load_json(folder / "config.json"), FILES["text_encoder"][1]
+    path = next(folder / name for name in names if (folder / name).exists())
     width, heads = config["hidden_size"], config["num_attention_heads"]
-    words = Words(config["vocab_size"], width, config["num_hidden_layers"], width // heads, config.get("hidden_act", "quick_gelu") == "quick_gelu",
-                  config["max_position_embeddings"])
-    if differ := sorted(words.state_dict().keys() ^ weights.keys()):
-        raise ValueError(f"{path} is not the text encoder of a Stable Diffusion 1.x: it "
-                         f"{'lacks' if differ[0] in words.state_dict() else 'also has'} {differ[0]}")
-    words.load_state_dict(weights)
-    return words
-
-
-def save_words(words, folder):
-    """The way back: the same layout and names, so that what is trained here can be read like what is downloaded."""
-    weights, arch = {}, words.tower
-    for name, w in words.state_dict().items():
-        name = name.replace("tower.", "text_model.").replace("blocks.", "encoder.layers.").replace(".fc", ".mlp.fc").replace(".ln1", ".layer_norm1")
-        name = name.replace(".ln2", ".layer_norm2").replace("ln_post", "final_layer_norm").replace("attn.proj", "self_attn.out_proj")
-        name = name.replace("text_model.tok", "text_model.embeddings.token_embedding").replace("text_model.pos", "text_model.embeddings.position_embedding.weight")
-        for part, x in zip("qkv", w.chunk(3)) if "attn.qkv" in name else (("", w),):
-            weights[name.replace("attn.qkv", f"self_attn.{part}_proj")] = x.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors")
-    width = arch.pos.shape[1]
-    (folder / "config.json").write_text(json.dumps(dict(
-        hidden_size=width, num_hidden_layers=len(arch.blocks), num_attention_heads=arch.blocks[0].attn.heads, vocab_size=len(arch.tok.weight),
-        max_position_embeddings=len(arch.pos), hidden_act="quick_gelu" if arch.blocks[0].quick_gelu else "gelu")))
-
-
-WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
-PARTS = {  # folder -> its configuration, its weights (one of them)
-    "unet": ("config.json", WEIGHTS),
-    "vae": ("config.json", WEIGHTS),
-    "text_encoder": ("config.json", ["model.safetensors", "pytorch_model.bin"]),
-    "scheduler": ("scheduler_config.json", []),
-    "tokenizer": (None, ["merges.txt", "tokenizer.json"]),
-}
-ALLOWED = {  # key of a configuration -> what works here, first what holds if the key is absent
-    "unet": {
-        "_class_name": ["UNet2DConditionModel"],
-        "addition_embed_type": [None],                                  # SDXL
-        "class_embed_type": [None],
-        "num_class_embeds": [None],                                     # the x4 upscaler
-        "encoder_hid_dim_type": [None],                                 # Kandinsky, DeepFloyd IF
-    },
-    "vae": {"_class_name": ["AutoencoderKL"]},
-    "text_encoder": {"hidden_act": ["quick_gelu", "gelu"], "max_position_embeddings": [data.CONTEXT]},
-    "scheduler": {
-        "num_train_timesteps": [1000],
-        "prediction_type": ["epsilon", "v_prediction"],
-        "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
-    },
-}
-SIZES = {  # whole numbers that a configuration must have, with diffusers' defaults
-    "unet": dict(in_channels=4, out_channels=4, cross_attention_dim=1280),
-    "vae": dict(latent_channels=4),
-    "text_encoder": dict(hidden_size=None, num_attention_heads=None, num_hidden_layers=None, vocab_size=None),
-    "scheduler": {},
-}
-
-
-def check_value(file, key, value, allowed, why=""):
-    if value not in allowed:
-        raise ValueError(f"{file}: {key} is {value!r}, wanted is {' or '.join(map(repr, allowed))}{why}\n"
-                         "  Only models like Stable Diffusion 1.x can make pairs")
-
-
-def check_diffusion(folder):
-    """Raises FileNotFoundError or ValueError, naming the file, what is there and what is wanted, if the folder does not hold
-    a diffusion model that can be edited here. Reads the configurations, not the weights."""
-    layout = "a diffusion model is a folder in the layout of diffusers, with unet, vae, scheduler, text_encoder and tokenizer"
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; {layout}")
-    config, has_vae = {}, (folder / "vae").exists()
-    for part, (config_name, weights) in PARTS.items():
-        if part == "vae" and not has_vae:
-            continue
-        data.need(folder / part, "a part of the diffusion model", layout)
-        if weights and not any((folder / part / name).exists() for name in weights):
-            data.need(folder / part / weights[0], "a part of the diffusion model", f"or {weights[1]}; other variants are not read")
-        if config_name is None:
-            continue
-        file = data.need(folder / part / config_name, "the configuration of a part", layout)
-        found = data.load_json(file)
-        if not isinstance(found, dict):
-            raise ValueError(f"{file} is not a JSON object; is the download complete?")
-        for key, allowed in ALLOWED[part].items():
-            check_value(file, key, found.get(key, allowed[0]), allowed)
-        config[part] = SIZES[part] | {key: found[key] for key in SIZES[part] if key in found}
-        for key, size in config[part].items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{file}: {key} should be a whole number from 1 up, not {size!r}; is this the file of another model?")
-    check_sizes(folder, config["unet"], config.get("vae"), config["text_encoder"])
-
-
-def check_sizes(folder, unet, vae, text):
-    """Whether the parts fit together."""
-    if not vae and unet["in_channels"] != 3:
-        raise ValueError(f"{folder / 'unet/config.json'}: in_channels is {unet['in_channels']}, so the UNet works on latents, but {folder} "
-                         "has no vae/; fetch it. Without a VAE the UNet works on pixels and has 3")
-    channels, what = (vae["latent_channels"], "channels of the VAE") if vae else (3, "of pixels")
-    for key in ("in_channels", "out_channels"):
-        more = "; inpainting and upscaling models take more" if unet[key] > channels else ""
-        check_value(folder / "unet/config.json", key, unet[key], [channels], f", the {what}{more}")
-    check_value(folder / "unet/config.json", "cross_attention_dim", unet["cross_attention_dim"], [text["hidden_size"]],
-                ", the width of the text encoder")
-    if text["hidden_size"] % text["num_attention_heads"]:
-        raise ValueError(f"{folder / 'text_encoder/config.json'}: hidden_size {text['hidden_size']} cannot be shared by "
-                         f"{text['num_attention_heads']} heads")
-
-
-def find_diffusion(source):
-    """A local folder in the layout of diffusers, or a hub id, which is fetched through huggingface_hub's cache -> the folder."""
-    folder = Path(source)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=[f"{part}/{name}" for part, (config, files) in PARTS.items() for name in (config, *files)]))
-        except (HfHubHTTPError, OSError, ValueError) as e:
-            raise FileNotFoundError(f"no diffusion model from {source}: it is no folder here, and the hub cannot give it ({type(e).__name__})\n  Fetch it on a "
-                                    "machine with network and name its folder with --diffusion") from None
-    check_diffusion(folder)
-    return folder
-
-
-def load_part(cls, folder, name):
-    """A model of diffusers with the weights in folder/name; every tensor must be there."""
+    quick_gelu = config.get("hidden_act", "quick_gelu") == "quick_gelu"
+    encoder = SDTextEncoder(config["vocab_size"], width, config["num_hidden_layers"], width // heads, quick_gelu)
+    # transformers 5 leaves out the prefix; old versions save position_ids, which are no weights
+    weights = {"text_model." + name.removeprefix("text_model."): w for name, w in tbps.read_file(path).items()
+               if not name.endswith("position_ids")}
+    for name in encoder.state_dict():
+        if weights.keys() >= set(theirs := hf_names(name)):
+            weights[name] = torch.cat([weights.pop(n) for n in theirs]).float()
     try:
-        part, report = cls.from_pretrained(folder, subfolder=name, low_cpu_mem_usage=False, output_loading_info=True)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as e:
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
-        raise ValueError(f"{folder / name} cannot be read as {cls.__name__}: {reason}\n  Is the download complete?") from None
-    if missing := report["missing_keys"]:
-        raise ValueError(f"{folder / name} lacks {len(missing)} weights, e.g. {sorted(missing)[0]}; are config.json and weights of the same model?")
-    return part
+        encoder.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit its config.json: {' '.join(str(e).split())[:200]}") from None
+    return encoder
+
+
+def save_text_encoder(encoder, folder):
+    """In the layout that load_text_encoder reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, tower = {}, encoder.tower
+    for name, w in encoder.state_dict().items():
+        names = hf_names(name)
+        weights |= {theirs: part.contiguous() for theirs, part in zip(names, w.chunk(len(names)))}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(
+        hidden_size=tower.pos.shape[1], num_hidden_layers=len(tower.blocks), vocab_size=len(tower.tok.weight),
+        num_attention_heads=tower.blocks[0].attn.heads, max_position_embeddings=len(tower.pos),
+        hidden_act="quick_gelu" if tower.blocks[0].quick_gelu else "gelu")))
 
 
 def load_diffusion(source, steps=50, device="cpu"):
-    """A model as Stable Diffusion 1.x is published. Without vae/ it works on pixels."""
+    """A Stable Diffusion 1.x from a folder or the hub -> Diffusion. Without vae/ it works on pixels."""
     folder = find_diffusion(source)
     unet = load_part(UNet2DConditionModel, folder, "unet")
     vae = load_part(AutoencoderKL, folder, "vae") if (folder / "vae").exists() else None
-    words, tokenizer = load_words(folder / "text_encoder"), data.load_tokenizer(folder / "tokenizer")
-    if tokenizer.vocab != len(words.tower.tok.weight):
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab:,} tokens, the text encoder {len(words.tower.tok.weight):,}: they do not belong together")
-    return Diffusion(unet, vae, DDIMScheduler.from_pretrained(folder, subfolder="scheduler"), words, tokenizer, steps, device)
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    text_encoder, tokenizer = load_text_encoder(folder / "text_encoder"), data.load_tokenizer(folder / "tokenizer")
+    if tokenizer.vocab != (known := len(text_encoder.tower.tok.weight)):
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab:,} tokens, the text encoder {known:,}; "
+                         "do they belong together?")
+    return Diffusion(unet, vae, scheduler, text_encoder, tokenizer, steps, device)
 
+
+# ---- diffusion ------------------------------------------------------------------------------------------------------
 
 class Diffusion:
-    """A text-conditioned diffusion model: UNet, VAE or None, noise schedule, text encoder, tokenizer. Knows how to follow DDIM both ways and
-    how to edit. `evaluations` counts how often the UNet has seen a sample, for forward and backward passes alike."""
+    """A text-conditioned diffusion model: UNet, VAE or None, noise schedule, text encoder, tokenizer.
 
-    def __init__(self, unet, vae, scheduler, words, tokenizer, steps=50, device="cpu"):
-        self.unet, self.vae, self.words = (m and m.to(device).eval().requires_grad_(False) for m in (unet, vae, words))
+    evaluations: how many samples the UNet has seen;  control: what changes its attention, set during an edit"""
+
+    def __init__(self, unet, vae, scheduler, text_encoder, tokenizer, steps=50, device="cpu"):
+        for module in (m for m in unet.modules() if isinstance(m, Attention)):
+            if module.group_norm is not None or module.norm_cross or module.residual_connection:
+                raise ValueError("this UNet has attention layers of another kind than Stable Diffusion's")
+        self.unet, self.vae, self.text_encoder = (
+            m and m.to(device).eval().requires_grad_(False) for m in (unet, vae, text_encoder))
         unet.to(memory_format=torch.channels_last)                      # a third faster, on a CPU too
+        unet.set_attn_processor({name: AttentionProcessor(self, name) for name in unet.attn_processors})
         self.tokenizer, self.device, self.evaluations, self.control = tokenizer, device, 0, None
-        if any(isinstance(m, Attention) and (m.group_norm is not None or m.norm_cross or m.residual_connection) for m in unet.modules()):
-            raise ValueError("this UNet has attention layers of another kind than Stable Diffusion's; such models cannot be edited here")
-        unet.set_attn_processor({name: Attend(self, name) for name in unet.attn_processors})
-        # As published for prompt-to-prompt and CTLG: t = 980, 960, ..., 0 for 50 steps, and below 0 the first noise level, not none
-        scheduler = DDIMScheduler.from_config(scheduler.config, steps_offset=0, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
+        # As in prompt-to-prompt and CTLG: t = 980, 960, ..., 0 for 50 steps, and below 0 the noise level of 0
+        scheduler = DDIMScheduler.from_config(
+            scheduler.config, steps_offset=0, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
         scheduler.set_timesteps(steps)
-        self.scheduler, self.kind, self.alphas, self.steps = scheduler, scheduler.config.prediction_type, scheduler.alphas_cumprod.double().tolist(), scheduler.timesteps.tolist()
+        self.scheduler, self.prediction_type = scheduler, scheduler.config.prediction_type
+        self.alphas, self.timesteps = scheduler.alphas_cumprod.double().tolist(), scheduler.timesteps.tolist()
         self.stride = scheduler.config.num_train_timesteps // steps
 
-    def read(self, captions, learn=False):
-        """Captions -> what the UNet looks at, (B, 77, C). Padded with the end symbol, as Stable Diffusion was trained."""
+    def encode_text(self, captions, learn=False):
+        """Captions -> (B, 77, C). Padded with the end symbol, as Stable Diffusion was trained."""
         tokens = self.tokenizer(captions)
-        after = torch.arange(tokens.shape[1]) > tokens.argmax(dim=1, keepdim=True)
+        is_padding = torch.arange(tokens.shape[1]) > tokens.argmax(dim=1, keepdim=True)
         with torch.set_grad_enabled(learn):
-            return self.words(tokens.masked_fill(after, self.tokenizer.eot).to(self.device))
-
-    def save(self, folder):
-        """In the layout of diffusers; the UNet last, whose folder tells that all is there."""
-        save_words(self.words, folder / "text_encoder")
-        (folder / "tokenizer").mkdir(exist_ok=True)
-        (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in self.tokenizer.merges), encoding="utf-8")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        if self.vae:
-            self.vae.save_pretrained(folder / "vae")
-        self.unet.save_pretrained(folder / "unet.part")
-        (folder / "unet.part").rename(folder / "unet")
+            return self.text_encoder(tokens.masked_fill(is_padding, self.tokenizer.eot).to(self.device))
 
     @torch.no_grad()
     def encode(self, pixels):
@@ -376,264 +442,344 @@ class Diffusion:
         return ((x + 1) / 2).clamp(0, 1)
 
     def alpha(self, t):
-        """The share of signal, squared, at time t; below 0 that at 0."""
+        """Power of the signal at time t; below 0 that at 0."""
         return self.alphas[max(t, 0)]
 
-    def noise(self, z, t, text):
-        """What of z (B, ...) is noise, at time t."""
+    def predict_noise(self, z, t, text):
         self.evaluations += len(z)
         out = self.unet(z, t, encoder_hidden_states=text).sample
-        return self.alpha(t) ** 0.5 * out + (1 - self.alpha(t)) ** 0.5 * z if self.kind == "v_prediction" else out
+        if self.prediction_type == "v_prediction":
+            return self.alpha(t) ** 0.5 * out + (1 - self.alpha(t)) ** 0.5 * z
+        return out
 
-    def move(self, z, noise, start, to):
-        """A DDIM step (arXiv 2010.02502, eq. 12 without noise), either way, from time `start` to time `to`."""
+    def ddim_step(self, z, noise, start, to):
+        """From time `start` to time `to`, in either direction (arXiv 2010.02502, eq. 12 with sigma = 0)."""
         a, b = self.alpha(start), self.alpha(to)
         return b ** 0.5 * (z - (1 - a) ** 0.5 * noise) / a ** 0.5 + (1 - b) ** 0.5 * noise
 
     @torch.no_grad()
     def invert(self, z, text):
-        """DDIM inversion without guidance: z (B, ...) -> [z_0, ..., z_T]. The first of the steps changes nothing."""
-        out = [z]
-        for t in reversed(self.steps):
-            out.append(self.move(out[-1], self.noise(out[-1], t, text), t - self.stride, t))
-        return out
+        """DDIM inversion without guidance: z (B, ...) -> [zs[0], ..., zs[T]]. The first step is the identity."""
+        zs = [z]
+        for t in reversed(self.timesteps):
+            zs.append(self.ddim_step(zs[-1], self.predict_noise(zs[-1], t, text), t - self.stride, t))
+        return zs
 
     def null_text(self, zs, text, guidance, rounds=10):
-        """Null-text optimisation (arXiv 2211.09794): for each step an empty caption (B, 77, C) with which guidance leads back along zs.
-        Samples are independent of each other: a sum of losses, one Adam, and who is done stays as it is."""
-        z, null, out = zs[-1], self.read([""]).expand(len(text), -1, -1), []
-        for i, t in enumerate(self.steps):
+        """Null-text optimisation (arXiv 2211.09794): for each step an embedding (B, 77, C) of the empty caption with
+        which guidance leads back along zs. Samples are independent: losses are summed, finished samples are frozen."""
+        z, null, nulls = zs[-1], self.encode_text([""]).expand(len(text), -1, -1), []
+        for i, t in enumerate(self.timesteps):
             null = null.detach().clone().requires_grad_()
-            adam = torch.optim.Adam([null], lr=0.01 * (1 - i / 100))    # by the number of the step, however many there are
+            optimizer = torch.optim.Adam([null], lr=0.01 * (1 - i / 100))       # for any T, as in the official code
             done = torch.zeros(len(z), dtype=torch.bool, device=z.device)
             with torch.no_grad():
-                told = self.noise(z, t, text)
+                conditional = self.predict_noise(z, t, text)
             for _ in range(rounds):
-                untold = self.noise(z, t, null)
-                back = self.move(z, untold + guidance * (told - untold), t, t - self.stride)
-                loss = (back - zs[-2 - i]).square().flatten(1).mean(dim=1)                              # (B,)
+                noise = guide(self.predict_noise(z, t, null), conditional, guidance)
+                back = self.ddim_step(z, noise, t, t - self.stride)
+                loss = (back - zs[-2 - i]).square().flatten(1).mean(dim=1)                  # (B,)
                 null.grad = torch.autograd.grad(loss.sum(), null)[0]
                 before = null.detach().clone()
-                adam.step()
+                optimizer.step()
                 null.data[done] = before[done]
                 done |= loss.detach() < 1e-5 + 2e-5 * i
                 if done.all():
                     break
-            out.append(null.detach())
+            nulls.append(null.detach())
             with torch.no_grad():
-                untold = self.noise(z, t, null)
-                z = self.move(z, untold + guidance * (told - untold), t, t - self.stride)
-        return out
+                noise = guide(self.predict_noise(z, t, null), conditional, guidance)
+                z = self.ddim_step(z, noise, t, t - self.stride)
+        return nulls
 
     @torch.no_grad()
     def edit(self, zs, source, target, control, guidance=7.5, nulls=None, inversion="direct"):
-        """Prompt-to-prompt (arXiv 2208.01626): from z_T again, a source branch with the source's caption and a target branch that takes over
-        its attention as `control` says. zs: of `invert`; source, target (B, 77, C). -> latents of both, (B, ...) each.
+        """Prompt-to-prompt (arXiv 2208.01626): denoise zs[T] with the source caption and with the target caption, whose
+        attention `control` replaces. source, target (B, 77, C) -> latents of both, (B, ...) each.
 
-        inversion  direct: the source branch is put back onto zs after each step (arXiv 2310.01506)
-                   negative: the source's caption takes the place of the empty one (arXiv 2305.16807)
-                   null: nulls are those of `null_text`"""
-        old = new = zs[-1]
-        control.start(self, old.shape)
-        for i, t in enumerate(self.steps):
-            empty = dict(direct=lambda: self.read([""]).expand_as(source), negative=lambda: source, null=lambda: nulls[i])[inversion]()
-            latents, texts = [old, new, new], [source, target, empty]
-            if inversion == "null":                                     # else the source branch needs no guidance
-                latents, texts = latents + [old], texts + [empty]
+        inversion  direct: the source is put back onto zs after each step (arXiv 2310.01506)
+                   negative: the source caption replaces the empty caption (arXiv 2305.16807)
+                   null: `nulls` of null_text replace it"""
+        source_z = target_z = zs[-1]
+        control.start(self, zs[-1].shape)
+        empty = self.encode_text([""]).expand_as(source)
+        for i, t in enumerate(self.timesteps):
+            unconditional = dict(direct=empty, negative=source, null=nulls and nulls[i])[inversion]
+            latents, texts = [source_z, target_z, target_z], [source, target, unconditional]
+            if inversion == "null":                                     # else the source needs no guidance
+                latents, texts = latents + [source_z], texts + [unconditional]
             control.step, self.control = i, control
-            told, wanted, untold, *unguided = self.noise(torch.cat(latents), t, torch.cat(texts)).chunk(len(latents))
+            noises = self.predict_noise(torch.cat(latents), t, torch.cat(texts)).chunk(len(latents))
             self.control = None
-            new = self.move(new, untold + guidance * (wanted - untold), t, t - self.stride)
-            told = unguided[0] + guidance * (told - unguided[0]) if unguided else told
-            old = zs[-2 - i] if inversion == "direct" else self.move(old, told, t, t - self.stride)
-            new = control.blended(old, new)
-        return old, new
+            target_z = self.ddim_step(target_z, guide(noises[2], noises[1], guidance), t, t - self.stride)
+            noise = guide(noises[3], noises[0], guidance) if inversion == "null" else noises[0]
+            source_z = zs[-2 - i] if inversion == "direct" else self.ddim_step(source_z, noise, t, t - self.stride)
+            target_z = control.blend(source_z, target_z)
+        return source_z, target_z
+
+    def save(self, folder):
+        """In the layout of diffusers. The UNet comes last: its folder shows that all is there."""
+        save_text_encoder(self.text_encoder, folder / "text_encoder")
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        merges = "\n".join(" ".join(m) for m in self.tokenizer.merges)
+        (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.vae:
+            self.vae.save_pretrained(folder / "vae")
+        self.unet.save_pretrained(folder / "unet.part")
+        (folder / "unet.part").rename(folder / "unet")
 
 
-class Attend:
-    """Attention of one layer of the UNet; in an edit, with what `Control` makes of it."""
+def guide(unconditional, conditional, guidance):
+    """Classifier-free guidance (arXiv 2207.12598)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+# ---- prompt-to-prompt -----------------------------------------------------------------------------------------------
+
+class AttentionProcessor:
+    """The attention of one layer of the UNet, changed by model.control during an edit."""
 
     def __init__(self, model, name):
-        self.model, self.cross, self.middle = model, ".attn2." in name, name.startswith("mid_block")
+        self.model, self.is_cross, self.is_middle = model, ".attn2." in name, name.startswith("mid_block")
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (layer(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)                              # (B, H, N or 77, C/H)
-                   for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)))
-        if self.model.control:
-            q, k, v = self.model.control(q, k, v, self.cross, self.middle)
+        inputs = ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        q, k, v = (layer(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for layer, x in inputs)
+        if self.model.control:                                          # q (R, H, N, C/H);  k, v (R, H, N or 77, C/H)
+            q, k, v = self.model.control(q, k, v, self.is_cross, self.is_middle)
         x = F.scaled_dot_product_attention(q, k, v)
         return attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
 
 
 class Control:
-    """What prompt-to-prompt does to attention. Rows of the batch: source, target, then those without caption.
+    """What prompt-to-prompt changes. The UNet's batch: B sources, B targets, then rows without caption.
 
-    Cross-attention, for the first 0.8 of the steps: the target looks where the source looks, and what it takes from its new words counts
-    `weight` times. Attention is linear in the values, so its values are scaled and no map is ever made. Self-attention, for the first 0.4,
-    where the picture is halved at least: where the source looks. Local blend: after the first 0.2, only what attention to the words of
-    the edit marks, in either branch, differs from the source; these maps alone are made, where the picture is reduced `blend_at` times.
+    Cross-attention: in the first `cross_attention` of the steps the target uses the maps of the source, and its new
+    words count `weight` times. Attention is linear in the values, so we scale the values and need no maps.
+    Self-attention: in the first `self_attention` of the steps the target uses the maps of the source, in layers that
+    reduce the image at least by half.
+    Local blend: after the first `blend_from` of the steps the target differs from the source only inside a mask, where
+    the summed attention to the words `blend` exceeds `threshold` of its maximum in source or target. Only these maps
+    are computed, in layers that reduce the image `blend_at` times.
 
-    tokens, blend: per pair, the positions of new words, and of the noun with its colours."""
+    tokens, blend: per pair, positions of the new words, and of the noun with its colours"""
 
-    def __init__(self, tokens, blend, weight=6.0, cross=0.8, own=0.4, blend_from=0.2, threshold=0.3, blend_at=4):
+    def __init__(self, tokens, blend, weight=6.0, cross_attention=0.8, self_attention=0.4, blend_from=0.2,
+                 threshold=0.3, blend_at=4):
         self.weight = torch.ones(len(tokens), data.CONTEXT)
         self.words = torch.zeros(len(tokens), data.CONTEXT)
         for weights, words, new, marked in zip(self.weight, self.words, tokens, blend):
             weights[new] = weight
             words[marked] = 1
-        self.cross, self.own, self.blend_from, self.threshold, self.blend_at = cross, own, blend_from, threshold, blend_at
+        self.cross_attention, self.self_attention = cross_attention, self_attention
+        self.blend_from, self.threshold, self.blend_at = blend_from, threshold, blend_at
 
     def start(self, model, shape):
-        """Once per edit; shape: of the latents (B, ..., H, W)."""
-        self.total, self.shape, self.maps, self.step, self.mask = len(model.steps), shape, None, 0, None
+        """Begin an edit of latents of a shape (B, ..., H, W)."""
+        self.total, self.shape, self.maps, self.step, self.mask = len(model.timesteps), shape, None, 0, None
         self.weight, self.words = self.weight.to(model.device), self.words.to(model.device)
 
-    def __call__(self, q, k, v, cross, middle):
+    def __call__(self, q, k, v, is_cross, is_middle):
         B, (H, W) = self.shape[0], self.shape[-2:]
-        factor = round((H * W / q.shape[2]) ** 0.5)                     # how far this layer's picture is reduced
-        (source, target), (source_k, target_k) = q[:2 * B].chunk(2), k[:2 * B].chunk(2)
-        # The official code counts T + 1 steps for cross-attention and T for self-attention
-        last = int(self.cross * (self.total + 1)) if cross else int(self.own * self.total)
-        replace = self.step < last and (cross or factor >= 2)
-        if cross and factor == self.blend_at and not middle and self.blend_from < 1:
-            maps = (source @ source_k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)               # (B, H, N, 77)
-            after = maps * self.weight[:, None, None] if replace else (target @ target_k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)
-            marked = torch.stack([(m * self.words[:, None, None]).sum(dim=3).mean(dim=1) for m in (maps, after)])                # (2, B, N)
-            marked = marked.unflatten(2, (-(-H // factor), -(-W // factor)))
-            self.maps = marked if self.maps is None else self.maps + marked
+        factor = round((H * W / q.shape[2]) ** 0.5)                     # how much this layer reduces the image
+        # The official code counts T + 1 steps for cross-attention, T for self-attention
+        last = int(self.cross_attention * (self.total + 1)) if is_cross else int(self.self_attention * self.total)
+        replace = self.step < last and (is_cross or factor >= 2)
+        if is_cross and factor == self.blend_at and not is_middle and self.blend_from < 1:
+            self.add_maps(q[:2 * B], k[:2 * B], replace, (-(-H // factor), -(-W // factor)))
         if replace:
             q, k = (torch.cat([x[:B], x[:B], x[2 * B:]]) for x in (q, k))
-            if cross:
+            if is_cross:
                 v = torch.cat([v[:B], v[B:2 * B] * self.weight[:, None, :, None], v[2 * B:]])
         return q, k, v
 
-    def blended(self, old, new):
-        """The target with what lies outside the mask (B, 1, H, W) from the source; called once after each step."""
+    def add_maps(self, q, k, replace, grid):
+        """Add a layer's attention to the words, of source and target, to self.maps (2, B, h, w)."""
+        def attention(q, k):
+            return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(dim=3)               # (B, H, N, 77)
+
+        (source_q, target_q), (source_k, target_k) = q.chunk(2), k.chunk(2)
+        source = attention(source_q, source_k)
+        target = source * self.weight[:, None, None] if replace else attention(target_q, target_k)
+        maps = [(m * self.words[:, None, None]).sum(dim=3).mean(dim=1).unflatten(1, grid) for m in (source, target)]
+        self.maps = torch.stack(maps) if self.maps is None else self.maps + torch.stack(maps)
+
+    def blend(self, source_z, target_z):
+        """The target inside the mask (B, 1, H, W), the source outside. Called once after each step."""
         if self.maps is None and self.blend_from < 1:
-            raise ValueError(f"no layer of this UNet reduces the picture {self.blend_at} times; set blend_at to another power of 2, "
-                             "or blend_from=1 for no local blend")
+            raise ValueError(f"no layer of this UNet reduces the image {self.blend_at} times; set blend_at to another "
+                             "power of 2, or blend_from=1 for no local blend")
         if self.step + 1 <= int(self.blend_from * self.total):
-            return new
+            return target_z
         maps = F.interpolate(F.max_pool2d(self.maps, 3, stride=1, padding=1), self.shape[-2:])
-        self.mask = (maps / maps.amax(dim=(2, 3), keepdim=True) > self.threshold).any(dim=0)[:, None].to(new.dtype)
-        return old + self.mask * (new - old)
+        is_high = maps / maps.amax(dim=(2, 3), keepdim=True) > self.threshold
+        self.mask = is_high.any(dim=0)[:, None].to(target_z.dtype)
+        return source_z + self.mask * (target_z - source_z)
 
 
-# ---- training: the toy's model from scratch, or a UNet on one's own pictures ----------------------------------------
+# ---- recipes --------------------------------------------------------------------------------------------------------
 
-def toy_model(captions, steps, device, checkpoint=None):
-    """A small model of the toy people, in pixels: a UNet of 1.7 M parameters and a text encoder that learns along, from scratch or from
-    the text tower of a checkpoint. The schedule is noisier than Stable Diffusion's: garments are flat, so that one sees their colours
-    through its noise at any time, and nothing is left that only the caption could tell. For the same reason the model predicts v."""
-    if checkpoint:
-        model, tokenizer, _ = tbps.load_checkpoint(checkpoint)
-        words = Words(**{k: model.arch[k] for k in ("vocab", "head_width", "quick_gelu", "context")}, width=model.arch["text_width"], layers=model.arch["text_layers"])
-        words.tower.load_state_dict({n: w for n, w in model.text.state_dict().items() if n != "proj"})
-    else:
-        tokenizer = data.train_tokenizer(captions)
-        words = Words(tokenizer.vocab, 128, 2, 32)
-    unet = UNet2DConditionModel(
-        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
-        cross_attention_dim=words.tower.pos.shape[1], down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
-    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
-    return Diffusion(unet, None, scheduler, words, tokenizer, steps, device)
-
-
+RECIPE = {  # key: (value for Stable Diffusion 1.x on images of persons, what --help says)
+    "height": (512, "height of the images that the model sees, pixels"),
+    "width": (192, "their width"),
+    "steps": (50, "DDIM steps, each way"),
+    "guidance": (7.5, "classifier-free guidance: how closely the new caption is followed"),
+    "inversion": ("direct", "direct, negative or null: how the source image is kept"),
+    "rounds": (10, "null-text optimisation steps per DDIM step, at most"),
+    "weight": (6.0, "factor on the attention to the new word"),
+    "cross_attention": (0.8, "fraction of the steps in which the target has the source's cross-attention"),
+    "self_attention": (0.4, "the same for self-attention"),
+    "blend_from": (0.2, "fraction of the steps before the mask applies; 1: no mask"),
+    "threshold": (0.3, "of the mask, as a fraction of its maximum"),
+    "blend_at": (4, "reduction of the layers whose attention makes the mask: 1, 2, 4 or 8"),
+    "paste": (True, "add the change to the source in its full resolution"),
+    "garments": (False, "exchange garments too"),
+    "train_epochs": (5, "passes over the images in --finetune, or for the model of synthetic pedestrians"),
+    "train_batch": (8, "images per training step"),
+    "train_lr": (1e-5, "peak learning rate"),
+    "drop_caption": (0.1, "fraction of empty captions in training"),
+}
+SD = {key: value for key, (value, _) in RECIPE.items()}
+PAPER = SD | dict(width=512, inversion="null", paste=False)
+TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_epochs=14,
+                train_batch=16, train_lr=1e-3)
+CONTROL = ["weight", "cross_attention", "self_attention", "blend_from", "threshold", "blend_at"]
 TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption", "words"]
 
 
+def check_recipe(recipe):
+    """Raise ValueError if a value is out of range."""
+    allowed = dict(inversion=["direct", "negative", "null"], blend_at=[1, 2, 4, 8])
+    ranges = dict.fromkeys(["height", "width", "rounds", "train_epochs", "train_batch"], (1, math.inf))
+    ranges |= dict.fromkeys(["cross_attention", "self_attention", "blend_from", "threshold", "drop_caption"], (0, 1))
+    ranges["steps"] = (1, 100 if recipe["inversion"] == "null" else 1000)      # null-text's learning rate ends at 100
+    for key, value in recipe.items():
+        low, high = ranges.get(key, (0, math.inf))
+        if key in allowed and value not in allowed[key]:
+            raise ValueError(f"{key} must be one of {', '.join(map(str, allowed[key]))}, not {value!r}")
+        if not isinstance(value, str) and not (low <= value <= high and value < math.inf):                  # nan too
+            raise ValueError(f"{key}={value} must be from {low} to {high}")
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+def toy_model(captions, steps, device, checkpoint=None):
+    """A model of the synthetic pedestrians in pixels: a UNet of 1.7 M parameters, and a text encoder that is trained
+    too, from scratch or from the text tower of a checkpoint. Its schedule is noisier than Stable Diffusion's, and it
+    predicts v: garments are flat, so through less noise their colours would show, and captions would not matter."""
+    if checkpoint:
+        dual_encoder, tokenizer, _ = tbps.load_checkpoint(checkpoint)
+        same, arch = ("vocab", "head_width", "quick_gelu", "context"), dual_encoder.arch
+        text_encoder = SDTextEncoder(width=arch["text_width"], layers=arch["text_layers"], **{k: arch[k] for k in same})
+        weights = dual_encoder.text.state_dict()
+        text_encoder.tower.load_state_dict({name: w for name, w in weights.items() if name != "proj"})
+    else:
+        tokenizer = data.train_tokenizer(captions)
+        text_encoder = SDTextEncoder(tokenizer.vocab, 128, 2, 32)
+    unet = UNet2DConditionModel(
+        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1,
+        attention_head_dim=4, norm_num_groups=8, cross_attention_dim=text_encoder.tower.pos.shape[1],
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction", clip_sample=False,
+                              set_alpha_to_one=False)
+    return Diffusion(unet, None, scheduler, text_encoder, tokenizer, steps, device)
+
+
 def check_training(saved, recipe, folder):
-    if changed := [f"{k} {saved['recipe'][k]} then, {recipe[k]} now" for k in TRAINING if saved["recipe"][k] != recipe[k]]:
-        raise ValueError(f"{folder} holds a diffusion model trained with other options ({'; '.join(changed)}): remove it, or take it as it is with --diffusion {folder}")
+    """Raise ValueError if what was trained in a folder had other options."""
+    changed = [f"{k} {saved['recipe'][k]} then, {recipe[k]} now" for k in TRAINING if saved["recipe"][k] != recipe[k]]
+    if changed:
+        raise ValueError(f"{folder} holds a diffusion model trained with other options ({'; '.join(changed)}): remove "
+                         f"it, or use it as it is with --diffusion {folder}")
 
 
-def train_diffusion(model, records, recipe, seed, folder, words, save_minutes=10):
-    """Teaches the UNet, and with `words` the text encoder, to tell the noise in the pictures of records (arXiv 2006.11239, eq. 14), a tenth of
-    the captions left empty for guidance. What is kept is the running mean of the weights. Writes folder/last.pt after each epoch and every
-    `save_minutes`, and resumes from it exactly; ends with the folder in the layout of diffusers."""
-    scale, parts = data.Scale((recipe["height"], recipe["width"]), "bicubic"), nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.words) if words else {}))
+def training_batches(model, records, recipe, seed, epoch, first):
+    """Yields (step, latents (B, ...), captions, times (B,), noise (B, ...)) of an epoch from step `first` on. For the
+    steps before, only the random draws are repeated: training resumes exactly."""
+    torch.manual_seed(data.derive_seed(seed, epoch))
+    rng, z = random.Random(data.derive_seed(seed, epoch)), None
+    scale = data.Scale((recipe["height"], recipe["width"]), "bicubic")
+    for i, chunk in enumerate(torch.randperm(len(records)).split(recipe["train_batch"])):
+        chosen = [records[j] for j in chunk]
+        captions = ["" if rng.random() < recipe["drop_caption"] else rng.choice(r["captions"]) for r in chosen]
+        if z is None or i >= first:
+            z = model.encode(torch.stack([scale(data.load_image(r["image"])) for r in chosen]))
+        t, noise = torch.randint(1000, (len(chunk),), device=z.device), torch.randn_like(z[:len(chunk)])
+        if i >= first:
+            yield i, z, captions, t, noise
+
+
+def denoising_loss(model, z, text, t, noise):
+    """Mean squared error of the predicted noise (arXiv 2006.11239, eq. 14) or v (arXiv 2202.00512, app. D)."""
+    a = torch.tensor(model.alphas, dtype=z.dtype, device=z.device)[t].view(-1, 1, 1, 1)
+    out = model.unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, encoder_hidden_states=text).sample
+    return F.mse_loss(out, noise if model.prediction_type == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z)
+
+
+def train_diffusion(model, records, recipe, seed, folder, learn_text, save_minutes=10):
+    """Train the UNet, and with learn_text the text encoder. The result is the moving average of the weights, saved in
+    the layout of diffusers. Writes folder/last.pt after each epoch and every save_minutes; resumes from it exactly."""
+    parts = nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.text_encoder) if learn_text else {}))
     learned = list(parts.requires_grad_(True).train().parameters())
-    optimizer, n = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01, fused=True), -(-len(records) // recipe["train_batch"])
-    total, mean = recipe["train_epochs"] * n, [p.detach().clone() for p in learned]
-    epoch, step, sum_of_losses = 0, 0, 0.0                              # step: batches done in this epoch
+    optimizer = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01, fused=True)
+    average = [p.detach().clone() for p in learned]
+    epochs, n = recipe["train_epochs"], -(-len(records) // recipe["train_batch"])
+    state = dict(epoch=0, step=0, losses=0.0)                           # step and losses of the unfinished epoch
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
         saved = tbps.read_file(folder / "last.pt")
         check_training(saved, recipe, folder)
         parts.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
-        mean, epoch = [m.to(model.device) for m in saved["mean"]], saved["epoch"]
-        step, sum_of_losses = saved.get("step", 0), saved.get("losses", 0.0)
+        average, state = [m.to(model.device) for m in saved["mean"]], {key: saved[key] for key in state}
 
-    def save(epoch, step, sum_of_losses):
-        tbps.save(folder / "last.pt", dict(weights=parts.state_dict(), mean=mean, optimizer=optimizer.state_dict(), epoch=epoch, step=step,
-                                           losses=sum_of_losses, recipe=recipe, seed=seed))
+    def save():
+        tbps.save(folder / "last.pt", state | dict(weights=parts.state_dict(), mean=average, recipe=recipe, seed=seed,
+                                                   optimizer=optimizer.state_dict()))
+        return time.time()
 
+    bar = data.progress_bar(total=epochs * len(records), unit=" images", desc="diffusion model",
+                            initial=state["epoch"] * len(records) + state["step"] * recipe["train_batch"])
     saved_at = time.time()
-    bar = data.progress_bar(total=recipe["train_epochs"] * len(records), initial=epoch * len(records) + step * recipe["train_batch"],
-                            unit=" images", desc="diffusion model")
-    for epoch in range(epoch, recipe["train_epochs"]):
-        torch.manual_seed(data.derive_seed(seed, epoch))
-        rng, began, z = random.Random(data.derive_seed(seed, epoch)), time.time(), None
-        for i, chunk in enumerate(torch.randperm(len(records)).split(recipe["train_batch"])):
-            captions = ["" if rng.random() < recipe["drop_caption"] else rng.choice(records[j]["captions"]) for j in chunk]
-            if z is None or i >= step:
-                z = model.encode(torch.stack([scale(data.load_image(records[j]["image"])) for j in chunk]))
-            t, noise = torch.randint(1000, (len(chunk),), device=z.device), torch.randn_like(z[:len(chunk)])
-            if i < step:                                                # done before the resume: only its random draws are repeated
-                continue
-            done = (epoch * n + i) / total
-            optimizer.param_groups[0]["lr"] = recipe["train_lr"] * min(1, 20 * done + 0.01) * (1 + math.cos(math.pi * done)) / 2
-            text = model.read(captions, learn=words)
-            a = torch.tensor(model.alphas, dtype=z.dtype, device=z.device)[t].view(-1, 1, 1, 1)
-            out = model.unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, encoder_hidden_states=text).sample
-            loss = F.mse_loss(out, noise if model.kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z)
+    while state["epoch"] < epochs:
+        epoch = state["epoch"]
+        for i, z, captions, t, noise in training_batches(model, records, recipe, seed, epoch, state["step"]):
+            it, done = epoch * n + i, (epoch * n + i) / (epochs * n)
+            cosine = (1 + math.cos(math.pi * done)) / 2                 # after a warm-up over a twentieth of the steps
+            optimizer.param_groups[0]["lr"] = recipe["train_lr"] * min(1, 20 * done + 0.01) * cosine
+            loss = denoising_loss(model, z, model.encode_text(captions, learn_text), t, noise)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
-            torch._foreach_lerp_(mean, [p.detach() for p in learned], 1 - min(0.999, (1 + epoch * n + i) / (10 + epoch * n + i)))
-            sum_of_losses += loss.item()
-            if not math.isfinite(sum_of_losses):
-                raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {epoch + 1}, step {i + 1}; try a lower --set train_lr=")
-            bar.update(len(chunk))
+            torch._foreach_lerp_(average, [p.detach() for p in learned], 1 - min(0.999, (1 + it) / (10 + it)))
+            state |= dict(step=i + 1, losses=state["losses"] + loss.item())
+            if not math.isfinite(state["losses"]):
+                raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {epoch + 1}, "
+                                         f"step {i + 1}; try a lower --set train_lr=")
+            bar.update(len(z))
             if time.time() - saved_at > 60 * save_minutes:
-                save(epoch, i + 1, sum_of_losses)
-                saved_at = time.time()
-        line = f"epoch {epoch + 1:3d}/{recipe['train_epochs']}  loss {sum_of_losses / n:.4f}  {(len(records) - step * recipe['train_batch']) / (time.time() - began):.0f} images/s"
+                saved_at = save()
+        line = f"epoch {epoch + 1:3d}/{epochs}  loss {state['losses'] / n:.4f}"
         bar.write(line) if sys.stderr.isatty() else print(line, flush=True)
-        step, sum_of_losses = 0, 0.0
-        save(epoch + 1, step, sum_of_losses)
-        saved_at = time.time()
+        state = dict(epoch=epoch + 1, step=0, losses=0.0)
+        saved_at = save()
     bar.close()
     with torch.no_grad():
-        for p, m in zip(learned, mean):
+        for p, m in zip(learned, average):
             p.copy_(m)
     parts.requires_grad_(False).eval()
     model.save(folder)
 
 
-# ---- production -----------------------------------------------------------------------------------------------------
-
-SD = dict(  # for Stable Diffusion 1.x, in the shape of persons
-    height=512, width=192, steps=50, guidance=7.5, inversion="direct", rounds=10, weight=6.0, cross=0.8, own=0.4, blend_from=0.2, threshold=0.3, blend_at=4,
-    paste=True, garments=False, train_epochs=5, train_batch=8, train_lr=1e-5, drop_caption=0.1)
-PAPER = SD | dict(width=512, inversion="null", paste=False)
-TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_epochs=14, train_batch=16, train_lr=1e-3)
-KEYS = dict(  # what --help says of each key
-    height="of what the model sees, pixels", width="likewise", steps="of DDIM, each way", guidance="how much the new caption is insisted on",
-    inversion="direct, negative or null: how the source picture is kept", rounds="of null-text optimisation per step, at most",
-    weight="how much the new word counts", cross="share of the steps in which the target looks where the source looks", own="the same for self-attention",
-    blend_from="share of the steps after which the picture outside the mask is the source's; 1: never", threshold="of the mask, of its maximum",
-    blend_at="reduction of the layers whose attention makes the mask", paste="what the model cannot hold is taken from the source, in full size",
-    garments="garments are exchanged, too", train_epochs="passes over the pictures, for the toy's model and --finetune", train_batch="its batch",
-    train_lr="its rate", drop_caption="share of empty captions in it")
-
+# ---- a batch of pairs -----------------------------------------------------------------------------------------------
 
 def plan(records, tokenizer, seed, count, per_source, garments):
-    """Which pairs to make: [(number of the record, [edit, ...])], `count` edits in all, at most per_source of a record; a function of the
-    seed. A source's edits are of different garments, as far as it has them."""
+    """Which pairs to make: [(index of the record, [edit, ...]), ...], `count` edits, at most per_source of a record and
+    as far as possible of different garments. A function of the seed."""
     out, left = [], count
     order = list(range(len(records)))
     random.Random(data.derive_seed(seed, 0)).shuffle(order)
@@ -642,11 +788,12 @@ def plan(records, tokenizer, seed, count, per_source, garments):
         for caption in rng.sample(records[i]["captions"], len(records[i]["captions"])):
             if able := edits(caption, tokenizer, garments):
                 break
-        sites = {}
+        sites = collections.defaultdict(list)
         for e in able:
-            sites.setdefault((e["what"], e["noun"], e["old"]), []).append(e)
-        ways = [rng.sample(of, len(of)) for of in rng.sample(list(sites.values()), len(sites))]
-        chosen = [way[k] for k in range(max(map(len, ways), default=0)) for way in ways if k < len(way)][:min(per_source, left)]
+            sites[e["what"], e["noun"], e["old"]].append(e)
+        shuffled = [rng.sample(site, len(site)) for site in rng.sample(list(sites.values()), len(sites))]
+        rounds = range(max(map(len, shuffled), default=0))
+        chosen = [site[k] for k in rounds for site in shuffled if k < len(site)][:min(per_source, left)]
         if chosen:
             out.append((i, chosen))
             left -= len(chosen)
@@ -656,272 +803,340 @@ def plan(records, tokenizer, seed, count, per_source, garments):
 
 
 class Judge:
-    """What a dual encoder says of an edit, {name: score} per pair: words, how much better the new picture goes with the new caption than with the
-    old, a difference of cosines; direction, the cosine between what changed in the picture's features and what changed in the caption's
-    (arXiv 2108.00946), low also where more has changed than was said."""
+    """A dual encoder that scores edited images, {name: score} each (see SCORES; direction is from arXiv 2108.00946)."""
 
     def __init__(self, path, device):
         self.model, self.tokenizer, info = tbps.load_checkpoint(path, device)
-        self.view, self.clean = data.EvalView(info["size"], info["norm"], info["resize"]), data.clean_caption if info["clean"] else str
+        self.view = data.EvalView(info["size"], info["norm"], info["resize"])
+        self.clean = data.clean_caption if info["clean"] else str
+
+    def embed_images(self, images):
+        pixels = torch.stack([self.view(image) for image in images]).to(self.model.logit_scale.device)
+        return F.normalize(self.model.encode_image(pixels), dim=1)      # (B, D)
+
+    def embed_texts(self, captions):
+        tokens = self.tokenizer([self.clean(caption) for caption in captions])
+        return F.normalize(self.model.encode_text(tokens), dim=1)
 
     @torch.no_grad()
-    def __call__(self, sources, pictures, edits):
-        def images(pictures):
-            return F.normalize(self.model.encode_image(torch.stack([self.view(p) for p in pictures]).to(self.model.logit_scale.device)), dim=1)
-
-        def texts(key):
-            return F.normalize(self.model.encode_text(self.tokenizer([self.clean(e[key]) for e in edits])), dim=1)
-        image, text = images(pictures), texts("caption") - texts("source")                              # (B, D)
-        direction = F.cosine_similarity(image - images(sources), text)
+    def __call__(self, sources, images, edits):
+        image = self.embed_images(images)
+        text = self.embed_texts([e["caption"] for e in edits]) - self.embed_texts([e["source"] for e in edits])
+        direction = F.cosine_similarity(image - self.embed_images(sources), text)
         return [dict(words=w, direction=d) for w, d in zip((image * text).sum(dim=1).tolist(), direction.tolist())]
 
 
-def to_picture(pixels):
+def to_image(pixels):
+    """(3, H, W) in [0, 1] -> PIL image."""
     return Image.fromarray((255 * pixels.clamp(0, 1) + 0.5).byte().permute(1, 2, 0).cpu().numpy())
 
 
-def make(model, records, batch, recipe, judge, seed):
-    """One batch of the plan -> [(picture, manifest entry without its file, strip of pictures to look at)] in the plan's order."""
-    size, pictures = (recipe["height"], recipe["width"]), [data.load_image(records[i]["image"]) for i, _ in batch]
-    pixels = torch.stack([data.Scale(size, "bicubic")(p) for p in pictures])
+def full_size(source, old, new, paste):
+    """The edit at the size of the source. paste: the source plus the enlarged difference of reconstruction and edit."""
+    size, small = (source.height, source.width), new - old if paste else new
+    large = F.interpolate(small[None], size, mode="bicubic", antialias=True)[0]
+    return to_image(data.Scale(size, "bicubic")(source) + large if paste else large)
+
+
+def score_edit(pixels, old, new, mask):
+    """{name: score} (see SCORES) of source, reconstruction and edit (3, H, W) and mask (1, H, W)."""
+    change = (new - old).abs().mean(dim=0, keepdim=True)
+    return dict(psnr=-10 * math.log10(max(1e-10, (old - pixels).square().mean().item())),
+                changed=(change * mask).sum().item() / max(1.0, mask.sum().item()),
+                kept=1 - (change * (1 - mask)).sum().item() / max(1.0, (1 - mask).sum().item()))
+
+
+def generate_batch(model, records, batch, recipe, judge, seed):
+    """Make the pairs of a part of the plan -> [(panels, entry), ...] in its order. panels: source, reconstruction,
+    edit, mask as PIL images;  entry: captions, edit, scores as in pairs.jsonl."""
+    size, sources = (recipe["height"], recipe["width"]), [data.load_image(records[i]["image"]) for i, _ in batch]
+    pixels = torch.stack([data.Scale(size, "bicubic")(source) for source in sources])
     torch.manual_seed(data.derive_seed(seed, 2, batch[0][0]))
-    made = []
-    text = model.read([some[0]["source"] for _, some in batch])
-    zs = model.invert(model.encode(pixels), text)
+    text = model.encode_text([chosen[0]["source"] for _, chosen in batch])
+    zs = model.invert(model.encode(pixels), text)                       # all edits of a source share its inversion
     nulls = model.null_text(zs, text, recipe["guidance"], recipe["rounds"]) if recipe["inversion"] == "null" else None
-    for k in range(max(len(some) for _, some in batch)):                                                # all edits share one inversion
-        rows = [n for n, (_, some) in enumerate(batch) if k < len(some)]
+    made = {}
+    for k in range(max(len(chosen) for _, chosen in batch)):            # the k-th edit of each source that has one
+        rows = [n for n, (_, chosen) in enumerate(batch) if k < len(chosen)]
         chosen = [batch[n][1][k] for n in rows]
-        control = Control([e["tokens"] for e in chosen], [e["blend"] for e in chosen],
-                          **{key: recipe[key] for key in ("weight", "cross", "own", "blend_from", "threshold", "blend_at")})
-        old, new = model.edit([z[rows] for z in zs], text[rows], model.read([e["caption"] for e in chosen]), control, recipe["guidance"],
-                              [x[rows] for x in nulls] if nulls else None, recipe["inversion"])
+        options = {key: recipe[key] for key in CONTROL}
+        control = Control([e["tokens"] for e in chosen], [e["blend"] for e in chosen], **options)
+        target = model.encode_text([e["caption"] for e in chosen])
+        old, new = model.edit([z[rows] for z in zs], text[rows], target, control, recipe["guidance"],
+                              [null[rows] for null in nulls] if nulls else None, recipe["inversion"])
         old, new = model.decode(old).cpu(), model.decode(new).cpu()
         mask = torch.ones_like(new[:, :1]) if control.mask is None else F.interpolate(control.mask.float().cpu(), size)
-        change = (new - old).abs().mean(dim=1, keepdim=True)
-        for n, e, o, x, m, c in zip(rows, chosen, old, new, mask, change):
-            H, W = pictures[n].height, pictures[n].width
-            if recipe["paste"]:
-                full = data.Scale((H, W), "bicubic")(pictures[n])
-                x = full + F.interpolate((x - o)[None], (H, W), mode="bicubic", antialias=True)[0]
-            else:
-                x = F.interpolate(x[None], (H, W), mode="bicubic", antialias=True)[0]
-            scores = dict(psnr=-10 * math.log10(max(1e-10, (o - pixels[n]).square().mean().item())), changed=(c * m).sum().item() / max(1.0, m.sum().item()),
-                          kept=1 - (c * (1 - m)).sum().item() / max(1.0, (1 - m).sum().item()))
-            strip = [pictures[n], *(to_picture(p).resize((W, H), Image.Resampling.NEAREST) for p in (o, o * (0.2 + 0.8 * m)))]
-            said = {key: e[key] for key in ("what", "noun", "old", "new", "source", "tokens", "blend")}
-            made.append((n, k, to_picture(x), dict(captions=[e["caption"]], edit=said, scores=scores), strip))
-    made.sort(key=lambda m: m[:2])
+        made |= {(n, k): (n, *rest) for n, *rest in zip(rows, chosen, old, new, mask)}
+    pairs = []
+    for n, e, old, new, mask in (made[place] for place in sorted(made)):
+        inside = old * (0.2 + 0.8 * mask)                               # the reconstruction, dark outside the mask
+        small = [to_image(x).resize(sources[n].size, Image.Resampling.NEAREST) for x in (old, inside)]
+        panels = [sources[n], small[0], full_size(sources[n], old, new, recipe["paste"]), small[1]]
+        edit = {key: e[key] for key in ("what", "noun", "old", "new", "source", "tokens", "blend")}
+        pairs.append((panels, dict(captions=[e["caption"]], edit=edit, scores=score_edit(pixels[n], old, new, mask))))
     if judge:
-        for (*_, entry, _), scores in zip(made, judge([pictures[m[0]] for m in made], [m[2] for m in made], [batch[m[0]][1][m[1]] for m in made])):
-            entry["scores"] |= scores
-    return [m[2:] for m in made]
+        done = [made[place][1] for place in sorted(made)]
+        for (_, entry), more in zip(pairs, judge([p[0] for p, _ in pairs], [p[2] for p, _ in pairs], done)):
+            entry["scores"] |= more
+    return pairs
 
+
+# ---- run ------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    listed = tbps.format_keys(SD, {key: (SD[key], text) for key, text in KEYS.items()})
-
-    def differences(recipe, base):
-        return " ".join(f"{k}={v}" for k, v in recipe.items() if v != base[k])
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                epilog=f"keys for --set, with the values for Stable Diffusion:\n{listed}\n--preset paper differs in: {differences(PAPER, SD)}\n"
-                                       f"on toy people: {differences(TOY, SD)}")
-    p.add_argument("--dataset", choices=data.DATASETS, default="toy", help="whose training split the sources are from (default: toy)")
-    p.add_argument("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
-    p.add_argument("--diffusion", help="a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x (toy people: trained first, and kept)")
-    p.add_argument("--words", metavar="FILE", help="toy people: a checkpoint whose text tower the diffusion model starts from (default: from scratch, which learns less)")
-    p.add_argument("--finetune", metavar="DIR", help="first train its UNet on the training split, and keep that in this folder")
-    p.add_argument("--count", type=int, default=500, help="pairs to make; a folder that holds fewer is added to (default: 500)")
-    p.add_argument("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
-    p.add_argument("--batch", type=int, default=16, help="sources at a time (default: 16)")
-    p.add_argument("--judge", metavar="FILE", help="a checkpoint whose encoders score how well a picture goes with its new caption: words, direction")
-    p.add_argument("--preset", choices=["persons", "paper"], default="persons", help="paper: squashed to a square, null-text inversion, as published")
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the recipe, below, by other values")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of sources and edits, and of the toy's model (default: 0)")
-    p.add_argument("--out", help="the folder of the pairs (default: runs/pdg-DATASET-SEED)")
-    p.add_argument("--save-minutes", type=float, default=10, help="training the diffusion model also saves within an epoch, this often (default: 10)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps (default: cuda where there is one)")
+    """-> args, recipe. The command line beats the preset."""
+    keys = tbps.format_keys(SD, RECIPE)
+    paper, toy = (" ".join(f"{k}={v}" for k, v in recipe.items() if v != SD[k]) for recipe in (PAPER, TOY))
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"keys for --set, with the values for Stable Diffusion:\n{keys}\n--preset paper differs in: {paper}\n"
+               f"synthetic pedestrians (toy) in: {toy}")
+    add = p.add_argument
+    add("--dataset", choices=data.DATASETS, default="toy", help="whose training split is edited (default: toy)")
+    add("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
+    add("--diffusion", help="a Stable Diffusion 1.x: folder in the layout of diffusers, or hub id (toy: trained first)")
+    add("--words", metavar="FILE", help="toy: checkpoint to initialise the text encoder from (default: none)")
+    add("--finetune", metavar="DIR", help="first train the UNet on the training split, and keep it in this folder")
+    add("--count", type=int, default=500, help="pairs to make; a folder that holds fewer is added to (default: 500)")
+    add("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
+    add("--batch", type=int, default=16, help="sources at a time (default: 16)")
+    add("--judge", metavar="FILE", help="checkpoint that scores how well an edited image fits its new caption")
+    add("--preset", choices=["persons", "paper"], default="persons", help="paper: square images, null-text inversion")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys of the recipe, below")
+    add("--seed", type=int, default=0, help="of the choice of sources and edits, and of training (default: 0)")
+    add("--out", help="the folder of the pairs (default: runs/pdg-DATASET-SEED)")
+    add("--save-minutes", type=float, default=10, help="minutes between saves while the model trains (default: 10)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cpu or mps (default: cuda if there is one)")
     args = p.parse_args(argv)
-    toy = args.dataset.startswith("toy")
-    if toy and args.preset == "paper":
-        raise ValueError("--preset paper is for Stable Diffusion; toy people have a preset of their own")
-    recipe = dict(TOY if toy else PAPER if args.preset == "paper" else SD)
+    recipe = dict(TOY if is_toy(args) else PAPER if args.preset == "paper" else SD)
     for text in args.set:
         key, _, value = text.partition("=")
         if key not in recipe:
             raise ValueError(f"there is no key {key!r}; there are {', '.join(recipe)}")
         recipe[key] = tbps.parse_value(key, value, recipe[key])
-    if recipe["inversion"] not in ("direct", "negative", "null"):
-        raise ValueError(f"inversion must be one of direct, negative, null, not {recipe['inversion']!r}")
-    if zero := [k for k in ("height", "width", "steps", "rounds", "blend_at", "train_epochs", "train_batch") if recipe[k] < 1]:
-        raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be at least 1")
-    if recipe["steps"] > 1000:
-        raise ValueError(f"steps={recipe['steps']}: a diffusion model has 1,000")
-    if recipe["inversion"] == "null" and recipe["steps"] > 100:
-        raise ValueError(f"steps={recipe['steps']}: inversion=null takes at most 100, where its learning rate reaches 0")
-    if "" in (args.out, args.diffusion, args.words, args.judge, args.finetune):
-        raise ValueError("an option was given an empty text; is a variable of the shell not set?")
-    if over := [k for k in ("cross", "own", "blend_from", "threshold", "drop_caption") if not 0 <= recipe[k] <= 1]:
-        raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
-    if recipe["blend_at"] not in (1, 2, 4, 8):
-        raise ValueError(f"blend_at={recipe['blend_at']} must be 1, 2, 4 or 8: layers of a UNet reduce the picture by such numbers")
-    if bad := [k for k, v in recipe.items() if isinstance(v, float) and not 0 <= v < math.inf]:         # nan too
-        raise ValueError(f"{bad[0]}={recipe[bad[0]]} must be a number from 0 up")
-    tbps.check_device(args.device)
-    if args.save_minutes < 0:
-        raise ValueError("--save-minutes goes from 0")
-    if small := [k for k in ("count", "edits", "batch") if getattr(args, k) < 1]:
-        raise ValueError(f"--{small[0]} must be at least 1")
-    if not toy and not args.diffusion:
-        raise ValueError("name the diffusion model with --diffusion: a folder in the layout of diffusers, or a hub id of a Stable Diffusion 1.x")
+    check_recipe(recipe)
+    check_args(args)
     args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
     return args, recipe
 
 
+def is_toy(args):
+    return args.dataset.startswith("toy")
+
+
+def check_args(args):
+    """Raise ValueError if options do not go together."""
+    tbps.check_device(args.device)
+    paths = (args.out, args.diffusion, args.words, args.judge, args.finetune)
+    for wrong, says in (
+            (is_toy(args) and args.preset == "paper", "--preset paper is for Stable Diffusion; toy has its own preset"),
+            ("" in paths, "an option was given an empty text; is a shell variable not set?"),
+            (min(args.count, args.edits, args.batch) < 1, "--count, --edits and --batch must be at least 1"),
+            (not args.save_minutes >= 0, "--save-minutes goes from 0"),
+            (not is_toy(args) and not args.diffusion, f"name the diffusion model with --diffusion; {LAYOUT}"),
+            (args.words and (args.diffusion or not is_toy(args)), "--words is for the model of synthetic pedestrians")):
+        if wrong:
+            raise ValueError(says)
+
+
 def check_folder(out, settings):
-    """A folder for pairs is new, or one that the same command began."""
+    """Raise ValueError unless a folder for pairs is new, or was begun by the same command."""
     file = out / "settings.json"
-    if file.exists():
-        try:
-            before = json.loads(file.read_text())
-            more = settings["count"] > before["count"]                  # what was made is the beginning of what will be
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} is damaged: it no longer says how the pairs were made. Remove the folder, or name another with --out") from None
-        if changed := [f"{k}: {before.get(k)!r} then, {settings.get(k)!r} now" for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k) and not (k == "count" and more)]:
-            raise ValueError(f"{out} was made with other options, so going on would mix two things:\n  " + "\n  ".join(changed) +
-                             "\n  Name another folder with --out, and for other pairs another --seed")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is no folder of generated pairs; name another with --out")
+    if not file.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists and is no folder of generated pairs; name another with --out")
+        return
+    before = data.load_json(file)
+    if not isinstance(before, dict) or not isinstance(before.get("count"), int):
+        raise ValueError(f"{file} is damaged; remove the folder, or name another with --out")
+    if before["count"] < settings["count"]:                             # pairs can be added
+        before["count"] = settings["count"]
+    keys = sorted(before.keys() | settings.keys())
+    if changed := [f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
+                   for key in keys if before.get(key) != settings.get(key)]:
+        raise ValueError(f"{out} was made with other options:\n  " + "\n  ".join(changed) +
+                         "\n  Name another folder with --out, and for other pairs another --seed")
 
 
-def write_whole(path, content):
-    """A file that is there wholly or not at all, also if two ranks write it."""
+def write_file(path, content):
+    """Atomically, also if two ranks write it."""
     part = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.part")
     part.write_bytes(content)
     part.replace(path)
 
 
-def write_picture(path, picture):
+def write_png(path, image):
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    image.save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
 
 
-def name_of(record, i, dataset):
-    return str(record["image"]) if isinstance(record["image"], Path) else f"{dataset} {i}"
+def prepare_model(args, recipe, records, ranks):
+    """The diffusion model: the given one, or one of the synthetic pedestrians, trained first; perhaps fine-tuned."""
+    training = recipe | dict(words=args.words)
 
-
-def prepared_model(args, recipe, records, ranks):
-    """The diffusion model: given, or of the toy people and trained first; tuned first if that is wanted. What is trained is kept."""
-    def once(folder, train):
+    def train_once(folder, make_model, learn_text):
         if not (folder / "unet").exists():
             if ranks > 1:
-                raise ValueError(f"the diffusion model {folder} is not there yet; make it first with the same command in one process")
-            print(f"a diffusion model is trained first, and kept in {folder}", flush=True)
+                raise ValueError(f"there is no diffusion model in {folder} yet; train it first in one process")
+            print(f"training a diffusion model in {folder}", flush=True)
             torch.manual_seed(data.derive_seed(args.seed))
-            train()
+            train_diffusion(make_model(), records, training, args.seed, folder, learn_text, args.save_minutes)
         elif (folder / "last.pt").exists():
             check_training(tbps.read_file(folder / "last.pt"), training, folder)
         return folder
 
-    def toy():
-        model = toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device, args.words)
-        train_diffusion(model, records, training, args.seed, toys, True, args.save_minutes)
+    def new_model():
+        return toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device, args.words)
 
-    def tune():
-        train_diffusion(load_diffusion(source, recipe["steps"], args.device), records, training, args.seed, Path(args.finetune), False, args.save_minutes)
+    def pretrained():
+        return load_diffusion(source, recipe["steps"], args.device)
 
-    toys, training = Path(f"runs/{args.dataset}-diffusion-{args.seed}"), recipe | dict(words=args.words)
-    source = args.diffusion or once(toys, toy)
-    return load_diffusion(once(Path(args.finetune), tune) if args.finetune else source, recipe["steps"], args.device)
+    source = args.diffusion or train_once(Path(f"runs/{args.dataset}-diffusion-{args.seed}"), new_model, True)
+    if args.finetune:
+        train_once(Path(args.finetune), pretrained, False)
+        source = args.finetune
+    return pretrained()
+
+
+def count_pairs(batch):
+    return sum(len(chosen) for _, chosen in batch)
+
+
+def read_part(out, first, batch):
+    """The entries of a batch from its file in parts/; None if the batch is not complete."""
+    try:
+        entries = [json.loads(line) for line in (out / f"parts/{first:06d}.jsonl").read_text().splitlines()]
+        complete = all((out / folder / e["image"]).stat().st_size for folder in ("imgs", "strips") for e in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entries if complete and len(entries) == count_pairs(batch) else None
+
+
+def write_part(out, first, batch, pairs, records, args):
+    """Write the images of a batch, then its file in parts/, which says that the batch is complete."""
+    lines, indices = [], [i for i, chosen in batch for _ in chosen]
+    for number, (i, (panels, entry)) in enumerate(zip(indices, pairs), first):
+        name, image = f"{number:06d}.png", records[i]["image"]
+        write_png(out / "imgs" / name, panels[PANELS.index("edit")])
+        write_png(out / "strips" / name, side_by_side(panels))
+        source = str(image) if isinstance(image, Path) else f"{args.dataset} {i}"
+        lines.append(json.dumps(dict(
+            image=name, pid=1_000_000 * (args.seed + 1) + number, split="train", source_image=source,
+            source_pid=records[i]["pid"], seed=args.seed) | entry) + "\n")
+    write_file(out / f"parts/{first:06d}.jsonl", "".join(lines).encode())
+
+
+def generate_all(out, model, records, batches, recipe, judge, args):
+    """Make the batches that are not complete. batches: {number of its first pair: batch}."""
+    bar = data.progress_bar(total=sum(map(count_pairs, batches.values())), unit=" pairs", desc="pairs")
+    began, fresh = time.time(), 0
+    for first, batch in batches.items():
+        if read_part(out, first, batch) is None:
+            pairs = generate_batch(model, records, batch, recipe, judge, args.seed)
+            write_part(out, first, batch, pairs, records, args)
+            fresh += len(pairs)
+        bar.update(count_pairs(batch))
+    bar.close()
+    if fresh:
+        print(f"{fresh:,} pairs made, {fresh / (time.time() - began):.2f} per second; {model.evaluations / fresh:.0f} "
+              "evaluations of the UNet each (official code: about 1,000)", flush=True)
 
 
 def main():
     args, recipe = parse_args()
     out, rank, ranks = Path(args.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "set", "preset", "save_minutes")} | recipe
+    no_settings = ("out", "device", "set", "preset", "save_minutes")    # they do not decide what is made
+    settings = {key: value for key, value in vars(args).items() if key not in no_settings} | recipe
     check_folder(out, settings)
     if args.device == "cuda" and ranks > 1:
         args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-    if args.words:
-        if args.diffusion or not args.dataset.startswith("toy"):
-            raise ValueError("--words is for the diffusion model of toy people that is trained here; with --diffusion the text encoder comes along")
-        data.need(Path(args.words), "the checkpoint for --words", "train one with python tbps.py, which writes runs/NAME/best.pt")
-    if args.judge:
-        data.need(Path(args.judge), "the judge", "it is a checkpoint of tbps.py, like runs/NAME/best.pt")
+    for option in ("words", "judge"):
+        if file := getattr(args, option):
+            data.need(Path(file), f"the checkpoint for --{option}", "tbps.py writes such files: runs/NAME/best.pt")
     judge = Judge(args.judge, args.device) if args.judge else None
     if args.diffusion:
         find_diffusion(args.diffusion)
     records = data.read(args.dataset, args.data_root, "train")
     if max(r["pid"] for r in records) >= 1_000_000:
-        raise ValueError("person ids of this set reach a million, from where generated persons are counted")
-    model = prepared_model(args, recipe, records, ranks)
+        raise ValueError("this set has person ids from a million up, which are for generated persons")
+    model = prepare_model(args, recipe, records, ranks)
     todo = plan(records, model.tokenizer, args.seed, args.count, args.edits, recipe["garments"])
     if not todo:
         raise ValueError("no caption of the training split has a coloured garment that could be edited")
     for name in ("imgs", "strips", "parts"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    write_whole(out / "settings.json", json.dumps(settings, indent=1).encode())
-    sizes = [len(some) for _, some in todo]
-    print(f"{sum(sizes):,} pairs from {len(todo):,} of {len(records):,} pictures; {recipe['inversion']} inversion, {recipe['steps']} steps, "
-          f"{recipe['height']}x{recipe['width']} pixels", flush=True)
-    starts = range(0, len(todo), args.batch)                            # batches are fixed: what one gives depends on nothing else
-    batches = {sum(sizes[:k]): todo[k:k + args.batch] for k in starts}  # by the number of its first pair
-    mine = list(batches.items())[rank::ranks]
-    bar, began, fresh = data.progress_bar(total=sum(len(some) for _, batch in mine for _, some in batch), unit=" pairs", desc="pairs"), time.time(), 0
-    for first, batch in mine:
-        if known(out, first, batch) is None:
-            entries, sources = [], [i for i, some in batch for _ in some]
-            for number, (i, (picture, entry, strip)) in enumerate(zip(sources, make(model, records, batch, recipe, judge, args.seed)), start=first):
-                file = f"{number:06d}.png"
-                write_picture(out / "imgs" / file, picture)
-                write_picture(out / "strips" / file, side_by_side(strip[0], strip[1], picture, strip[2]))
-                entries.append(dict(image=file, pid=1_000_000 * (args.seed + 1) + number, split="train", source_image=name_of(records[i], i, args.dataset),
-                                    source_pid=records[i]["pid"], seed=args.seed) | entry)
-            write_whole(part_of(out, first), "".join(json.dumps(e) + "\n" for e in entries).encode())    # last: now the batch is done
-            fresh += len(entries)
-        bar.update(sum(len(some) for _, some in batch))
-    bar.close()
-    if fresh:
-        print(f"{fresh:,} pairs made, {fresh / (time.time() - began):.2f} per second; {model.evaluations / fresh:.0f} evaluations of the UNet each "
-              "(the published code needs about 1,000)", flush=True)
-    if None not in (parts := [known(out, first, batch) for first, batch in batches.items()]):
+    write_file(out / "settings.json", json.dumps(settings, indent=1).encode())
+    print(f"{count_pairs(todo):,} pairs from {len(todo):,} of {len(records):,} images; {recipe['inversion']} "
+          f"inversion, {recipe['steps']} steps, {recipe['height']}x{recipe['width']} pixels", flush=True)
+    batches, first = {}, 0                                              # the same for any number of ranks
+    for start in range(0, len(todo), args.batch):
+        batches[first] = todo[start:start + args.batch]
+        first += count_pairs(batches[first])
+    generate_all(out, model, records, dict(list(batches.items())[rank::ranks]), recipe, judge, args)
+    parts = [read_part(out, first, batch) for first, batch in batches.items()]
+    if None not in parts:
         finish(out, [entry for part in parts for entry in part])
 
 
-def part_of(out, first):
-    """What is known of the batch whose first pair has this number."""
-    return out / f"parts/{first:06d}.jsonl"
+# ---- the page of generated pairs ------------------------------------------------------------------------------------
+
+PANELS = ["source", "reconstruction", "edit", "mask"]
+LEGEND = ("Marked: the word that changes. Reconstruction: the source after inversion and denoising. "
+          "Mask: the reconstruction, dark where the edit may change nothing.")
+SCORES = {
+    "psnr": "peak signal-to-noise ratio of the reconstruction against the source, in dB. Higher is closer.",
+    "changed": "mean change from reconstruction to edit inside the mask, from 0 to 1. 0: the edit does nothing.",
+    "kept": "1 minus the mean change outside the mask. 1: nothing changes there.",
+    "words": "cosine of edit and new caption minus cosine of edit and old caption. Above 0: the new one fits better.",
+    "direction": "cosine between the changes of image and caption features. 1: the image changes as the caption says.",
+}
 
 
-def known(out, first, batch):
-    """The entries of a batch; None if it has not been made, or not all of it is there any more."""
-    try:
-        entries = [json.loads(line) for line in part_of(out, first).read_text().splitlines()]
-        whole = all((out / folder / e["image"]).stat().st_size for folder in ("imgs", "strips") for e in entries)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return entries if whole and len(entries) == sum(len(some) for _, some in batch) else None
+def side_by_side(panels):
+    strip = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
+    for n, p in enumerate(panels):
+        strip.paste(p, (n * p.width, 0))
+    return strip
 
 
-def side_by_side(*pictures):
-    wide = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
-    for n, p in enumerate(pictures):
-        wide.paste(p, (n * p.width, 0))
-    return wide
+def mark_changes(text, other):
+    """A caption as HTML. The words that differ from those of the other caption are marked, articles aside."""
+    out, end = "", 0
+    for word, counterpart in zip(data.WORD.finditer(text), data.WORD.finditer(other)):
+        if word[0] != counterpart[0] and word[0] not in ("a", "an"):
+            out += f"{html.escape(text[end:word.start()])}<mark><strong>{html.escape(word[0])}</strong></mark>"
+            end = word.end()
+    return out + html.escape(text[end:])
+
+
+def show_pair(strip, entry):
+    """HTML of one pair: captions, images, scores."""
+    source, caption, width = entry["edit"]["source"], entry["captions"][0], strip.width // len(PANELS)
+    figures = ""
+    for n, name in enumerate(PANELS):
+        image = strip.crop((n * width, 0, (n + 1) * width, strip.height))
+        alt = f"{name}: {caption if name == 'edit' else source}"
+        figures += evaluation.figure(image, alt, name, "large", 160)
+    scores = ", ".join(f"{name} {value:.3g}" for name, value in entry["scores"].items())
+    captions = f"source: {mark_changes(source, caption)}<br>edit: {mark_changes(caption, source)}"
+    return f"<div class=row><p>{captions}</p>{figures}<p>{scores}</p></div>"
 
 
 def finish(out, entries):
-    """The list of pairs, and a page to look at them."""
-    write_whole(out / "pairs.jsonl", "".join(json.dumps(e) + "\n" for e in entries).encode())
-    shown = []
-    for e in entries[::max(1, len(entries) // 40)][:40]:
-        strip = evaluation.thumbnail(data.load_image(out / "strips" / e["image"]), 160)
-        scores = ", ".join(f"{k} {v:.3g}" for k, v in e["scores"].items())
-        shown.append(f"<div class=row><img src='{strip}'><p>{html.escape(e['edit']['source'])}<br><b>{html.escape(e['captions'][0])}</b><br>{scores}</p></div>")
-    shares = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}
-    rows = {k: {name: f"{torch.tensor([e['scores'][k] for e in entries]).quantile(share).item():.3g}" for name, share in shares.items()} for k in entries[0]["scores"]}
-    evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", [("Scores", evaluation.table(rows)), ("Source, reconstruction, edit, mask", "".join(shown))])
+    """Write pairs.jsonl, and report.html with the scores and a sample of 40 pairs."""
+    write_file(out / "pairs.jsonl", "".join(json.dumps(e) + "\n" for e in entries).encode())
+    levels, rows = {"lowest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "highest": 1.0}, {}
+    for name in entries[0]["scores"]:
+        values = torch.tensor([e["scores"][name] for e in entries])
+        rows[name] = {level: f"{values.quantile(q).item():.3g}" for level, q in levels.items()}
+    meanings = "".join(f"<dt><strong>{name}</strong></dt><dd>{SCORES[name]}</dd>" for name in rows)
+    sample = entries[::max(1, len(entries) // 40)][:40]
+    pairs = "".join(show_pair(data.load_image(out / "strips" / e["image"]), e) for e in sample)
+    evaluation.write_page(out / "report.html", f"{len(entries):,} generated pairs", [
+        ("Scores", f"{evaluation.table(rows)}<dl class=legend>{meanings}</dl>"),
+        ("Pairs", f"<p class=legend>{LEGEND}</p>{pairs}")])
     print(f"{len(entries):,} pairs in {out}; look at {out / 'report.html'}; train on them with tbps.py --extra {out}")
 
 

@@ -22,28 +22,28 @@ def change(file, **values):
 
 
 CHANGES = [  # file, changed keys, what the sentence says
-    ("unet/config.json", dict(in_channels=9), "in_channels is 9, wanted is 4, the channels of the VAE; inpainting"),
+    ("unet/config.json", dict(in_channels=9), "in_channels is 9, wanted is 4, as in the latents; inpainting"),
     ("unet/config.json", dict(out_channels=8), "out_channels is 8, wanted is 4"),
     ("unet/config.json", dict(in_channels="four"), "in_channels should be a whole number from 1 up, not 'four'"),
     ("unet/config.json", dict(cross_attention_dim=[32, 32]), "cross_attention_dim should be a whole number"),
-    ("unet/config.json", dict(cross_attention_dim=64), "cross_attention_dim is 64, wanted is 32, the width of the text encoder"),
+    ("unet/config.json", dict(cross_attention_dim=64), "cross_attention_dim is 64, wanted is 32, the text encoder's"),
     ("unet/config.json", dict(addition_embed_type="text_time"), "addition_embed_type is 'text_time', wanted is None"),
     ("unet/config.json", dict(num_class_embeds=1000), "num_class_embeds is 1000, wanted is None"),
     ("unet/config.json", dict(_class_name="Transformer2DModel"), "_class_name is 'Transformer2DModel'"),
     ("unet/config.json", dict(block_out_channels=[8, 16]), "unet cannot be read as UNet2DConditionModel"),
     ("unet/config.json", dict(layers_per_block=3), "unet cannot be read as .* size mismatch for"),
     ("vae/config.json", dict(_class_name="VQModel"), "_class_name is 'VQModel', wanted is 'AutoencoderKL'"),
-    ("unet/config.json", dict(in_channels=16), "in_channels is 16, wanted is 4, the channels of the VAE"),
+    ("unet/config.json", dict(in_channels=16), "in_channels is 16, wanted is 4, as in the latents"),
     ("text_encoder/config.json", dict(hidden_act="relu"), "hidden_act is 'relu', wanted is 'quick_gelu' or 'gelu'"),
     ("text_encoder/config.json", dict(max_position_embeddings=248), "max_position_embeddings is 248, wanted is 77"),
-    ("text_encoder/config.json", dict(num_attention_heads=5), "hidden_size 32 cannot be shared by 5 heads"),
-    ("scheduler/scheduler_config.json", dict(prediction_type="sample"), "prediction_type is 'sample', wanted is 'epsilon' or"),
+    ("text_encoder/config.json", dict(num_attention_heads=5), "5 heads do not divide the hidden_size 32"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="sample"), "prediction_type is 'sample', wanted is"),
     ("scheduler/scheduler_config.json", dict(beta_schedule="cosine"), "beta_schedule is 'cosine'"),
     ("scheduler/scheduler_config.json", dict(num_train_timesteps=100), "num_train_timesteps is 100, wanted is 1000"),
 ]
 
 
-@pytest.mark.parametrize("file, values, says", CHANGES, ids=[f"{file.split('/')[0]}-{[*values][0]}" for file, values, _ in CHANGES])
+@pytest.mark.parametrize("file, values, says", CHANGES, ids=[f"{file[:4]}-{[*keys][0]}" for file, keys, _ in CHANGES])
 def test_another_kind_of_model(file, values, says, copy):
     change(copy / file, **values)
     with pytest.raises(ValueError, match=says) as e:
@@ -56,7 +56,7 @@ def test_another_kind_of_model(file, values, says, copy):
 def test_a_broken_configuration(part, text, copy):
     file = copy / part / "config.json"
     file.write_text(text)
-    if (part, text) == ("unet", "{}"):                                  # all of diffusers' defaults: valid, but of another width
+    if (part, text) == ("unet", "{}"):                                  # diffusers' defaults: valid, of another width
         with pytest.raises(ValueError, match="cross_attention_dim is 1280, wanted is 32"):
             generate.find_diffusion(copy)
         return
@@ -112,3 +112,26 @@ def test_the_folder_is_checked_before_the_data_are_read(copy, tmp_path):
     assert "in_channels is 9" in error("generate.py", *options, "--diffusion", copy)
     assert "in_channels is 9" in error("generate.py", *options, "--diffusion", copy, "--finetune", tmp_path / "tuned")
     assert not (tmp_path / "pairs").exists() and not (tmp_path / "tuned").exists()
+
+
+def test_text_encoder_of_another_size(copy):
+    change(copy / "text_encoder/config.json", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="model.safetensors does not fit its config.json: .*Missing key"):
+        generate.load_diffusion(copy)
+
+
+def test_a_model_of_the_hub(diffusion, tmp_path, monkeypatch):
+    """From the hub's cache, as the hub leaves it, without network; and what is said if it is not there."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached, commit = tmp_path / "models--someone--tiny-sd", "a" * 40
+    shutil.copytree(diffusion, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    assert generate.find_diffusion("someone/tiny-sd") == cached / "snapshots" / commit
+    assert generate.load_diffusion("someone/tiny-sd", steps=3).unet.config.cross_attention_dim == 32
+    for source, says in (("someone/else", "the hub cannot give it"), (tmp_path, "layout of diffusers"),
+                         ("nobody/nothing", "name its folder with --diffusion")):
+        with pytest.raises(FileNotFoundError, match=says):
+            generate.find_diffusion(source)

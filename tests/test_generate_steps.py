@@ -1,4 +1,4 @@
-"""How many steps the parts of PDG last, at numbers of steps other than 50, as in the official prompt-to-prompt and null-text code."""
+"""How many steps the parts of PDG last: as in the official prompt-to-prompt and null-text code, also if not 50."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from conftest import error
 def test_steps_of_attention_control(total, cross, own):
     """Official: cross-attention int(0.8 * (T + 1)) steps, self-attention int(0.4 * T) steps."""
     control = generate.Control([[1]], [[1]], blend_from=1)
-    control.start(type("Model", (), dict(steps=range(total), device="cpu")), (1, 4, 4, 4))
+    control.start(type("Model", (), dict(timesteps=range(total), device="cpu")), (1, 4, 4, 4))
     q = torch.randn(3, 1, 4, 2)                                         # 4 positions of 16: the picture is halved
     replaced = {True: 0, False: 0}
     for control.step in range(total):
@@ -25,12 +25,12 @@ def test_steps_of_attention_control(total, cross, own):
 def test_rate_of_null_text(total, diffusion, monkeypatch):
     """Official: 0.01 * (1 - i / 100) at step i, whatever the number of steps."""
     model, rates, adam = generate.load_diffusion(diffusion, steps=total), [], torch.optim.Adam
-    model.noise = lambda z, t, text: z * text.mean()
+    model.predict_noise = lambda z, t, text: z * text.mean()
     monkeypatch.setattr(torch.optim, "Adam", lambda params, lr: rates.append(lr) or adam(params, lr=lr))
-    text = model.read(["a man in a red shirt"])
+    text = model.encode_text(["a man in a red shirt"])
     model.null_text(model.invert(torch.randn(1, 4, 4, 4), text), text, 7.5, rounds=1)
     assert rates == [0.01 * (1 - i / 100) for i in range(total)]
 
 
 def test_null_text_takes_at_most_100_steps():
-    assert "inversion=null takes at most 100" in error("generate.py", "--set", "inversion=null", "steps=101")
+    assert "steps=101 must be from 1 to 100" in error("generate.py", "--set", "inversion=null", "steps=101")

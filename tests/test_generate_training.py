@@ -17,9 +17,10 @@ def finetune(cuhk, diffusion, *options):
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_resume_within_an_epoch_is_exact(stop, cuhk, diffusion, tmp_path, monkeypatch):
-    """12 pictures in batches of 4 are 3 steps per epoch. Saving after every step and stopping at step 2 or 5 changes no weight."""
+    """12 images in batches of 4 are 3 steps per epoch. Saving after every step and stopping changes no weight."""
     run(*finetune(cuhk, diffusion, "--finetune", tmp_path / "whole", "--out", tmp_path / "a"))
-    command = finetune(cuhk, diffusion, "--finetune", tmp_path / "stopped", "--out", tmp_path / "b", "--save-minutes", "0")
+    command = finetune(cuhk, diffusion, "--finetune", tmp_path / "stopped", "--out", tmp_path / "b")
+    command[1:1] = ["--save-minutes", "0"]
     saved = []
 
     def save_then_stop(path, content):
@@ -33,15 +34,16 @@ def test_resume_within_an_epoch_is_exact(stop, cuhk, diffusion, tmp_path, monkey
         run(*command, code=130)
     assert saved[-1] == {2: (0, 2), 5: (1, 1)}[stop]
     assert f"epoch   {saved[-1][0] + 1}/2" in run(*command)
-    whole, stopped = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "stopped"))
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    whole, stopped = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in folders)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    losses = [torch.load(tmp_path / name / "last.pt")["optimizer"]["state"][0]["exp_avg"] for name in ("whole", "stopped")]
-    assert torch.equal(*losses)
+    assert torch.equal(*(torch.load(folder / "last.pt")["optimizer"]["state"][0]["exp_avg"] for folder in folders))
     assert "goes from 0" in error(*command, "--save-minutes", "-1")
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(cuhk, diffusion, tmp_path):
-    command = finetune(cuhk, diffusion, "--finetune", tmp_path / "model", "--out", tmp_path / "pairs", "--save-minutes", "0")
+    paths = ["--finetune", tmp_path / "model", "--out", tmp_path / "pairs"]
+    command = finetune(cuhk, diffusion, *paths, "--save-minutes", "0")
     assert "is not finite in epoch" in error(*command, "train_lr=1e30", "train_epochs=9")
     weights = torch.load(tmp_path / "model/last.pt")["weights"]
     assert all(w.isfinite().all() for w in weights.values())

@@ -26,23 +26,18 @@ SCRIPTS = [name for name in FILES if "/" not in name]
 CYCLIC = []
 WIDE = [
     "distill.py",
-    "generate.py",
     "losses.py",
     "tbps.py",
     "tests/golden_inputs.py",
     "tests/test_ctlg.py",
     "tests/test_distill.py",
-    "tests/test_generate.py",
     "tests/test_generate_folder.py",
-    "tests/test_generate_steps.py",
-    "tests/test_generate_training.py",
     "tests/test_golden.py",
     "tests/test_irra.py",
     "tests/test_losses.py",
     "tests/test_official.py",
     "tests/test_scale.py",
     "tests/test_train.py",
-    "tests/tiny_diffusion.py",
 ]
 LONG = [
     "data.py",
@@ -50,10 +45,8 @@ LONG = [
     "generate.py",
     "tbps.py",
     "tests/test_distill.py",
-    "tests/test_generate.py",
 ]
 LONG_FUNCTIONS = [
-    "generate.py",
     "tbps.py",
 ]
 

@@ -1,11 +1,12 @@
-"""A diffusion model in the layout of Stable Diffusion 1.x with few channels: the same kinds of layers in the same order, the same files."""
+"""Stable Diffusion 1.x with few channels and random weights: the same kinds of layers, the same files."""
 
 import data
 import generate
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                set_alpha_to_one=False)
 
 
 def make_tokenizer(captions):
@@ -30,7 +31,7 @@ def write_folder(root, tokenizer):
         scaling_factor=0.18215,
     ).save_pretrained(root / "vae")
     DDIMScheduler(**SCHEDULE, steps_offset=1).save_pretrained(root / "scheduler")
-    generate.save_words(generate.Words(tokenizer.vocab, 32, 2, 16), root / "text_encoder")
+    generate.save_text_encoder(generate.SDTextEncoder(tokenizer.vocab, 32, 2, 16), root / "text_encoder")
     merges = "\n".join(" ".join(m) for m in tokenizer.merges)
     (root / "tokenizer").mkdir()
     (root / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
