@@ -81,7 +81,7 @@ def test_pairs_are_read(made):
     assert len(data.filter_by_score(records, [f"changed={middle}", "kept=0"])) == 6
     best = max(r["scores"]["psnr"] for r in records)
     for wanted, says in (("psnr=1000", f"no pair reaches psnr=1000; the highest psnr is {best:.3g}$"),
-                         ("psnr=nan", "no pair reaches psnr=nan"), ("psnr=x", "KEY=NUMBER, not 'psnr=x'"),
+                         ("psnr=nan", "KEY=NUMBER, not 'psnr=nan'"), ("psnr=x", "KEY=NUMBER, not 'psnr=x'"),
                          ("words=0", "no score 'words'; it has psnr, changed, kept")):
         with pytest.raises(ValueError, match=says):
             data.filter_by_score(records, [wanted])

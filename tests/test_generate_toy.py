@@ -67,7 +67,7 @@ def test_scores_are_read_by_training(work):
     assert all(-2 < e["scores"]["words"] < 2 and e["source_image"].startswith("toy ") for e in entries)
     best = max(e["scores"]["words"] for e in entries)
     said = run("tbps.py", "--out", "d", "--extra", "p", "--min-score", f"words={best}", "--set", "epochs=1", "batch=4")
-    assert "p: 1 of 3 generated pairs reach words=" in said
+    assert "p: 1 of 3 generated pairs have these scores" in said
     page = Path("p/report.html").read_text()
     assert generate.SCORES["words"] in page and generate.SCORES["direction"] in page
 
