@@ -900,13 +900,6 @@ class Preprocessing:
         return clean_caption(caption) if self.clean else caption
 
 
-class EvalView(Preprocessing):
-    """Preprocessing.image as a function; for callers that do not use Preprocessing yet."""
-
-    def __call__(self, image):
-        return self.image(image)
-
-
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 def derive_seed(*numbers):

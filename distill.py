@@ -105,9 +105,9 @@ class Bank:
         self.text_others = others([pids[i] for i in images], [c for r in records for c in r["captions"]], None if siblings else images).to(device)
 
     @classmethod
-    def of(cls, model, tokenizer, info, records, recipe, args):
+    def of(cls, model, tokenizer, preprocessing, records, recipe, args):
         """With the encoders of a model, in eval mode."""
-        return cls(*tbps.embed(model, tokenizer, info, records, args.device, args.workers), records, recipe["siblings"], args.device)
+        return cls(*tbps.embed(model, tokenizer, preprocessing, records, args.device, args.workers), records, recipe["siblings"], args.device)
 
     def enrich(self, heads, item, size, drop=0.0):
         """Captions by number (B,) and their images, each fused with supports drawn from its others -> image (B, D), text (B, D)."""
@@ -210,7 +210,7 @@ def targets(bank, heads, target, size, item):
 
 # ---- the richer model on stored features ----------------------------------------------------------------------------
 
-def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
+def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=()):
     """Trains the fusion and a classifier on features that do not change: minutes, and no supports need to be loaded with a batch. Batches
     hold several images of a person, each with one of its captions: among strangers alone, whoever brings supports of the right person wins,
     and the fusion learns to look at nothing else. Writes last.pt and log.jsonl, as tbps.train does; resumes exactly."""
@@ -232,7 +232,7 @@ def train_fusion(args, recipe, model, tokenizer, info, bank, out, stop=()):
         stopping = tbps.any_rank(stop, args.device)                     # looked at once: what is said to be saved is saved
         if state["epoch"] == epochs or stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
             state["minutes"] = (time.time() - started) / 60
-            tbps.save(out / "last.pt", tbps.content(args, recipe, model, tokenizer, info, heads=True) | state | dict(optimizer=optimizer.state_dict()))
+            tbps.save(out / "last.pt", tbps.checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads=True) | state | dict(optimizer=optimizer.state_dict()))
             saved_at = time.time()
         if stopping:
             raise KeyboardInterrupt(f"stopped after epoch {state['epoch']} of the richer model; {out}/last.pt is saved. Go on with the same command and --resume")
@@ -425,7 +425,7 @@ def main():
     if "richer" not in stages and (distils(recipe) or recipe["warm"] or args.student in SHRUNK):
         data.need(teacher, "the richer model", "train it with --stage richer, or name one with --teacher")
     if args.plain:
-        tbps.load_checkpoint(plain)                                     # now, and not after the data are read: what is wrong is said at once
+        tbps.read_checkpoint(plain)                                     # now, and not after the data are read: what is wrong is said at once
     if "richer" not in stages and teacher.exists():
         load_teacher(teacher, args)
     if args.student not in ("same", *SHRUNK, "ViT-B/32"):
@@ -463,7 +463,7 @@ def main():
 def train_light(args, recipe, splits, folder, clip, target=None, rows=()):
     """A dual encoder from the weights `clip`, and its scores: by itself or, with target(item) -> what `copy_losses` takes, as the copy of
     a richer one. rows: what its cost is shown beside, {name: cost}."""
-    model, tokenizer, pairs, info = tbps.prepare(argparse.Namespace(**vars(args) | dict(clip=str(clip))), recipe, splits["train"], tbps.id_heads)
+    model, tokenizer, pairs, preprocessing = tbps.prepare(argparse.Namespace(**vars(args) | dict(clip=str(clip))), recipe, splits["train"], tbps.id_heads)
     tbps.open_run(args, folder)
 
     def step_losses(model, batch, epoch, autocast):
@@ -475,7 +475,7 @@ def train_light(args, recipe, splits, folder, clip, target=None, rows=()):
             parts |= copy_losses(image, text, *target(losses.gather(batch["item"].to(pid.device))), recipe)
         return parts
 
-    tbps.train(args, recipe, model, tokenizer, info, pairs, splits.get("val"), folder, step_losses)
+    tbps.train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), folder, step_losses)
     rows = dict(rows) | {f"the {args.trains} model": cost(model, tokenizer(["a man"] * 32))}
     for name, row in rows.items():
         print(f"{name:24}{row['parameters']:,} parameters, {row['ms per image']:.2f} ms per image, {row['ms per caption']:.2f} ms per caption")
@@ -484,7 +484,7 @@ def train_light(args, recipe, splits, folder, clip, target=None, rows=()):
 
 def train_richer(args, recipe, splits, folder, plain):
     if recipe["end_to_end"]:
-        model, tokenizer, pairs, info = tbps.prepare(args, recipe, splits["train"], richer_heads)
+        model, tokenizer, pairs, preprocessing = tbps.prepare(args, recipe, splits["train"], richer_heads)
         tbps.open_run(args, folder)
 
         def step_losses(model, batch, epoch, autocast):
@@ -492,18 +492,18 @@ def train_richer(args, recipe, splits, folder, plain):
                 image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
             return richer_losses(image, text, batch, model, recipe, autocast)
 
-        tbps.train(args, recipe, model, tokenizer, info, pairs, splits.get("val"), folder, step_losses)
+        tbps.train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), folder, step_losses)
     else:
-        model, tokenizer, info = tbps.load_checkpoint(plain, args.device)
-        bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
+        model, tokenizer, preprocessing = tbps.load_checkpoint(plain, args.device)
+        bank = Bank.of(model, tokenizer, preprocessing, splits["train"], recipe, args)
         torch.manual_seed(data.derive_seed(args.seed, 2))
         for name, head in richer_heads(recipe, model, len(bank.pid.unique())).items():
             model.heads[name] = head
         tbps.open_run(args, folder)
         with tbps.stop_on_signal() as stop:
-            train_fusion(args, recipe, model, tokenizer, {k: info[k] for k in ("size", "norm", "resize", "clean")}, bank, folder, stop)
-    model, tokenizer, info = load_teacher(folder / "last.pt", args)
-    bank = Bank.of(model, tokenizer, info, splits["test"], recipe, args)
+            train_fusion(args, recipe, model, tokenizer, preprocessing, bank, folder, stop)
+    model, tokenizer, preprocessing = load_teacher(folder / "last.pt", args)
+    bank = Bank.of(model, tokenizer, preprocessing, splits["test"], recipe, args)
     several = max(collections.Counter(bank.pid.tolist()).values()) > 1
     rows = judge(model.heads, bank, recipe["support"]) if several else {}
     if not several:
@@ -521,8 +521,8 @@ def train_richer(args, recipe, splits, folder, plain):
 
 
 def load_teacher(path, args):
-    """-> model with its heads, tokenizer, info."""
-    saved = tbps.load_checkpoint(path)[2]["args"]
+    """-> model with its heads, tokenizer, preprocessing."""
+    saved = tbps.read_checkpoint(path)["args"]
     if saved.get("trains", saved.get("stage")) != "richer":
         raise ValueError(f"{path} is no richer model: name the richer/last.pt of a run of distill.py")
     return tbps.load_checkpoint(path, args.device, richer_heads)
@@ -532,17 +532,18 @@ def teach(args, recipe, splits, folder, teacher):
     """The light model, from a frozen richer one in the file `teacher`."""
     target, rows = None, {}
     if distils(recipe) or args.student in SHRUNK:
-        model, tokenizer, info = load_teacher(teacher, args)
+        model, tokenizer, preprocessing = load_teacher(teacher, args)
         rows["the teacher's encoders"] = cost(model, tokenizer(["a man"] * 32))
     if distils(recipe):
-        bank = Bank.of(model, tokenizer, info, splits["train"], recipe, args)
+        bank = Bank.of(model, tokenizer, preprocessing, splits["train"], recipe, args)
         target = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
     clip = {"same": teacher if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"}.get(args.student, args.student)
     if args.student in SHRUNK:                                          # a file like any other weights: sizes and dropout are the recipe's
         clip = folder.parent / f"{args.student}.pt"
         clip.parent.mkdir(parents=True, exist_ok=True)
-        state = {k: info[k] for k in ("epoch", "step", "best", "scores")}
-        tbps.save(clip, tbps.content(args, recipe, shrink(model, args.student), tokenizer, info, heads=False) | state)
+        saved, small = tbps.read_checkpoint(teacher), shrink(model, args.student)
+        state = {k: saved[k] for k in ("epoch", "step", "best", "scores")}
+        tbps.save(clip, tbps.checkpoint_dict(args, recipe, small, tokenizer, preprocessing, heads=False) | state)
     train_light(args, recipe, splits, folder, clip, target, rows)
 
 

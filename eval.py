@@ -921,18 +921,19 @@ def find_model(data, tbps, source):
 def open_model(data, tbps, args, source):
     """-> model, tokenizer, preprocessing, facts {method, epoch, args} of a checkpoint or of the weights of a CLIP."""
     path = find_model(data, tbps, source)
-    if tbps.is_ours(path) and (args.tokenizer or args.size):
-        raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; the checkpoint {path} has its own")
-    if tbps.is_ours(path):
-        model, tokenizer, info = tbps.load_checkpoint(path, args.device)
-    else:
-        model, tokenizer = tbps.load_clip(path, args.size), tbps.tokenizer_for(path, args.tokenizer)
-        if tokenizer.vocab != model.arch["vocab"]:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: "
-                             "they do not belong together")
-        info = tbps.preprocessing_for(path) | dict(size=model.arch["image_size"], method="zero-shot", epoch=0, args={})
-    preprocessing = data.Preprocessing(**{k: info[k] for k in ("size", "norm", "resize", "clean")})
-    return model.eval().to(args.device), tokenizer, preprocessing, info
+    if tbps.is_checkpoint(path):
+        if args.tokenizer or args.size:
+            raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; the checkpoint {path} has its own")
+        saved = tbps.read_checkpoint(path)
+        return *tbps.load_checkpoint(path, args.device), {k: saved[k] for k in ("method", "epoch", "args")}
+    model, tokenizer = tbps.load_clip(path, args.size), tbps.tokenizer_for(path, args.tokenizer)
+    if tokenizer.vocab != model.arch["vocab"]:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: "
+                         "they do not belong together")
+    config = tbps.read_config(path)
+    preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"], clean=False)
+    facts = dict(method="zero-shot", epoch=0, args={})
+    return model.eval().to(args.device), tokenizer, preprocessing, facts
 
 
 def compare(data, tbps, args):

@@ -806,16 +806,14 @@ class Judge:
     """A dual encoder that scores edited images, {name: score} each (see SCORES; direction is from arXiv 2108.00946)."""
 
     def __init__(self, path, device):
-        self.model, self.tokenizer, info = tbps.load_checkpoint(path, device)
-        self.view = data.EvalView(info["size"], info["norm"], info["resize"])
-        self.clean = data.clean_caption if info["clean"] else str
+        self.model, self.tokenizer, self.preprocessing = tbps.load_checkpoint(path, device)
 
     def embed_images(self, images):
-        pixels = torch.stack([self.view(image) for image in images]).to(self.model.logit_scale.device)
+        pixels = torch.stack([self.preprocessing.image(image) for image in images]).to(self.model.logit_scale.device)
         return F.normalize(self.model.encode_image(pixels), dim=1)      # (B, D)
 
     def embed_texts(self, captions):
-        tokens = self.tokenizer([self.clean(caption) for caption in captions])
+        tokens = self.tokenizer([self.preprocessing.text(caption) for caption in captions])
         return F.normalize(self.model.encode_text(tokens), dim=1)
 
     @torch.no_grad()

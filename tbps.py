@@ -715,21 +715,12 @@ def load_clip(source, image_size=None, stride=None, **options):
     return model
 
 
-def preprocessing_for(source):
-    """How images and captions are prepared for these weights; file: the file that says so, None if it is assumed."""
-    path = find_weights(source)
-    if is_ours(path):
-        return read_file(path)["info"] | dict(file=path.name)
-    config = read_config(path)
-    return dict(norm=config["norm"], resize=config["resize"], clean=False, file=config["file"])
-
-
 def tokenizer_for(source, vocabulary=None, mask=False):
     """The tokenizer of these weights: the vocabulary named, that of our checkpoint, or the file beside the weights."""
     if vocabulary:
         return data.load_tokenizer(vocabulary, mask)
     path = find_weights(source)
-    if is_ours(path):
+    if is_checkpoint(path):
         return saved_tokenizer(read_file(path), mask)
     files = [path.parent / name for name in VOCABULARIES]
     fix = f"put it beside the weights (curl -LO {OPENAI_VOCABULARY}), or name it with --tokenizer"
@@ -742,10 +733,10 @@ def tokenizer_for(source, vocabulary=None, mask=False):
 VERSION = 1
 
 
-def content(args, recipe, model, tokenizer, info, heads):
+def checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads):
     """What a checkpoint holds besides the state of the training: all that a search needs, with or without the heads."""
     weights = {name: w for name, w in model.state_dict().items() if heads or not name.startswith("heads.")}
-    return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=info,
+    return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=preprocessing.settings,
                 method=args.method, recipe=recipe, args=saved_options(args),
                 tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None))
 
@@ -783,7 +774,7 @@ def read_log(out, until=None):
     return lines
 
 
-def is_ours(path):
+def is_checkpoint(path):
     """Whether a weights file is a checkpoint of this program."""
     saved = read_file(path)
     return isinstance(saved, dict) and saved.get("format") == "tbps"
@@ -832,8 +823,7 @@ def load_checkpoint(path, device="cpu", make_heads=None):
             raise ValueError(f"{path} does not hold the heads wanted here (e.g. {differ[0]}): they are in the last.pt "
                              "of a run with the method that has them")
     model.load_state_dict(weights)
-    info = {key: saved[key] for key in ("method", "recipe", "args", "epoch", "step", "best", "scores")} | saved["info"]
-    return model.eval().to(device), saved_tokenizer(saved), info
+    return model.eval().to(device), saved_tokenizer(saved), data.Preprocessing(**saved["info"])
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
@@ -1625,7 +1615,7 @@ def print_above(bar, line):
 def save_checkpoints(args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state, out, started, name):
     """Write last.pt, from which a run resumes, or best.pt, which has no heads and no optimizer."""
     state["minutes"] = (time.time() - started) / 60
-    contents = content(args, recipe, model, tokenizer, preprocessing, heads=name == "last.pt") | state
+    contents = checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads=name == "last.pt") | state
     if name == "last.pt":
         contents |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict())
     save(out / name, contents)
@@ -1993,11 +1983,11 @@ def prepare(args, recipe, records, make_heads):
     print(f"{args.method}: {trained:,} parameters trained of {total:,}; "
           f"{size[0]}x{size[1]} pixels, {model.image.grid[0]}x{model.image.grid[1]} patches; batch {r['batch']}, "
           f"{r['epochs']} epochs; {args.device}, amp {args.amp}", flush=True)
-    known = preprocessing_for(args.clip) if args.clip != "none" else dict(file=None)
-    if known["file"] and known["norm"] != r["norm"]:
+    config = read_config(find_weights(args.clip)) if args.clip != "none" else dict(file=None)
+    if config["file"] and config["norm"] != r["norm"]:
         print(f"note: images are normalised with norm={r['norm']}, as the recipe says; the weights were trained with "
-              f"norm={known['norm']} ({known['file']})")
-    return model, tokenizer, pairs, dict(size=size, norm=r["norm"], resize=r["eval_resize"], clean=r["clean"])
+              f"norm={config['norm']} ({config['file']})")
+    return model, tokenizer, pairs, data.Preprocessing(size, r["norm"], r["eval_resize"], r["clean"])
 
 
 def build_model(args, recipe, tokenizer, persons, make_heads):
@@ -2021,17 +2011,17 @@ def build_model(args, recipe, tokenizer, persons, make_heads):
     return model
 
 
-def embed(model, tokenizer, info, records, device, workers=0, progress=True):
+def embed(model, tokenizer, preprocessing, records, device, workers=0, progress=True):
     """-> features of unit length of the images (N, D) and captions (M, D) of a split. Each process embeds its share,
     and all have them."""
     rank, ranks = losses.ranks()
-    images = data.Images([r["image"] for r in records[rank::ranks]], data.EvalView(info["size"], info["norm"], info["resize"]))
-    captions = [data.clean_caption(c) if info["clean"] else c for r in records for c in r["captions"]]
+    images = data.Images([r["image"] for r in records[rank::ranks]], preprocessing.image)
+    captions = [preprocessing.text(c) for r in records for c in r["captions"]]
     image = evaluation.embed_images(model, images, device, workers, progress=progress and rank == 0)
     return together(image), together(evaluation.embed_texts(model, tokenizer(captions[rank::ranks])))
 
 
-def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, progress=True):
+def evaluate(model, tokenizer, preprocessing, records, device, workers=0, sheet=True, progress=True):
     """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then
     text-to-image only)."""
     captions = [c for r in records for c in r["captions"]]
@@ -2039,7 +2029,7 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
     own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
     if not all(p.isfinite().all() for p in model.parameters()):
         raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
-    image, text = embed(model, tokenizer, info, records, device, workers, progress)
+    image, text = embed(model, tokenizer, preprocessing, records, device, workers, progress)
     rows = {"text to image": evaluation.retrieval_metrics(text, image, g_pid[own], g_pid)}
     if not sheet:
         return rows, None
@@ -2050,19 +2040,19 @@ def evaluate(model, tokenizer, info, records, device, workers=0, sheet=True, pro
 
 
 @torch.no_grad()
-def restorations(model, tokenizer, info, records, recipe, number=8):
+def restorations(model, tokenizer, preprocessing, records, recipe, number=8):
     """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is
     another."""
     able = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
     device, patch, rows = model.logit_scale.device, model.arch["patch"], []
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in data.mean_std(info["norm"]))
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     for record, caption, changed in able[::max(1, len(able) // number)][:number]:
-        pixels, painted = view(record["image"])[None].to(device), []
+        pixels, painted = preprocessing.image(record["image"])[None].to(device), []
         image = pixels * std + mean                                     # in [0, 1], to look at
         plain = patchify(grey(image), patch)
         for words in (caption, changed):
-            text = model.eval().text_tokens(tokenizer([data.clean_caption(words) if info["clean"] else words]), trim=not recipe["official"])
+            tokens = tokenizer([preprocessing.text(words)])
+            text = model.eval().text_tokens(tokens, trim=not recipe["official"])
             restored, dropped = restore(model, pixels, text, None, recipe, torch.Generator(device).manual_seed(len(rows)))
             restored = patchify(unpatchify(restored, model.image.grid, patch) * std + mean, patch)
             painted.append(torch.where(dropped[..., None], restored, plain))

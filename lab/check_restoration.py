@@ -21,12 +21,12 @@ from lab import people                                                  # noqa: 
 
 
 def with_heads(path):
-    """The model of a run's last.pt with its training heads, its tokenizer and its preprocessing."""
-    model, tokenizer, info = tbps.load_checkpoint(path, make_heads=tbps.irra_heads)
-    if "restoration" not in model.heads or info["size"] != people.SIZE:
+    """The model of a run's last.pt with its training heads, its tokenizer, its preprocessing and its recipe."""
+    model, tokenizer, preprocessing = tbps.load_checkpoint(path, make_heads=tbps.irra_heads)
+    if "restoration" not in model.heads or preprocessing.size != people.SIZE:
         raise ValueError(f"{path} has no restoration head for synthetic pedestrians: name last.pt of a run with "
                          "restoration at 96 x 48 (best.pt holds no heads)")
-    return model, tokenizer, info
+    return model, tokenizer, preprocessing, tbps.read_checkpoint(path)["recipe"]
 
 
 def cases(records, rng):
@@ -42,16 +42,14 @@ def cases(records, rng):
                 yield r, caption, re.sub(rf"\b{named[0]}\b", new, caption), old, new
 
 
-def restored_colour(model, tokenizer, info, record, caption, seed):
+def restored_colour(model, tokenizer, preprocessing, recipe, record, caption, seed):
     """Mean colour (3,) that is painted on the dropped patches of the top, or None if no patch of it is dropped."""
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
-    mean, std = (torch.tensor(values)[:, None, None] for values in data.NORMS[info["norm"]])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     grid, patch = model.image.grid, model.arch["patch"]
-    if info["clean"]:
-        caption = data.clean_caption(caption)
-    text = model.text_tokens(tokenizer([caption]), trim=not info["recipe"]["official"])
+    text = model.text_tokens(tokenizer([preprocessing.text(caption)]), trim=not recipe["official"])
     generator = torch.Generator().manual_seed(seed)                     # the same patches are dropped for both captions
-    restored, dropped = tbps.restore(model, view(record["image"])[None], text, None, info["recipe"], generator)
+    pixels = preprocessing.image(record["image"])[None]
+    restored, dropped = tbps.restore(model, pixels, text, None, recipe, generator)
     image = 255 * (tbps.unpatchify(restored, grid, patch)[0] * std + mean)                          # (3, H, W)
     where = tbps.unpatchify(dropped[..., None].expand_as(restored).float(), grid, patch)[0, 0] > 0  # (H, W)
     where &= torch.from_numpy(people.mask(record, "top") & (record["parts"] != people.PART["top_pattern"]))
@@ -59,7 +57,7 @@ def restored_colour(model, tokenizer, info, record, caption, seed):
 
 
 @torch.no_grad()
-def follow(model, tokenizer, info, number=1000, shuffled=False):
+def follow(model, tokenizer, preprocessing, recipe, number=1000, shuffled=False):
     """(percent that move towards the new colour, percent that end nearer to it, number of cases)"""
     rng = random.Random(0)
     found = list(cases(people.draw("test"), rng))
@@ -69,7 +67,7 @@ def follow(model, tokenizer, info, number=1000, shuffled=False):
         pairs = pairs[1:] + pairs[:1]
     moved = nearer = total = 0
     for n, ((record, _, _, old, new), pair) in enumerate(zip(found, pairs)):
-        before, after = (restored_colour(model, tokenizer, info, record, caption, n) for caption in pair)
+        before, after = (restored_colour(model, tokenizer, preprocessing, recipe, record, c, n) for c in pair)
         if before is None:
             continue
         a, b = (torch.tensor(people.PALETTE[colour], dtype=torch.float32) for colour in (old, new))
@@ -82,9 +80,9 @@ def follow(model, tokenizer, info, number=1000, shuffled=False):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="last.pt of a run with restoration on synthetic pedestrians")
-    model, tokenizer, info = with_heads(p.parse_args().checkpoint)
+    found = with_heads(p.parse_args().checkpoint)
     for shuffled, name in ((False, "own captions"), (True, "captions of another image")):
-        moved, nearer, total = follow(model, tokenizer, info, shuffled=shuffled)
+        moved, nearer, total = follow(*found, shuffled=shuffled)
         print(f"{name}: moves towards the new colour in {moved:.1f} %, ends nearer to it in {nearer:.1f} % of {total}")
 
 

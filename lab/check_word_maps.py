@@ -35,15 +35,14 @@ def cases(record, caption):
     return found
 
 
-def score(model, tokenizer, info, records):
+def score(model, tokenizer, preprocessing, records):
     """{"colour" or "noun": [(hit, chance), ...]}"""
-    view = data.EvalView(info["size"], info["norm"], info["resize"])
     hits = dict(colour=[], noun=[])
     for record in records:
         for caption in map(data.normalize_text, record["captions"]):
-            if info["clean"]:
-                caption = data.clean_caption(caption)
-            found = evaluation.word_maps(model, tokenizer, view(record["image"]), caption, data.tag_words, most=99)
+            caption = preprocessing.text(caption)
+            pixels = preprocessing.image(record["image"])
+            found = evaluation.word_maps(model, tokenizer, pixels, caption, data.tag_words, most=99)
             maps = {word: heat for word, _, heat in found}
             for word, kind, mask in cases(record, caption):
                 if word in maps:
@@ -56,8 +55,8 @@ def score(model, tokenizer, info, records):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint")
-    model, tokenizer, info = tbps.load_checkpoint(p.parse_args().checkpoint)
-    for kind, found in score(model, tokenizer, info, data.read("toy", "", "test")[::20]).items():
+    found = score(*tbps.load_checkpoint(p.parse_args().checkpoint), data.read("toy", "", "test")[::20])
+    for kind, found in found.items():
         hit, chance = 100 * np.mean(found, axis=0)
         print(f"{kind}s: {hit:.0f} % of {len(found):,} point at their garment; by chance {chance:.0f} %")
 

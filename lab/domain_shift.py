@@ -69,10 +69,10 @@ def score(checkpoints, names):
     """{run: {set: [R@1 of each seed]}}"""
     sets, found = {name: records(name, "test") for name in names}, {}
     for path in tqdm(checkpoints, unit=" checkpoints"):
-        model, tokenizer, info = tbps.load_checkpoint(path)
+        loaded = tbps.load_checkpoint(path)
         scores = found.setdefault(run_name(path), {name: [] for name in names})
         for name in names:
-            result = tbps.evaluate(model, tokenizer, info, sets[name], "cpu", sheet=False, progress=False)[0]
+            result = tbps.evaluate(*loaded, sets[name], "cpu", sheet=False, progress=False)[0]
             scores[name].append(result["text to image"]["R@1"])
     return found
 

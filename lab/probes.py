@@ -88,15 +88,16 @@ def write_contributions(found, page):
 
 def probe(args):
     evaluation.check_page(args.page)
-    model, tokenizer, info = tbps.load_checkpoint(args.checkpoint)
+    model, tokenizer, preprocessing = tbps.load_checkpoint(args.checkpoint)
     before, _, _ = tbps.load_checkpoint(args.before)
     if before.arch != model.arch:
         raise ValueError(f"{args.before} is another architecture than {args.checkpoint}: not what it started from")
-    records = data.read(info["args"]["dataset"], info["args"]["data_root"], "val")
+    trained = tbps.read_checkpoint(args.checkpoint)["args"]
+    records = data.read(trained["dataset"], trained["data_root"], "val")
 
     def score(weights):
         model.load_state_dict(weights)
-        result = tbps.evaluate(model, tokenizer, info, records, "cpu", sheet=False, progress=False)[0]
+        result = tbps.evaluate(model, tokenizer, preprocessing, records, "cpu", sheet=False, progress=False)[0]
         return result["text to image"]["R@1"]
 
     weights = {name: w.clone() for name, w in model.state_dict().items()}
@@ -107,7 +108,7 @@ def probe(args):
 
 
 def without(layers, how):
-    """Replacements for tbps.parse_args and tbps.build_model: these text layers are frozen ("freeze") or left out ("drop").
+    """Replacements for tbps.parse_args and tbps.build_model: text layers are frozen ("freeze") or left out ("drop").
 
     The choice is stored in the checkpoint, so that only the same choice resumes it."""
     parse, build = tbps.parse_args, tbps.build_model

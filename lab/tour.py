@@ -28,7 +28,7 @@ SORTED_WORDS = f'[" ".join(sorted(c.split())) for c in {CAPTIONS}]'
 SWAPPED_SIDES = f'[c.replace("left", "@").replace("right", "left").replace("@", "right") for c in {CAPTIONS}]'
 SCALED = "self.scale(image if isinstance(image, Image.Image) else load_image(image))"
 GREY = f"{SCALED}.mean(dim=0, keepdim=True).expand(3, -1, -1)"
-EMBED = "    image, text = embed(model, tokenizer, info, records, device, workers, progress)\n"
+EMBED = "    image, text = embed(model, tokenizer, preprocessing, records, device, workers, progress)\n"
 MEAN_OF_CAPTIONS = "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n"
 SINCOS = "nn.Parameter(0.5 * sincos_grid(self.grid, width))"
 NOISE = "nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], width))"

@@ -21,8 +21,8 @@ def checkpoint(tmp_path_factory, people):
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab))
     args = argparse.Namespace(dataset="toy", data_root="data", method="baseline")
-    info = dict(size=(96, 48), norm="imagenet", resize="bicubic", clean=True)
-    content = tbps.content(args, tbps.BASELINE, model, tokenizer, info, heads=False)
+    preprocessing = data.Preprocessing((96, 48))
+    content = tbps.checkpoint_dict(args, tbps.BASELINE, model, tokenizer, preprocessing, heads=False)
     path = tmp_path_factory.mktemp("run") / "best.pt"
     tbps.save(path, content | dict(epoch=1, step=0, best=0.0, scores={}))
     return path

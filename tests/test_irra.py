@@ -375,8 +375,8 @@ def test_colours_names_what_it_needs(tmp_path, cuhk):
     assert "heads are in the last.pt" in error("lab/check_restoration.py", tmp_path / "r/best.pt")
     assert "the checkpoint should be at" in error("lab/check_restoration.py", tmp_path / "none.pt")
     from lab import check_restoration
-    model, tokenizer, info = check_restoration.with_heads(tmp_path / "r/last.pt")
-    moved, nearer, number = check_restoration.follow(model, tokenizer, info, number=20)
+    loaded = check_restoration.with_heads(tmp_path / "r/last.pt")
+    moved, nearer, number = check_restoration.follow(*loaded, number=20)
     assert 0 <= moved <= 100 and 0 <= nearer <= 100 and 15 <= number <= 20
     for record, caption, changed, old, new in check_restoration.cases(draw("test", persons=6), random.Random(0)):
         assert caption != changed and new in changed and old == record["attributes"]["top_colour"] != new

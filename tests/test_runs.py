@@ -77,7 +77,7 @@ def tiny_model(records):
 
 def score(records):
     model, tokenizer = tiny_model(records)
-    preprocessing = dict(size=(32, 16), norm="imagenet", resize="bicubic", clean=True)
+    preprocessing = data.Preprocessing((32, 16))
     features = tbps.embed(model, tokenizer, preprocessing, records, "cpu")
     return features, tbps.evaluate(model, tokenizer, preprocessing, records, "cpu", sheet=False)[0]
 

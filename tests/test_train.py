@@ -226,8 +226,9 @@ def test_the_checkpoint_is_all_that_evaluation_needs(trained, cuhk, tmp_path):
     assert (tmp_path / "p.html").read_text().count("<div class=row>") == 12
     other = run("eval.py", "--checkpoint", copy, "--dataset", "toy", "--split", "val", "--page", tmp_path / "p.html")
     assert "on toy val: 300 persons, 1,200 images, 2,400 captions" in other
-    model, tokenizer, info = tbps.load_checkpoint(copy)
-    assert not model.training and info["size"] == (96, 48) and info["norm"] == "imagenet" and info["resize"] == "bicubic" and info["clean"]
+    model, tokenizer, preprocessing = tbps.load_checkpoint(copy)
+    assert not model.training
+    assert preprocessing.settings == dict(size=(96, 48), norm="imagenet", resize="bicubic", clean=True)
     assert model.encode_text(tokenizer(["a man"])).shape == (1, 128) and not list(model.heads)
     tuned = run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--out", tmp_path / "t", *SMALL, "--clip", copy, "--method", "baseline")
     assert f"clip: {len(model.state_dict())} tensors from {copy}" in tuned

@@ -44,6 +44,10 @@ def transformers_5_pair(folder):
     write_json(folder / "processor_config.json", dict(image_processor=OTHER_HF_VIEWS))
 
 
+def config_of(source):
+    return tbps.read_config(tbps.find_weights(source))
+
+
 PAIRS = {"open_clip": open_clip_pair, "Hugging Face": hugging_face_pair, "transformers 5": transformers_5_pair}
 
 
@@ -51,10 +55,10 @@ PAIRS = {"open_clip": open_clip_pair, "Hugging Face": hugging_face_pair, "transf
 def test_config_and_preprocessing_belong_to_the_weights(pair, tmp_path, capsys):
     """Head widths, activation, mean and std of the config give the features of the original with its preprocessing."""
     PAIRS[pair](tmp_path)
-    model, views = tbps.load_clip(tmp_path), tbps.preprocessing_for(tmp_path)
-    pixels = data.EvalView(model.arch["image_size"], views["norm"], views["resize"])(PICTURE)[None]
-    assert_features(model, OTHER_IMAGE, OTHER_TEXT, pixels)
-    assert model.arch["head_width"] == 32 and model.arch["text_head_width"] == 16 and views["norm"] == "half"
+    model, config = tbps.load_clip(tmp_path), config_of(tmp_path)
+    preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"])
+    assert_features(model, OTHER_IMAGE, OTHER_TEXT, preprocessing.image(PICTURE)[None])
+    assert model.arch["head_width"] == 32 and model.arch["text_head_width"] == 16 and config["norm"] == "half"
     assert re.search(r"heads of 32, GELU \((open_clip_)?config.json\)", capsys.readouterr().out)
 
 
@@ -62,7 +66,7 @@ def test_timms_files_beside_open_clips_are_not_taken(tmp_path):
     timm_pair(tmp_path)
     open_clip_pair(tmp_path)
     model = tbps.load_clip(tmp_path)
-    assert model.arch["head_width"] == 32 and tbps.preprocessing_for(tmp_path)["norm"] == "half"
+    assert model.arch["head_width"] == 32 and config_of(tmp_path)["norm"] == "half"
     (tmp_path / "open_clip_config.json").unlink()                       # a config of timm is none of a CLIP
     with pytest.raises(ValueError, match="/config.json is not the configuration of a CLIP"):
         tbps.load_clip(tmp_path / "open_clip_model.safetensors")
@@ -74,9 +78,9 @@ def test_each_weights_file_has_its_own_config(tmp_path):
     open_clip_pair(tmp_path)
     write_json(tmp_path / "open_clip_config.json", dict(model_cfg=dict(quick_gelu=True)))
     assert_features(tbps.load_clip(tmp_path / "open_clip_model.safetensors"))
-    assert tbps.preprocessing_for(tmp_path / "open_clip_model.safetensors")["norm"] == "clip"
+    assert config_of(tmp_path / "open_clip_model.safetensors")["norm"] == "clip"
     for source in (tmp_path / "model.safetensors", tmp_path):
-        assert not tbps.load_clip(source).arch["quick_gelu"] and tbps.preprocessing_for(source)["norm"] == "half"
+        assert not tbps.load_clip(source).arch["quick_gelu"] and config_of(source)["norm"] == "half"
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config, encoding="utf-8-sig")  # a byte-order mark
     assert not tbps.load_clip(tmp_path).arch["quick_gelu"]
@@ -102,9 +106,9 @@ def test_other_mean_and_std_are_carried_as_numbers(tmp_path):
     open_clip_pair(tmp_path)
     odd = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation="bilinear")
     write_json(tmp_path / "open_clip_config.json", OTHER_OPEN_CLIP_CONFIG | dict(preprocess_cfg=odd))
-    views = tbps.preprocessing_for(tmp_path)
-    assert views["norm"] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and views["resize"] == "bilinear"
-    white = data.EvalView((24, 24), views["norm"], views["resize"])(255 * (PICTURE >= 0).astype("uint8"))
+    config = config_of(tmp_path)
+    assert config["norm"] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and config["resize"] == "bilinear"
+    white = data.Preprocessing((24, 24), config["norm"], config["resize"]).image(255 * (PICTURE >= 0).astype("uint8"))
     assert white[:, 0, 0].tolist() == pytest.approx([0.9 / 0.4, 0.8 / 0.5, 0.7 / 0.6])
 
 
@@ -156,9 +160,9 @@ def write_shards(folder):
 
 def test_weights_in_shards(tmp_path):
     write_shards(tmp_path)
-    model, views = tbps.load_clip(tmp_path), tbps.preprocessing_for(tmp_path)
-    pixels = data.EvalView(model.arch["image_size"], views["norm"], views["resize"])(PICTURE)[None]
-    assert_features(model, OTHER_IMAGE, OTHER_TEXT, pixels)
+    model, config = tbps.load_clip(tmp_path), config_of(tmp_path)
+    preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"])
+    assert_features(model, OTHER_IMAGE, OTHER_TEXT, preprocessing.image(PICTURE)[None])
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors"):
         tbps.load_clip(tmp_path)
