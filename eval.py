@@ -395,21 +395,22 @@ def gallery_files(folder, skipped, failed):
     skipped: a Counter, receives the endings of images that are not read
     failed: a list, receives the OSError of each folder that cannot be listed and of each file that cannot be examined
     """
-    root, prefix = Path(folder).resolve(), len(os.path.join(folder, ""))
+    root, prefix = os.path.join(os.path.realpath(folder), ""), len(os.path.join(folder, ""))
     for where, folders, files in os.walk(folder, onerror=failed.append):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(f for f in files if not f.startswith(".")):
             path, ending = os.path.join(where, name), os.path.splitext(name)[1].lower()
             skipped.update({ending} & OTHER_SUFFIXES)
-            linked = ending in SUFFIXES and os.path.islink(path)
-            if ending not in SUFFIXES or linked and not Path(path).resolve().is_relative_to(root):
+            if ending not in SUFFIXES or os.path.islink(path) and not os.path.realpath(path).startswith(root):
                 continue
             try:
                 state = os.stat(path)
                 if stat.S_ISREG(state.st_mode):
                     yield [path[prefix:], state.st_size, state.st_mtime_ns]
+            except FileNotFoundError:                                   # a broken symlink
+                pass
             except OSError as e:
-                failed += [] if linked else [e]                         # the end of a broken link is not missed
+                failed.append(e)
 
 
 class Index:
@@ -456,7 +457,7 @@ class Index:
 
     def append(self, rows, lines):
         """Append rows, float16 (n, D), and the line of each: first the rows, then what makes them count."""
-        if not self.size:                                               # new, or of other weights
+        if not self.lines:                                              # new, or of other weights
             self.keep([])
         if self.list_file.stat().st_size != self.size:
             raise ValueError(f"{self.list_file} has changed meanwhile: is another search filling the same index?")

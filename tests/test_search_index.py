@@ -146,6 +146,14 @@ def test_lines_without_rows_are_cut(three, cut, left):
     assert opened(three)[1] == list(left)
 
 
+def test_a_list_without_rows_is_begun_anew(three):
+    os.remove(f"{three}.f16")
+    index = evaluation.Index(three, "w", 2)
+    assert index.lines == []
+    index.append(rows(4), lines("d"))
+    assert opened(three) == ([[4, 4.5]], ["d"])
+
+
 def test_keep_is_atomic(three):
     """Both new files are written, then replaced, the rows first: wherever that ends, rows fit lines."""
     rows_file, list_file = (three.with_name(f"i.{ending}") for ending in ("f16", "jsonl"))
@@ -263,6 +271,14 @@ def test_a_missing_disk_does_not_empty_the_index(checkpoint, photos, tmp_path):
     (tmp_path / "gone").mkdir()
     assert "its index is left as it is" in search(checkpoint, tmp_path / "gone", "--index", tmp_path / "i", code=2)
     assert read_index(tmp_path / "i")[0].shape == (16, 128)
+
+
+def test_links_in_a_circle_are_no_images(photos):
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    failed = []
+    paths = [path for path, *_ in evaluation.gallery_files(photos, collections.Counter(), failed)]
+    assert len(paths) == 17 and not any("loop" in path for path in paths)
+    assert [os.path.basename(e.filename) for e in failed] == ["loop.png"]
 
 
 def test_other_endings_are_counted(checkpoint, photos):
