@@ -684,8 +684,9 @@ def explained(search, row, text):
     return f"<div class=row>{''.join(shown)}</div>"
 
 
-def breakable(name):
-    """A file name as HTML, which is never broken shortly before or inside its ending."""
+def breakable(path):
+    """A path as HTML, which is never broken shortly before or inside its ending."""
+    name = printable(path)
     cut = max(0, len(os.path.splitext(name)[0]) - 4)
     return f"{html.escape(name[:cut])}<span class=ending>{html.escape(name[cut:])}</span>"
 
@@ -701,7 +702,7 @@ def results(search, found, links=None):
             shown = f"<span>{html.escape(name)} cannot be read any more</span>"
         if links:
             shown = f'<a href="/photo?row={row}">{shown}</a>'
-        cells.append(f"<figure class=hit>{shown}<figcaption><b>{rank}</b> {score:.3f}<br>{breakable(name)}"
+        cells.append(f"<figure class=hit>{shown}<figcaption><b>{rank}</b> {score:.3f}<br>{breakable(search.path(row))}"
                      f"{links(row) if links else ''}</figcaption></figure>")
     return f"<div class=hits>{''.join(cells)}</div>"
 
@@ -756,13 +757,12 @@ def answer(search, asked, text):
     if len(text) > LONGEST:
         raise ValueError(f"a description of {len(text):,} characters is too long; a few sentences are enough")
     if like is not None:
-        name = breakable(printable(search.path(like)))
-        return f"<h2>Like {name}</h2>{results(search, search.like(like, top), links)}"
+        return f"<h2>Like {breakable(search.path(like))}</h2>{results(search, search.like(like, top), links)}"
     if not lines:
         return "<p class=note>Describe the person in a sentence.</p>" if "q" in asked else ""
     if why is not None:
-        name, maps = breakable(printable(search.path(why))), explained(search, why, " ".join(lines))
-        main += f"<h2>What the words respond to in {name}</h2>{maps}{MAPS}"
+        main += f"<h2>What the words respond to in {breakable(search.path(why))}</h2>"
+        main += explained(search, why, " ".join(lines)) + MAPS
     if unread := max(map(search.unread, lines)):
         main += f"<p class=note>{unread:,} tokens were not read: the model reads 75 tokens a line, about 55 words.</p>"
     query = F.normalize(search.encode(lines).mean(dim=0, keepdim=True), dim=1)
@@ -919,9 +919,8 @@ def find_model(data, tbps, source):
     return tbps.find_weights(source)
 
 
-def open_model(data, tbps, args, source):
+def open_model(data, tbps, args, path):
     """-> model, tokenizer, preprocessing, facts {method, epoch, args} of a checkpoint or of the weights of a CLIP."""
-    path = find_model(data, tbps, source)
     if tbps.is_checkpoint(path):
         if args.tokenizer or args.size:
             raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; the checkpoint {path} has its own")
@@ -941,14 +940,13 @@ def compare(data, tbps, args):
     """Scores of all checkpoints on all data sets: printed, and written as a page after each."""
     overview, chapters, first = {}, [], Path(args.checkpoint[0])
     several = len(args.checkpoint) * len(args.dataset or [""]) > 1
-    for source in args.checkpoint:
-        find_model(data, tbps, source)                                  # all of them, before the first is scored
-    for source in args.checkpoint:
-        model, tokenizer, preprocessing, facts = open_model(data, tbps, args, source)
+    for source, path in zip(args.checkpoint, [find_model(data, tbps, source) for source in args.checkpoint]):
+        model, tokenizer, preprocessing, facts = open_model(data, tbps, args, path)
         if not (args.dataset or facts["args"]):
             raise ValueError(f"{source} was trained on no data set known here; name one with --dataset")
         for dataset in args.dataset or [facts["args"]["dataset"]]:
             records = data.read(dataset, args.data_root or facts["args"].get("data_root", "data"), args.split)
+            captions = [c for r in records for c in r["captions"]]
             inputs = evaluation_set(records, preprocessing, tokenizer)
             workers = 0 if dataset.startswith("toy") else args.workers
             rows, image, text = evaluate(model, *inputs, args.device, workers)
@@ -957,7 +955,6 @@ def compare(data, tbps, args):
             for name, scores in rows.items():
                 print(f"{name:44}{format_scores(scores)}", flush=True)
             overview[f"{source} on {dataset}"] = rows["text to image"]
-            captions = [c for r in records for c in r["captions"]]
             sheet = retrieval_sheet(captions, text, image, *inputs[2:], lambda j: data.load_image(records[j]["image"]))
             chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
             file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
@@ -974,27 +971,20 @@ def compare(data, tbps, args):
 
 def read_queries(data, args):
     """-> the texts of --query and --queries."""
-    queries = [printable(q) for q in args.query]
+    queries = list(args.query)
     if args.queries:
         file = data.need(args.queries, "the file of queries", "it has one query per line")
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise ValueError(f"{file} is no text in UTF-8 with a query per line") from None
-        queries += [printable(line.expandtabs(1)) for line in lines if line.strip()]
-        if not queries:
-            raise ValueError(f"{file} has no query: it has one per line")
-    if not all(q.strip() for q in queries):
+        queries += [line for line in data.read_text(file).splitlines() if line.strip()]
+    if (args.queries and not queries) or not all(q.strip() for q in queries):
         raise ValueError("a query is empty: describe the person in a sentence")
-    return queries
+    return [printable(q.expandtabs(1)) for q in queries]
 
 
 def answered(search, queries, args):
     """Print what each query finds, and yield its chapter of the page."""
     for query, found in zip(queries, search.top(search.encode(queries), args.top)):
         if unread := search.unread(query):
-            print(f"{query[:40]}...: its last {unread:,} tokens were not read; there is room for 75, about 55 words",
-                  file=sys.stderr)
+            print(f"{query[:40]}...: its last {unread:,} tokens were not read; there is room for 75", file=sys.stderr)
         print(f"\n{query}")
         for rank, (row, score) in enumerate(found, start=1):
             print(f"{rank:4d}  {score:.3f}  {printable(search.path(row))}")
@@ -1032,7 +1022,7 @@ def search_gallery(data, tbps, args):
         raise ValueError(f"{folder} is a file; --gallery takes a folder of images")
     queries = read_queries(data, args)
     server = Server(args.serve) if args.serve is not None and process()[0] == 0 else None
-    model, tokenizer, preprocessing, facts = open_model(data, tbps, args, args.checkpoint[0])
+    model, tokenizer, preprocessing, facts = open_model(data, tbps, args, find_model(data, tbps, *args.checkpoint))
     index = open_index(folder, model, preprocessing, args)
     if index is None:
         return
