@@ -107,7 +107,9 @@ class Bank:
     @classmethod
     def of(cls, model, tokenizer, preprocessing, records, recipe, args):
         """With the encoders of a model, in eval mode."""
-        return cls(*tbps.embed(model, tokenizer, preprocessing, records, args.device, args.workers), records, recipe["siblings"], args.device)
+        images, tokens, *_ = evaluation.evaluation_set(records, preprocessing, tokenizer)
+        features = evaluation.embed(model, images, tokens, args.device, args.workers)
+        return cls(*features, records, recipe["siblings"], args.device)
 
     def enrich(self, heads, item, size, drop=0.0):
         """Captions by number (B,) and their images, each fused with supports drawn from its others -> image (B, D), text (B, D)."""

@@ -1385,20 +1385,6 @@ def barrier():
         torch.distributed.barrier()
 
 
-def together(x):
-    """Rows rank, rank + W, ... from each of W processes -> all rows, in order, on the CPU. A process may have no
-    row."""
-    rank, ranks = losses.ranks()
-    if ranks == 1:
-        return x
-    torch.distributed.all_gather_object(parts := [None] * ranks, x)
-    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])     # the first process has a row if any has
-    for r, part in enumerate(parts):
-        if len(part):
-            out[r::ranks] = part
-    return out
-
-
 def average_over_ranks(tensors):
     """Replace each tensor by its mean over all ranks, in one message."""
     W = losses.ranks()[1]
@@ -1482,8 +1468,8 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {format_losses(history.mean())}"
             line += f"  {history.speed(recipe['batch']):.0f} pairs/s"
             if val:
-                scores, _ = evaluate(model, tokenizer, preprocessing, val, device, args.workers, sheet=False)
-                state["scores"] = scores["text to image"]
+                inputs = evaluation.evaluation_set(val, preprocessing, tokenizer)
+                state["scores"] = evaluation.evaluate(model, *inputs, device, args.workers)[0]["text to image"]
                 line += f"  val {evaluation.format_scores(state['scores'])}"
                 write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
             print_above(bar, line)
@@ -2011,34 +1997,6 @@ def build_model(args, recipe, tokenizer, persons, make_heads):
     return model
 
 
-def embed(model, tokenizer, preprocessing, records, device, workers=0, progress=True):
-    """-> features of unit length of the images (N, D) and captions (M, D) of a split. Each process embeds its share,
-    and all have them."""
-    rank, ranks = losses.ranks()
-    images = data.Images([r["image"] for r in records[rank::ranks]], preprocessing.image)
-    captions = [preprocessing.text(c) for r in records for c in r["captions"]]
-    image = evaluation.embed_images(model, images, device, workers, progress=progress and rank == 0)
-    return together(image), together(evaluation.embed_texts(model, tokenizer(captions[rank::ranks])))
-
-
-def evaluate(model, tokenizer, preprocessing, records, device, workers=0, sheet=True, progress=True):
-    """Scores of a split in three ways, {name: scores}, and its retrieval sheet as HTML (None if sheet=False, then
-    text-to-image only)."""
-    captions = [c for r in records for c in r["captions"]]
-    g_pid = torch.tensor([r["pid"] for r in records])
-    own = torch.tensor([i for i, r in enumerate(records) for _ in r["captions"]])
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
-    image, text = embed(model, tokenizer, preprocessing, records, device, workers, progress)
-    rows = {"text to image": evaluation.retrieval_metrics(text, image, g_pid[own], g_pid)}
-    if not sheet:
-        return rows, None
-    rows["image to text"] = evaluation.retrieval_metrics(image, text, g_pid, g_pid[own])
-    if any(n > 1 for n in collections.Counter(g_pid.tolist()).values()):
-        rows["text to other images"] = evaluation.retrieval_metrics(text, image, g_pid[own], g_pid, own)
-    return rows, evaluation.retrieval_sheet(captions, text, image, g_pid, own, lambda j: data.load_image(records[j]["image"]))
-
-
 @torch.no_grad()
 def restorations(model, tokenizer, preprocessing, records, recipe, number=8):
     """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is
@@ -2074,13 +2032,17 @@ def score_run(args, recipe, records, out, *chapters):
     rows, minutes = {}, read_file(out / "last.pt")["minutes"]           # of all parts of a run that was resumed
     for name in ("last.pt", "best.pt"):
         model, tokenizer, preprocessing = load_checkpoint(out / name, args.device)
-        scores, sheet = evaluate(model, tokenizer, preprocessing, records, args.device, args.workers)
+        inputs = evaluation.evaluation_set(records, preprocessing, tokenizer)
+        scores, image, text = evaluation.evaluate(model, *inputs, args.device, args.workers)
         rows |= {f"{name}, {way}": s for way, s in scores.items()}
     write_log(out, at=[recipe["epochs"], 1], test=rows)
     if losses.ranks()[0] == 0:
+        captions, pid, source = [c for r in records for c in r["captions"]], *inputs[2:]
+        sheet = evaluation.retrieval_sheet(captions, text, image, pid, source,
+                                           lambda j: data.load_image(records[j]["image"]))
         write_report(out, args, recipe, rows, sheet, minutes, *chapters)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
-    if other := rows.get("best.pt, text to other images"):
+    if other := rows.get(f"best.pt, {evaluation.EXCLUDED}"):
         print(f"test, excluding the source image of each caption: {evaluation.format_scores(other)}")
     print(f"test {evaluation.format_scores(rows['best.pt, text to image'])}", flush=True)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data                                                             # noqa: E402
+import eval as evaluation                                               # noqa: E402
 import tbps                                                             # noqa: E402
 from lab import people, tables                                          # noqa: E402
 
@@ -69,10 +70,11 @@ def score(checkpoints, names):
     """{run: {set: [R@1 of each seed]}}"""
     sets, found = {name: records(name, "test") for name in names}, {}
     for path in tqdm(checkpoints, unit=" checkpoints"):
-        loaded = tbps.load_checkpoint(path)
+        model, tokenizer, preprocessing = tbps.load_checkpoint(path)
         scores = found.setdefault(run_name(path), {name: [] for name in names})
         for name in names:
-            result = tbps.evaluate(*loaded, sets[name], "cpu", sheet=False, progress=False)[0]
+            inputs = evaluation.evaluation_set(sets[name], preprocessing, tokenizer)
+            result = evaluation.evaluate(model, *inputs, progress=False)[0]
             scores[name].append(result["text to image"]["R@1"])
     return found
 

@@ -94,10 +94,11 @@ def probe(args):
         raise ValueError(f"{args.before} is another architecture than {args.checkpoint}: not what it started from")
     trained = tbps.read_checkpoint(args.checkpoint)["args"]
     records = data.read(trained["dataset"], trained["data_root"], "val")
+    inputs = evaluation.evaluation_set(records, preprocessing, tokenizer)
 
     def score(weights):
         model.load_state_dict(weights)
-        result = tbps.evaluate(model, tokenizer, preprocessing, records, "cpu", sheet=False, progress=False)[0]
+        result = evaluation.evaluate(model, *inputs, progress=False)[0]
         return result["text to image"]["R@1"]
 
     weights = {name: w.clone() for name, w in model.state_dict().items()}

@@ -23,12 +23,13 @@ SCORE, TRAIN = f"eval.py --checkpoint {ROOT / MAIN}/best.pt", "tbps.py"
 
 # ---- lines that exercises change -------------------------------------------------------------------------------------
 
-CAPTIONS = "captions[rank::ranks]"
-SORTED_WORDS = f'[" ".join(sorted(c.split())) for c in {CAPTIONS}]'
-SWAPPED_SIDES = f'[c.replace("left", "@").replace("right", "left").replace("@", "right") for c in {CAPTIONS}]'
+TOKENS = "tokenizer(captions)"
+SORTED_WORDS = 'tokenizer([" ".join(sorted(c.split())) for c in captions])'
+SWAPPED_SIDES = ('tokenizer([c.replace("left", "@").replace("right", "left").replace("@", "right") '
+                 "for c in captions])")
 SCALED = "self.scale(image if isinstance(image, Image.Image) else load_image(image))"
 GREY = f"{SCALED}.mean(dim=0, keepdim=True).expand(3, -1, -1)"
-EMBED = "    image, text = embed(model, tokenizer, preprocessing, records, device, workers, progress)\n"
+EMBED = "    image, text = embed(model, images, tokens, device, workers, progress)\n"
 MEAN_OF_CAPTIONS = "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n"
 SINCOS = "nn.Parameter(0.5 * sincos_grid(self.grid, width))"
 NOISE = "nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], width))"
@@ -48,15 +49,15 @@ NITC = "losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), tea
 # ---- exercises -------------------------------------------------------------------------------------------------------
 
 EXERCISES = [  # (task, command, [(file, old lines, new lines)])
-    ("Sort the words of each test caption alphabetically.", SCORE, [("tbps.py", CAPTIONS, SORTED_WORDS)]),
-    ("Swap left and right in the test captions.", SCORE, [("tbps.py", CAPTIONS, SWAPPED_SIDES)]),
+    ("Sort the words of each test caption alphabetically.", SCORE, [("eval.py", TOKENS, SORTED_WORDS)]),
+    ("Swap left and right in the test captions.", SCORE, [("eval.py", TOKENS, SWAPPED_SIDES)]),
     ("Remove the colour from the test images.", SCORE, [
         ("data.py", f"self.normalize({SCALED})", f"self.normalize({GREY})"),
     ]),
     ("Query with both captions of an image: the mean of their features.", SCORE, [
-        ("tbps.py", EMBED, EMBED + MEAN_OF_CAPTIONS),
+        ("eval.py", EMBED, EMBED + MEAN_OF_CAPTIONS),
     ]),
-    ("Query with the source image of the caption.", SCORE, [("tbps.py", EMBED, EMBED + "    text = image[own]\n")]),
+    ("Query with the source image of the caption.", SCORE, [("eval.py", EMBED, EMBED + "    text = image[source]\n")]),
     ("CLIP's own contrast: other captions of the person are negatives.", f"{TRAIN} --set nitc=0 itc=1", []),
     ("No augmentation of images and captions.", f"{TRAIN} --set image_aug=none deletion=0", []),
     ("Initialise the patch positions from noise.", TRAIN, [("tbps.py", SINCOS, NOISE)]),

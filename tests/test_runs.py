@@ -10,6 +10,7 @@ import tqdm
 
 import data
 import losses
+import eval as evaluation
 import tbps
 from conftest import error, run
 from lab.people import draw
@@ -77,9 +78,9 @@ def tiny_model(records):
 
 def score(records):
     model, tokenizer = tiny_model(records)
-    preprocessing = data.Preprocessing((32, 16))
-    features = tbps.embed(model, tokenizer, preprocessing, records, "cpu")
-    return features, tbps.evaluate(model, tokenizer, preprocessing, records, "cpu", sheet=False)[0]
+    inputs = evaluation.evaluation_set(records, data.Preprocessing((32, 16)), tokenizer)
+    scores, *features = evaluation.evaluate(model, *inputs)
+    return features, {"text to image": scores["text to image"]}
 
 
 def score_as_one_of_three(rank, file, out):

@@ -15,6 +15,7 @@ import torch
 
 import data
 import distill
+import eval as evaluation
 import losses
 import tbps
 from conftest import ROOT, error
@@ -180,11 +181,11 @@ def rank_of_two(rank, file, out, micro):
     for tower in (model.image, model.text):
         tower.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     some = people[:7]
-    image, text = tbps.embed(model, tokenizer, dict(size=(32, 16), norm="imagenet", resize="bicubic", clean=True), some, "cpu")
+    image, text = evaluation.embed(model, *evaluation.evaluation_set(some, data.Preprocessing((32, 16)), tokenizer)[:2])
     assert len(image) == 7 and len(text) == sum(len(r["captions"]) for r in some) and sum(seen) == (len(image) + 1 - rank) // 2 + (len(text) + 1 - rank) // 2
     found["embedded"] = image, text
     rows = torch.arange(7.0)[rank::2]
-    assert tbps.together(rows[:, None]).flatten().tolist() == list(range(7)) and tbps.any_rank(rank == 1, "cpu") and not tbps.any_rank(False, "cpu")
+    assert evaluation.all_gather_rows(rows[:, None]).flatten().tolist() == list(range(7)) and tbps.any_rank(rank == 1, "cpu") and not tbps.any_rank(False, "cpu")
     if rank == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()
@@ -196,7 +197,8 @@ def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
     found = torch.load(tmp_path / "found.pt")
     model, _, _ = sample("baseline", people)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
-    alone = tbps.embed(model.float(), tokenizer, dict(size=(32, 16), norm="imagenet", resize="bicubic", clean=True), people[:7], "cpu")
+    inputs = evaluation.evaluation_set(people[:7], data.Preprocessing((32, 16)), tokenizer)
+    alone = evaluation.embed(model.float(), *inputs[:2])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, found["embedded"]))               # each embedded half, and all have all
     same_draws(monkeypatch)
     for name in STEPS:
