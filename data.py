@@ -907,19 +907,6 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-class Images(torch.utils.data.Dataset):
-    """Images as the encoder takes them, in order. view: Preprocessing.image or the like."""
-
-    def __init__(self, images, view):
-        self.images, self.view = images, view
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.view(self.images[i])
-
-
 class Pairs(torch.utils.data.Dataset):
     """Training items, one (image, caption) pair each: an image with two captions is two items.
 
