@@ -222,80 +222,59 @@ def apply_edit(source, spans, encoded, tokenizer, what, noun, old, new, replaced
 # ---- the folder of a diffusion model --------------------------------------------------------------------------------
 
 LAYOUT = "a diffusion model is a folder in the layout of diffusers: unet, vae, scheduler, text_encoder and tokenizer"
-WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
-FILES = {  # part -> its configuration, its weights (one of them)
-    "unet": ("config.json", WEIGHTS),
-    "vae": ("config.json", WEIGHTS),
-    "text_encoder": ("config.json", ["model.safetensors", "pytorch_model.bin"]),
-    "scheduler": ("scheduler_config.json", []),
-    "tokenizer": (None, ["merges.txt", "tokenizer.json"]),
-}
-WANTED = {  # key of a configuration -> the values that work here, first diffusers' default; or a size and its default
-    "unet": dict(
-        _class_name=["UNet2DConditionModel"], in_channels=4, out_channels=4, cross_attention_dim=1280,
-        addition_embed_type=[None],                                     # SDXL has one
-        encoder_hid_dim_type=[None],                                    # Kandinsky, DeepFloyd IF
-        num_class_embeds=[None], class_embed_type=[None]),              # upscalers
-    "vae": dict(_class_name=["AutoencoderKL"], latent_channels=4),
-    "text_encoder": dict(
-        hidden_act=["quick_gelu", "gelu"], max_position_embeddings=[data.CONTEXT],
-        hidden_size=None, num_attention_heads=None, num_hidden_layers=None, vocab_size=None),
-    "scheduler": dict(
-        num_train_timesteps=[1000], prediction_type=["epsilon", "v_prediction"],
-        beta_schedule=["linear", "scaled_linear", "squaredcos_cap_v2"]),
-}
-
-
-def check_value(file, key, value, allowed, why=""):
-    if value not in allowed:
-        raise ValueError(f"{file}: {key} is {value!r}, wanted is {' or '.join(map(repr, allowed))}{why}\n"
-                         "  Only models like Stable Diffusion 1.x can make pairs")
+CONFIGS = dict(unet="config.json", text_encoder="config.json", scheduler="scheduler_config.json", vae="config.json")
+WEIGHTS = ["model.safetensors", "pytorch_model.bin",
+           "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
 
 
 def read_config(folder, part):
-    """The keys of WANTED in the configuration of a part, checked."""
-    file = data.need(folder / part / FILES[part][0], "the configuration of a part", LAYOUT)
-    found, config = data.load_json(file), {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object; is the download complete?")
-    for key, rule in WANTED[part].items():
-        value = config[key] = found.get(key, rule[0] if isinstance(rule, list) else rule)
-        if isinstance(rule, list):
-            check_value(file, key, value, rule)
-        elif type(value) is not int or value < 1:
-            raise ValueError(f"{file}: {key} should be a whole number from 1 up, not {value!r}")
+    file = data.need(folder / part / CONFIGS[part], "the configuration of a part", LAYOUT)
+    config = data.load_json(file)
+    tbps.require(isinstance(config, dict), f"{file} is not a JSON object; is the download complete?")
     return config
 
 
 def check_diffusion(folder):
     """Raise FileNotFoundError or ValueError, naming the file, what is there and what is wanted, if a folder does not
     hold a diffusion model that can be edited here. Reads configurations, not weights."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; {LAYOUT}")
-    parts = [part for part in FILES if part != "vae" or (folder / part).exists()]
-    for part in parts:
+    tbps.require(not folder.is_file(), f"{folder} is a file; {LAYOUT}")
+    for part in ("unet", "scheduler", "text_encoder", "tokenizer"):
         data.need(folder / part, "a part of the diffusion model", LAYOUT)
-        names = FILES[part][1]
-        if names and not any((folder / part / name).exists() for name in names):
-            data.need(folder / part / names[0], "a part of the diffusion model", f"or {names[1]}")
-    config = {part: read_config(folder, part) for part in parts if part in WANTED}
-    file, unet, text = folder / "unet/config.json", config["unet"], config["text_encoder"]
-    if "vae" not in parts and unet["in_channels"] != 3:
-        raise ValueError(f"{file}: in_channels is {unet['in_channels']}: latents; but {folder} has no vae/; fetch it")
-    channels = config["vae"]["latent_channels"] if "vae" in parts else 3
-    for key in ("in_channels", "out_channels"):
-        check_value(file, key, unet[key], [channels], ", as in the latents; inpainting models have more")
-    check_value(file, "cross_attention_dim", unet["cross_attention_dim"], [text["hidden_size"]], ", the text encoder's")
-    if text["hidden_size"] % text["num_attention_heads"]:
-        raise ValueError(f"{folder / 'text_encoder/config.json'}: {text['num_attention_heads']} heads do not divide "
-                         f"the hidden_size {text['hidden_size']}")
+    config = {part: read_config(folder, part) for part in CONFIGS if (folder / part).exists()}
+    text, file = config["text_encoder"], folder / "text_encoder/config.json"
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        tbps.require(type(text.get(key)) is int and text[key] > 0,
+                     f"{file}: {key} should be a whole number from 1 up, not {text.get(key)!r}")
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    tbps.require(width % heads == 0, f"{file}: {heads} heads do not divide the hidden_size {width}")
+    channels = config["vae"].get("latent_channels", 4) if "vae" in config else 3
+    for part, key, default, *allowed in (
+            ("vae", "_class_name", "AutoencoderKL", "AutoencoderKL"),
+            ("unet", "_class_name", "UNet2DConditionModel", "UNet2DConditionModel"),
+            ("unet", "in_channels", 4, channels),                       # inpainting models have more
+            ("unet", "out_channels", 4, channels),
+            ("unet", "cross_attention_dim", 1280, width),
+            ("unet", "addition_embed_type", None, None),                # SDXL has one
+            ("unet", "encoder_hid_dim_type", None, None),               # Kandinsky, DeepFloyd IF
+            ("unet", "num_class_embeds", None, None),                   # upscalers
+            ("unet", "class_embed_type", None, None),
+            ("text_encoder", "hidden_act", "quick_gelu", "quick_gelu", "gelu"),
+            ("text_encoder", "max_position_embeddings", data.CONTEXT, data.CONTEXT),
+            ("scheduler", "num_train_timesteps", 1000, 1000),
+            ("scheduler", "prediction_type", "epsilon", "epsilon", "v_prediction"),
+            ("scheduler", "beta_schedule", "linear", "linear", "scaled_linear", "squaredcos_cap_v2")):
+        value = config.get(part, {}).get(key, default)
+        pixels = "; without vae/ a UNet must work on pixels" if "channels" in key and "vae" not in config else ""
+        tbps.require(value in allowed, f"{folder / part / CONFIGS[part]}: {key} is {value!r}, wanted is "
+                     f"{' or '.join(map(repr, allowed))}{pixels}\n  Only models like Stable Diffusion 1.x can be used")
 
 
 def find_diffusion(source):
     """A local folder, or a hub id, which huggingface_hub fetches into its cache -> the folder, checked."""
     folder = Path(source)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        wanted = [f"{part}/{name}" for part, (config, names) in FILES.items() for name in (config, *names)]
+        names = {*CONFIGS.values(), *WEIGHTS, "merges.txt", "tokenizer.json"}
+        wanted = [f"{part}/{name}" for part in (*CONFIGS, "tokenizer") for name in names]
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=wanted))
         except (HfHubHTTPError, OSError, ValueError) as e:
@@ -314,8 +293,8 @@ def load_part(cls, folder, name):
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         raise ValueError(f"{folder / name} cannot be read as {cls.__name__}: {reason}\n"
                          "  Is the download complete?") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder / name} lacks {len(missing)} weights, e.g. {missing[0]}; are these another model's?")
+    missing = sorted(report["missing_keys"])
+    tbps.require(not missing, f"{folder / name} lacks {len(missing)} weights, e.g. {missing[:1]}; is it one model's?")
     return part
 
 
@@ -353,8 +332,9 @@ def hf_names(name):
 
 def load_text_encoder(folder):
     """The text encoder in a folder that check_diffusion has checked. Raises ValueError unless all weights fit."""
-    config, names = data.load_json(folder / "config.json"), FILES["text_encoder"][1]
-    path = next(folder / name for name in names if (folder / name).exists())
+    config = data.load_json(folder / "config.json")
+    path = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder / WEIGHTS[0])
+    data.need(path, "the weights of the text encoder", f"or {WEIGHTS[1]}")
     width, heads = config["hidden_size"], config["num_attention_heads"]
     quick_gelu = config.get("hidden_act", "quick_gelu") == "quick_gelu"
     encoder = SDTextEncoder(config["vocab_size"], width, config["num_hidden_layers"], width // heads, quick_gelu)
@@ -392,9 +372,9 @@ def load_diffusion(source, steps=50, device="cpu"):
     vae = load_part(AutoencoderKL, folder, "vae") if (folder / "vae").exists() else None
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     text_encoder, tokenizer = load_text_encoder(folder / "text_encoder"), data.load_tokenizer(folder / "tokenizer")
-    if tokenizer.vocab != (known := len(text_encoder.tower.tok.weight)):
-        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab:,} tokens, the text encoder {known:,}; "
-                         "do they belong together?")
+    known = len(text_encoder.tower.tok.weight)
+    tbps.require(tokenizer.vocab == known, f"{folder}: the tokenizer has {tokenizer.vocab:,} tokens, the text encoder "
+                 f"{known:,}; do they belong together?")
     return Diffusion(unet, vae, scheduler, text_encoder, tokenizer, steps, device)
 
 
@@ -407,8 +387,8 @@ class Diffusion:
 
     def __init__(self, unet, vae, scheduler, text_encoder, tokenizer, steps=50, device="cpu"):
         for module in (m for m in unet.modules() if isinstance(m, Attention)):
-            if module.group_norm is not None or module.norm_cross or module.residual_connection:
-                raise ValueError("this UNet has attention layers of another kind than Stable Diffusion's")
+            tbps.require(module.group_norm is None and not module.norm_cross and not module.residual_connection,
+                         "this UNet has attention layers of another kind than Stable Diffusion's")
         self.unet, self.vae, self.text_encoder = (
             m and m.to(device).eval().requires_grad_(False) for m in (unet, vae, text_encoder))
         unet.to(memory_format=torch.channels_last)                      # a third faster, on a CPU too
@@ -608,9 +588,8 @@ class Control:
 
     def blend(self, source_z, target_z):
         """The target inside the mask (B, 1, H, W), the source outside. Called once after each step."""
-        if self.maps is None and self.blend_from < 1:
-            raise ValueError(f"no layer of this UNet reduces the image {self.blend_at} times; set blend_at to another "
-                             "power of 2, or blend_from=1 for no local blend")
+        tbps.require(self.maps is not None or self.blend_from == 1, f"no layer of this UNet reduces the image "
+                     f"{self.blend_at} times; set blend_at to another power of 2, or blend_from=1 for no local blend")
         if self.step + 1 <= int(self.blend_from * self.total):
             return target_z
         maps = F.interpolate(F.max_pool2d(self.maps, 3, stride=1, padding=1), self.shape[-2:])
@@ -651,16 +630,16 @@ TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_
 
 def check_recipe(recipe):
     """Raise ValueError if a value is out of range."""
-    allowed = dict(inversion=["direct", "negative", "null"], blend_at=[1, 2, 4, 8])
+    for key, choices in (("inversion", ["direct", "negative", "null"]), ("blend_at", [1, 2, 4, 8])):
+        allowed = ", ".join(map(str, choices))
+        tbps.require(recipe[key] in choices, f"{key} must be one of {allowed}, not {recipe[key]!r}")
     ranges = dict.fromkeys(["height", "width", "rounds", "train_epochs", "train_batch"], (1, math.inf))
     ranges |= dict.fromkeys(["cross_attention", "self_attention", "blend_from", "threshold", "drop_caption"], (0, 1))
     ranges["steps"] = (1, 100 if recipe["inversion"] == "null" else 1000)      # null-text's learning rate ends at 100
     for key, value in recipe.items():
         low, high = ranges.get(key, (0, math.inf))
-        if key in allowed and value not in allowed[key]:
-            raise ValueError(f"{key} must be one of {', '.join(map(str, allowed[key]))}, not {value!r}")
-        if not isinstance(value, str) and not (low <= value <= high and value < math.inf):                  # nan too
-            raise ValueError(f"{key}={value} must be from {low} to {high}")
+        is_right = isinstance(value, str) or low <= value <= high and value < math.inf      # neither inf nor nan
+        tbps.require(is_right, f"{key}={value} must be from {low} to {high}")
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -691,9 +670,8 @@ def toy_model(captions, steps, device, checkpoint=None):
 def check_training(saved, recipe, folder):
     """Raise ValueError if what was trained in a folder had other options."""
     changed = [f"{k} {saved['recipe'][k]} then, {recipe[k]} now" for k in TRAINING if saved["recipe"][k] != recipe[k]]
-    if changed:
-        raise ValueError(f"{folder} holds a diffusion model trained with other options ({'; '.join(changed)}): remove "
-                         f"it, or use it as it is with --diffusion {folder}")
+    tbps.require(not changed, f"{folder} holds a diffusion model trained with other options ({'; '.join(changed)}): "
+                 f"remove it, or use it as it is with --diffusion {folder}")
 
 
 def training_batches(model, records, recipe, seed, epoch, first):
@@ -907,54 +885,44 @@ def parse_args(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda, cpu or mps (default: cuda if there is one)")
     args = p.parse_args(argv)
-    recipe = dict(TOY if is_toy(args) else PAPER if args.preset == "paper" else SD)
+    is_toy = args.dataset.startswith("toy")
+    recipe = dict(TOY if is_toy else PAPER if args.preset == "paper" else SD)
     for text in args.set:
         key, _, value = text.partition("=")
-        if key not in recipe:
-            raise ValueError(f"there is no key {key!r}; there are {', '.join(recipe)}")
+        tbps.require(key in recipe, f"there is no key {key!r}; there are {', '.join(recipe)}")
         recipe[key] = tbps.parse_value(key, value, recipe[key])
     check_recipe(recipe)
-    check_args(args)
-    args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
-    return args, recipe
-
-
-def is_toy(args):
-    return args.dataset.startswith("toy")
-
-
-def check_args(args):
-    """Raise ValueError if options do not go together."""
     tbps.check_device(args.device)
     paths = (args.out, args.diffusion, args.words, args.judge, args.finetune)
-    for wrong, says in (
-            (is_toy(args) and args.preset == "paper", "--preset paper is for Stable Diffusion; toy has its own preset"),
-            ("" in paths, "an option was given an empty text; is a shell variable not set?"),
-            (min(args.count, args.edits, args.batch) < 1, "--count, --edits and --batch must be at least 1"),
-            (not args.save_minutes >= 0, "--save-minutes goes from 0"),
-            (not is_toy(args) and not args.diffusion, f"name the diffusion model with --diffusion; {LAYOUT}"),
-            (args.words and (args.diffusion or not is_toy(args)), "--words is for the model of synthetic pedestrians")):
-        if wrong:
-            raise ValueError(says)
+    for condition, sentence in (
+            (args.preset != "paper" or not is_toy, "--preset paper is for Stable Diffusion; toy has its own preset"),
+            ("" not in paths, "an option was given an empty text; is a shell variable not set?"),
+            (min(args.count, args.edits, args.batch) > 0, "--count, --edits and --batch must be at least 1"),
+            (args.save_minutes >= 0, "--save-minutes goes from 0"),
+            (is_toy or args.diffusion, f"name the diffusion model with --diffusion; {LAYOUT}"),
+            (not args.words or is_toy and not args.diffusion, "--words is for the model of synthetic pedestrians")):
+        tbps.require(condition, sentence)
+    args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
+    return args, recipe
 
 
 def check_folder(out, settings):
     """Raise ValueError unless a folder for pairs is new, or was begun by the same command."""
     file = out / "settings.json"
     if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is no folder of generated pairs; name another with --out")
+        is_new = not out.exists() or out.is_dir() and not any(out.iterdir())
+        tbps.require(is_new, f"{out} exists and is no folder of generated pairs; name another with --out")
         return
     before = data.load_json(file)
-    if not isinstance(before, dict) or not isinstance(before.get("count"), int):
-        raise ValueError(f"{file} is damaged; remove the folder, or name another with --out")
+    tbps.require(isinstance(before, dict) and isinstance(before.get("count"), int), f"{file} is damaged; remove the "
+                 "folder, or name another with --out")
     if before["count"] < settings["count"]:                             # pairs can be added
         before["count"] = settings["count"]
     keys = sorted(before.keys() | settings.keys())
-    if changed := [f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
-                   for key in keys if before.get(key) != settings.get(key)]:
-        raise ValueError(f"{out} was made with other options:\n  " + "\n  ".join(changed) +
-                         "\n  Name another folder with --out, and for other pairs another --seed")
+    differ = [key for key in keys if before.get(key) != settings.get(key)]
+    changed = [f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in differ]
+    tbps.require(not changed, f"{out} was made with other options:\n  " + "\n  ".join(changed) +
+                 "\n  Name another folder with --out, and for other pairs another --seed")
 
 
 def write_file(path, content):
@@ -976,8 +944,7 @@ def prepare_model(args, recipe, records, ranks):
 
     def train_once(folder, make_model, learn_text):
         if not (folder / "unet").exists():
-            if ranks > 1:
-                raise ValueError(f"there is no diffusion model in {folder} yet; train it first in one process")
+            tbps.require(ranks == 1, f"there is no diffusion model in {folder} yet; train it first in one process")
             print(f"training a diffusion model in {folder}", flush=True)
             torch.manual_seed(data.derive_seed(args.seed))
             train_diffusion(make_model(), records, training, args.seed, folder, learn_text, args.save_minutes)
@@ -988,14 +955,17 @@ def prepare_model(args, recipe, records, ranks):
     def new_model():
         return toy_model([c for r in records for c in r["captions"]], recipe["steps"], args.device, args.words)
 
-    def pretrained():
+    def load_source():
         return load_diffusion(source, recipe["steps"], args.device)
 
     source = args.diffusion or train_once(Path(f"runs/{args.dataset}-diffusion-{args.seed}"), new_model, True)
     if args.finetune:
-        train_once(Path(args.finetune), pretrained, False)
+        train_once(Path(args.finetune), load_source, False)
         source = args.finetune
-    return pretrained()
+    return load_source()
+
+
+FIRST_PID = 1_000_000                                                   # of generated persons, with seed 0
 
 
 def count_pairs(batch):
@@ -1021,7 +991,7 @@ def write_part(out, first, batch, pairs, records, args):
         write_png(out / "strips" / name, side_by_side(panels))
         source = str(image) if isinstance(image, Path) else f"{args.dataset} {i}"
         lines.append(json.dumps(dict(
-            image=name, pid=1_000_000 * (args.seed + 1) + number, split="train", source_image=source,
+            image=name, pid=FIRST_PID * (args.seed + 1) + number, split="train", source_image=source,
             source_pid=records[i]["pid"], seed=args.seed) | entry) + "\n")
     write_file(out / f"parts/{first:06d}.jsonl", "".join(lines).encode())
 
@@ -1057,12 +1027,10 @@ def main():
     if args.diffusion:
         find_diffusion(args.diffusion)
     records = data.read(args.dataset, args.data_root, "train")
-    if max(r["pid"] for r in records) >= 1_000_000:
-        raise ValueError("this set has person ids from a million up, which are for generated persons")
+    tbps.require(max(r["pid"] for r in records) < FIRST_PID, f"ids from {FIRST_PID:,} up are for generated persons")
     model = prepare_model(args, recipe, records, ranks)
     todo = plan(records, model.tokenizer, args.seed, args.count, args.edits, recipe["garments"])
-    if not todo:
-        raise ValueError("no caption of the training split has a coloured garment that could be edited")
+    tbps.require(todo, "no caption of the training split has a coloured garment that could be edited")
     for name in ("imgs", "strips", "parts"):
         (out / name).mkdir(parents=True, exist_ok=True)
     write_file(out / "settings.json", json.dumps(settings, indent=1).encode())
