@@ -1005,8 +1005,8 @@ def open_index(folder, model, preprocessing, args):
                                         args.workers)
     suffixes = " ".join(sorted(SUFFIXES))
     said = [f"{printable(e.filename)} cannot be listed ({e.strerror}); its rows of the index are kept" for e in failed]
-    said += [f"skipped {number:,} {ending} images: only {suffixes} are read" for ending, number in skipped.items()]
-    said += [f"skipped {len(bad):,} files that cannot be read as images: {', '.join(map(printable, bad))}"] * bool(bad)
+    said += [f"{ending} images skipped: {number:,} (only {suffixes} are read)" for ending, number in skipped.items()]
+    said += [f"unreadable images skipped: {len(bad):,} ({', '.join(map(printable, bad))})"] * bool(bad)
     if index:
         print("".join(line + "\n" for line in said), end="", file=sys.stderr)
         if not index.lines:
@@ -1048,7 +1048,7 @@ def main(data, tbps):
         page = Path(args.page or "search.html")
         data.need(page.absolute().parent, "the folder for the page", "make it, or name another file with --page")
         check_page(page)
-    tbps.join_ranks(args)                                                     # the processes of torchrun
+    tbps.join_ranks(args)                                               # the processes of torchrun
     (search_gallery if args.gallery else compare)(data, tbps, args)
 
 
