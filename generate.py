@@ -26,7 +26,6 @@ import math
 import os
 import random
 import re
-import sys
 import time
 from pathlib import Path
 from pickle import UnpicklingError
@@ -650,8 +649,9 @@ def toy_model(captions, steps, device, checkpoint=None):
     predicts v: garments are flat, so through less noise their colours would show, and captions would not matter."""
     if checkpoint:
         dual_encoder, tokenizer, _ = tbps.load_checkpoint(checkpoint)
-        same, arch = ("vocab", "head_width", "quick_gelu", "context"), dual_encoder.arch
-        text_encoder = SDTextEncoder(width=arch["text_width"], layers=arch["text_layers"], **{k: arch[k] for k in same})
+        arch = dual_encoder.arch
+        text_encoder = SDTextEncoder(arch["vocab"], arch["text_width"], arch["text_layers"], arch["head_width"],
+                                     arch["quick_gelu"], arch["context"])
         weights = dual_encoder.text.state_dict()
         text_encoder.tower.load_state_dict({name: w for name, w in weights.items() if name != "proj"})
     else:
@@ -741,8 +741,7 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text, save_minut
             bar.update(len(z))
             if time.time() - saved_at > 60 * save_minutes:
                 saved_at = save()
-        line = f"epoch {epoch + 1:3d}/{epochs}  loss {state['losses'] / n:.4f}"
-        bar.write(line) if sys.stderr.isatty() else print(line, flush=True)
+        tbps.print_above(bar, f"epoch {epoch + 1:3d}/{epochs}  loss {state['losses'] / n:.4f}")
         state = dict(epoch=epoch + 1, step=0, losses=0.0)
         saved_at = save()
     bar.close()
