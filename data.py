@@ -941,13 +941,13 @@ class Pairs(torch.utils.data.Dataset):
         seed = derive_seed(self.seed, self.epoch, i)
         torch.default_generator.manual_seed(seed)       # torch.manual_seed would take 0.3 ms to look for GPUs
         rng = random.Random(seed)
-        captions, pixels = self.vary(i, rng)
+        captions, pixels = self.augment(i, rng)
         if self.mixup and rng.random() < self.mixup:
-            others, other_pixels = self.vary(rng.randrange(len(self)), rng)
+            others, other_pixels = self.augment(rng.randrange(len(self)), rng)
             captions, pixels = list(zip(captions, others)), (pixels + other_pixels) / 2
         return dict(pixels=pixels, captions=captions, pid=self.pids[i], image=self.images[i], item=i, seed=seed)
 
-    def vary(self, i, rng):
+    def augment(self, i, rng):
         """The augmented captions of item i, and its pixels (V, 3, H, W)."""
         captions = []
         for _ in range(self.texts):
@@ -960,7 +960,7 @@ class Pairs(torch.utils.data.Dataset):
 def collate(tokenizer, items, mask=None):
     """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), and pid, image (record) and item, each (B,).
 
-    mask = (content, other), the rates of Tokenizer.masked, adds masked and asked (B, 77), the masked first caption of
+    mask = (content, other), the rates of Tokenizer.masked, adds masked and targets (B, 77), the masked first caption of
     each item and its targets."""
     tokens = tokenizer([c for item in items for c in item["captions"]])
     batch = dict(pixels=torch.stack([item["pixels"] for item in items], dim=1),
@@ -969,7 +969,7 @@ def collate(tokenizer, items, mask=None):
         batch[key] = torch.tensor([item[key] for item in items])
     if mask:
         rows = [tokenizer.masked(item["captions"][0], random.Random(item["seed"] + 1), *mask) for item in items]
-        batch["masked"], batch["asked"] = (torch.stack(column) for column in zip(*rows))
+        batch["masked"], batch["targets"] = (torch.stack(column) for column in zip(*rows))
     return batch
 
 

@@ -1189,7 +1189,7 @@ def irra_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their
     recipes.
 
-    batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, asked (B, 77): the
+    batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, targets (B, 77): the
     masked captions, and the ids of the masked tokens with -1 elsewhere."""
     r, pid, pixels = recipe, batch["pid"], batch["pixels"][0]
     mlm, restoration, mask_all, trim = r["mlm"] > 0, r["restoration"] > 0, masks_all_losses(r), not r["official"]
@@ -1209,7 +1209,7 @@ def irra_losses(model, batch, recipe, epoch, autocast):
         image = image_tokens[:, 0]                                                                      # (B, D)
         if mlm:
             masked_tokens = text_tokens if mask_all else model.text_tokens(batch["masked"], trim)
-            target = batch["asked"][:, :masked_tokens.shape[1]].to(pid.device)
+            target = batch["targets"][:, :masked_tokens.shape[1]].to(pid.device)
             logits = model.heads["mlm"](masked_tokens, image_tokens, target >= 0, key_mask)             # (M, vocab)
         if restoration:
             restored, dropped = restore(model, pixels, text_tokens, key_mask, r)

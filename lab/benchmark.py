@@ -198,9 +198,9 @@ def method_step(method, batch=8, size=(384, 128)):
     add_heads(model, heads(recipe, model, 11003))
     optimizers = tbps.make_optimizers(model, recipe, fused=False)
     tokens = captions(batch)
-    asked = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
+    targets = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
     sample = dict(pixels=torch.randn(1, batch, 3, *size), tokens=tokens[None], pid=torch.arange(batch),
-                  image=torch.arange(batch), asked=asked, masked=torch.where(asked >= 0, 49405, tokens))
+                  image=torch.arange(batch), targets=targets, masked=torch.where(targets >= 0, 49405, tokens))
     return training_step(model, optimizers, lambda: sum(step_losses(model, sample, recipe, 1.0, FP32).values()))
 
 

@@ -44,8 +44,8 @@ def changed_self_view(changes):
 class UntoldPairs(data.Pairs):
     """data.Pairs whose captions leave out colours if the image has become grey."""
 
-    def vary(self, i, rng):
-        captions, pixels = super().vary(i, rng)
+    def augment(self, i, rng):
+        captions, pixels = super().augment(i, rng)
         normalize = self.views[0].normalize
         mean, std = (torch.tensor(values)[:, None, None] for values in (normalize.mean, normalize.std))
         if (pixels[0] * std + mean).std(0).max() < 1e-3:                # the three channels are equal

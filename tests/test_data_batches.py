@@ -64,7 +64,7 @@ def test_masked_captions_are_functions_of_the_item(people):
     def collate(*items):
         return data.collate(tokenizer, [pairs[i] for i in items], mask=(0.3, 0.05))
     one, other = collate(3, 8), collate(8, 5)
-    assert torch.equal(one["masked"][1], other["masked"][0]) and torch.equal(one["asked"][1], other["asked"][0])
+    assert torch.equal(one["masked"][1], other["masked"][0]) and torch.equal(one["targets"][1], other["targets"][0])
     pairs.epoch = 1
     assert not torch.equal(collate(8)["masked"][0], other["masked"][0])
     assert "masked" not in data.collate(tokenizer, [pairs[8]])

@@ -106,7 +106,7 @@ def golden_batch(method, step, recipe):
     given = {name: torch.from_numpy(x) for name, x in inputs.batch(method, step).items()}
     views = 4 if recipe.get("ss") else 2 if recipe.get("mvs") else 1
     return dict(pixels=given["pixels"][:views], tokens=given["tokens"][None], masked=given["masked"], pid=given["pid"],
-                asked=torch.where(given["labels"] > 0, given["labels"], -1)), given["order"]
+                targets=torch.where(given["labels"] > 0, given["labels"], -1)), given["order"]
 
 
 def check_groups(model, optimizer, golden):

@@ -148,8 +148,8 @@ def test_a_step_by_its_parts(setting):
                 id=losses.id_loss(model.heads["id"](image), model.heads["id"](text), pid), triplet=10 * losses.triplet(image, text, pid))
     tokens, T = model.text_tokens(masked), int(masked.argmax(1).max()) + 1
     seen = torch.arange(T) <= masked.argmax(1)[:, None]
-    logits = model.heads["mlm"](tokens, model.image_tokens(pixels), batch["asked"][:, :T] >= 0, seen)
-    want["mlm"] = F.cross_entropy(logits, batch["asked"][batch["asked"] >= 0])
+    logits = model.heads["mlm"](tokens, model.image_tokens(pixels), batch["targets"][:, :T] >= 0, seen)
+    want["mlm"] = F.cross_entropy(logits, batch["targets"][batch["targets"] >= 0])
     torch.manual_seed(1)
     restored, dropped = tbps.restore(model, pixels, tokens, seen, recipe)
     want["restoration"] = 10 * (restored - tbps.patchify(pixels, 8))[dropped].square().mean()
