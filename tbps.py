@@ -343,7 +343,7 @@ WEIGHT_FILES = {  # name -> the config that belongs to it
     "open_clip_pytorch_model.bin": "open_clip_config.json",
     "pytorch_model.bin": "config.json",
 }
-HF_VIEWS = ["preprocessor_config.json", "processor_config.json"]        # of transformers until 4, of 5
+HF_PREPROCESSING = ["preprocessor_config.json", "processor_config.json"]        # of transformers 4, of 5
 VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
 
 
@@ -387,7 +387,7 @@ def fetch_weights(hub_id):
     from huggingface_hub import errors, snapshot_download
     reason = f"it has none of {', '.join(WEIGHT_FILES)}"
     try:
-        beside = [*CONFIG_KEYS, *HF_VIEWS, *VOCABULARIES]
+        beside = [*CONFIG_KEYS, *HF_PREPROCESSING, *VOCABULARIES]
         folder = Path(snapshot_download(hub_id, allow_patterns=beside))
         for name in rank_weight_files(folder):
             snapshot_download(hub_id, allow_patterns=[name])
@@ -487,30 +487,31 @@ def read_config(path):
                     sizes=[])
     try:
         if file.name == "config.json":
-            views = [read_json(file.parent / name) for name in HF_VIEWS]
-            said = read_hf_config(config, views[0] or views[1].get("image_processor", {}))
+            old, new = (read_json(file.parent / name) for name in HF_PREPROCESSING)
+            found = read_hf_config(config, old or new.get("image_processor", {}))
         else:
-            said = read_open_clip_config(config["model_cfg"], config.get("preprocess_cfg", {}))
-        mean, std, resize = said.pop("mean"), said.pop("std"), said.pop("resize")
+            found = read_open_clip_config(config["model_cfg"], config.get("preprocess_cfg", {}))
+        mean, std, resize, sizes = (found.pop(key) for key in ("mean", "std", "resize", "sizes"))
         norm = (tuple(mean), tuple(std)) if mean and std else data.NORMS["clip"]
         norm = next((name for name, values in data.NORMS.items() if values == norm), norm)
         # Hugging Face writes Pillow's numbers: 2, 3
         resize = {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", 3: "bicubic", 2: "bilinear"}[resize]
-        sizes = [as_size(size) for size in said.pop("sizes") if size]
-        return said | dict(file=file.name, norm=norm, resize=resize, sizes=sizes)
+        return found | dict(file=file.name, norm=norm, resize=resize, sizes=[as_size(size) for size in sizes if size])
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{file} is not the configuration of a known CLIP ({type(e).__name__}: {e})") from None
 
 
-def read_open_clip_config(model, views):
+def read_open_clip_config(model, preprocess):
+    """model_cfg, preprocess_cfg -> what read_config needs, with open_clip's defaults."""
     image, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
     return dict(quick_gelu=model.get("quick_gelu", False), head_width=image.get("head_width", 64),
                 text_head_width=text.get("width", 512) // text.get("heads", 8),
-                mean=views.get("mean"), std=views.get("std"), resize=views.get("interpolation"),
-                sizes=[image.get("image_size"), views.get("size")])
+                mean=preprocess.get("mean"), std=preprocess.get("std"), resize=preprocess.get("interpolation"),
+                sizes=[image.get("image_size"), preprocess.get("size")])
 
 
-def read_hf_config(model, views):
+def read_hf_config(model, preprocess):
+    """config.json, preprocessor_config.json -> what read_config needs, with the defaults of transformers."""
     image, text = model["vision_config"], model.get("text_config", {})
     activations = {part.get("hidden_act", "quick_gelu") for part in (image, text)}
     if activations not in ({"quick_gelu"}, {"gelu"}):
@@ -518,8 +519,8 @@ def read_hf_config(model, views):
     return dict(quick_gelu=activations == {"quick_gelu"},
                 head_width=image.get("hidden_size", 768) // image.get("num_attention_heads", 12),
                 text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8),
-                mean=views.get("image_mean"), std=views.get("image_std"), resize=views.get("resample"),
-                sizes=[image.get("image_size"), views.get("crop_size"), views.get("size")])
+                mean=preprocess.get("image_mean"), std=preprocess.get("image_std"), resize=preprocess.get("resample"),
+                sizes=[image.get("image_size"), preprocess.get("crop_size"), preprocess.get("size")])
 
 
 def as_size(size):
@@ -534,12 +535,12 @@ def patch_grid(size, patch, stride):
     return tuple((side - patch) // stride + 1 for side in size)
 
 
-def read_image_size(positions, patch, sizes, asked, stride, source):
+def read_image_size(positions, patch, sizes, requested, stride, source):
     """The image size (H, W) and stride that a number of patch positions comes from, which tensors do not tell.
 
-    First the `sizes` a config names, then the size `asked` for, if they have as many patches; else the only usual
+    First the `sizes` a config names, then the `requested` size, if they have as many patches; else the only usual
     shape. Raises ValueError, which asks for the size, if several shapes fit."""
-    candidates = [(size, patch) for size in sizes] + ([(asked, stride or patch)] if asked else [])
+    candidates = [(size, patch) for size in sizes] + ([(requested, stride or patch)] if requested else [])
     for size, step in candidates:
         if math.prod(patch_grid(size, patch, step)) == positions:
             return tuple(size), step
@@ -590,14 +591,14 @@ def read_arch(weights, config, image_size, stride, source):
         text_head_width=config["text_head_width"], quick_gelu=config["quick_gelu"])
     rows, columns = patch_grid(size, patch, stride)
     known_from = config["file"] or "assumed: OpenAI's, as there is no config beside the weights"
-    said = (f"patch {patch}, image {arch['image_layers']} layers of {width}, text {arch['text_layers']} layers of "
-            f"{text_width}; {rows}x{columns} positions, of images of {size[0]}x{size[1]}; "
-            f"heads of {arch['head_width']}, {'Quick' * arch['quick_gelu']}GELU ({known_from})")
+    summary = (f"patch {patch}, image {arch['image_layers']} layers of {width}, text {arch['text_layers']} layers of "
+               f"{text_width}; {rows}x{columns} positions, of images of {size[0]}x{size[1]}; "
+               f"heads of {arch['head_width']}, {'Quick' * arch['quick_gelu']}GELU ({known_from})")
     knows_heads = config["file"] or width <= 1024                       # larger models have heads of 80 and more
     splits = width % config["head_width"] == 0 and text_width % config["text_head_width"] == 0
     if not (knows_heads and splits and arch["image_layers"] and arch["text_layers"]):
-        raise ValueError(f"{source} is no CLIP that can be read: {said}")
-    print(f"clip: {said}")
+        raise ValueError(f"{source} is no CLIP that can be read: {summary}")
+    print(f"clip: {summary}")
     return arch
 
 
@@ -682,7 +683,7 @@ def copy_weights(model, weights, source, old_grid):
     print(f"clip: {len(ours)} tensors from {source}, resized: {resized}")
 
 
-def encoder_of(arch, source, **options):
+def encoder_from_arch(arch, source, **options):
     """A DualEncoder of a checkpoint's architecture."""
     arch = dict(arch)
     if any([arch.pop(key, 0) for key in ("prompt", "adapter")]):        # the first edition has both keys, mostly 0
@@ -707,8 +708,8 @@ def load_clip(source, image_size=None, stride=None, **options):
         weights = {name: w for name, w in saved["weights"].items() if not name.startswith("heads.")}
     else:
         arch, weights, left_out = read_foreign_clip(saved, path, image_size, stride)
-    asked = {key: value for key, value in dict(image_size=image_size, stride=stride).items() if value is not None}
-    model = encoder_of(arch, path, **options | asked)
+    requested = {key: value for key, value in dict(image_size=image_size, stride=stride).items() if value is not None}
+    model = encoder_from_arch(arch, path, **options | requested)
     copy_weights(model, weights, path, old_grid=patch_grid(arch["image_size"], arch["patch"], arch["stride"]))
     if left_out:
         print(f"clip: left out, for they are no encoders: {', '.join(left_out)}")
@@ -813,7 +814,7 @@ def load_checkpoint(path, device="cpu", make_heads=None):
     """-> model in eval mode, tokenizer, data.Preprocessing: all that a search needs. With the method's make_heads the
     model has its heads, too, which only last.pt holds. read_checkpoint tells how the model was trained."""
     saved = read_checkpoint(path)
-    model = encoder_of(saved["arch"], path)
+    model = encoder_from_arch(saved["arch"], path)
     weights = {name: w for name, w in saved["weights"].items() if make_heads or not name.startswith("heads.")}
     if make_heads:
         persons = len(weights.get("heads.id.bias", ()))
@@ -854,7 +855,7 @@ COMMON_KEYS = dict(
     height=(224, "of the image in pixels"),
     width=(224, "of the image in pixels"),
     stride=(0, "of the patches in pixels; 0: patches do not overlap"),
-    norm=("imagenet", "mean and std of pixels: imagenet or clip"),
+    norm=("imagenet", "mean and std of pixels: imagenet, clip or half"),
     resize=("bilinear", "of training images: bilinear or bicubic"),
     eval_resize=("bicubic", "of all other images"),
     clean=(True, "captions in lower case, without full stops"),

@@ -95,7 +95,7 @@ def add_learned_parts(model, recipe, tokenizer):
         model.adapter.requires_grad_(True)
 
 
-def encoder_of(arch, source, **options):
+def encoder_from_arch(arch, source, **options):
     return FewShotEncoder(**arch | options)
 
 
@@ -118,7 +118,7 @@ def build_model(args, recipe, tokenizer, persons, make_heads, build=tbps.build_m
 
 def main():
     """tbps.main with two more methods and another model."""
-    names = dict(parse_args=parse_args, build_model=build_model, encoder_of=encoder_of)
+    names = dict(parse_args=parse_args, build_model=build_model, encoder_from_arch=encoder_from_arch)
     with mock.patch.dict(tbps.METHODS, METHODS), mock.patch.multiple(tbps, **names):
         tbps.main()
 

@@ -128,7 +128,7 @@ def small(tmp_path):
 
 def test_zero_shot_scores_use_the_norm_beside_the_weights(small):
     args = argparse.Namespace(tokenizer=None, size=None, device="cpu")
-    model, _, preprocessing, _ = evaluation.open_model(data, tbps, args, small)
+    model, _, preprocessing, _ = evaluation.open_model(data, tbps, args, tbps.find_weights(small))
     assert preprocessing.settings == dict(size=(24, 24), norm="half", resize="bicubic", clean=False)
     assert model.arch["head_width"] == 32
 
