@@ -763,7 +763,7 @@ def answer(search, asked, text):
     if why is not None:
         main += f"<h2>What the words respond to in {breakable(search.path(why))}</h2>"
         main += explained(search, why, " ".join(lines)) + MAPS
-    if unread := max(map(search.unread, lines)):
+    if unread := sum(map(search.unread, lines)):
         main += f"<p class=note>{unread:,} tokens were not read: the model reads 75 tokens a line, about 55 words.</p>"
     query = F.normalize(search.encode(lines).mean(dim=0, keepdim=True), dim=1)
     return main + results(search, search.top(query, top)[0], links)
