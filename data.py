@@ -1067,7 +1067,7 @@ PUBLISHED = {  # persons, images, captions
 SHEET = """<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>
 body{{font:14px system-ui;margin:2em}} figcaption{{font-size:13px}}
 figure{{display:inline-flex;gap:1em;width:26em;margin:0 1em 1em 0;vertical-align:top}}
-</style><h1>{title}: a sample</h1>{cells}"""
+</style><main><h1>{title}: a sample</h1>{cells}</main>"""
 
 
 def write_sample_sheet(path, title, records):

@@ -75,12 +75,12 @@ def write_contributions(found, page):
             said.append(f"   {part}: {-fall:+.1f} R@1, C1 {c1:.2f}, C2 {c2:.1f}")
             cells.append(f"<td>{fall:.1f}</td>")
             for value in (c1, c2):
-                shade = min(1, max(0, value))
+                shade = 0.6 * min(1, max(0, value))                     # the number stays readable
                 cells.append(f'<td style="background:rgba(215,48,31,{shade:.2f})">{value:.2f}</td>')
         print(f"{tower:6}{n:3}{''.join(said)}")
         rows.append(f"<tr><td>{tower} {n}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{html.escape(part)}: fall of R@1</th><th>C1</th><th>C2</th>" for part in PARTS)
-    table = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    table = f"<table><tr><td></td>{head}</tr>{''.join(rows)}</table>"
     legend = "C1: loss without the module; C2: the part of its fine-tuning that is needed"
     evaluation.write_page(page, "What each module contributes", [(legend, table)])
     print(f"page: {page}")
