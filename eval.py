@@ -743,10 +743,9 @@ def whole_number(asked, name, low, high, default=None):
     return int(value) if value else default
 
 
-def answer(search, asked, text):
+def answer(search, asked, text, top):
     """The main part of the page for a query string as a dict -> HTML. Raises ValueError in words for the user."""
-    top, last = whole_number(asked, "top", 1, 200, 20), len(search.lines) - 1
-    like, why = whole_number(asked, "like", 0, last), whole_number(asked, "why", 0, last)
+    like, why = (whole_number(asked, name, 0, len(search.lines) - 1) for name in ("like", "why"))
     lines, main = [line for line in text.splitlines() if line.strip()], ""
 
     def links(row):
@@ -797,13 +796,14 @@ class Handler(BaseHTTPRequestHandler):
         """Send the page for a query string. On a mistake it keeps what was typed."""
         text, top, code = "\n".join(asked.get("q", [])), 20, 200
         try:
-            main, top = answer(self.search, asked, text), whole_number(asked, "top", 1, 200, 20)
+            top = whole_number(asked, "top", 1, 200, top)
+            main = answer(self.search, asked, text, top)
         except (ValueError, OSError) as e:
             main, code = f"<p class=note>{html.escape(str(e))}</p>", 400
         nonce = base64.b64encode(os.urandom(12)).decode()
-        title = " ".join(text.split())[:80] or ("similar pictures" if "like" in asked else "")
+        title = " ".join(text.split())[:80] or ("similar pictures" if "like" in asked else "search")
         page = PAGE.format(style=STYLE, number=len(self.search.lines), text=html.escape(text), top=top, main=main,
-                           nonce=nonce, title=html.escape(f"{title} - find a person".lstrip(" -")), longest=LONGEST)
+                           nonce=nonce, title=html.escape(f"{title} - find a person"), longest=LONGEST)
         self.send(code, "text/html; charset=utf-8", page.encode("utf-8", "replace"),
                   f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; "
                   "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")

@@ -273,6 +273,15 @@ def test_a_missing_disk_does_not_empty_the_index(checkpoint, photos, tmp_path):
     assert read_index(tmp_path / "i")[0].shape == (16, 128)
 
 
+def test_a_gallery_may_be_named_in_many_ways(photos, tmp_path, monkeypatch):
+    want = files_in(photos)
+    assert len(want) == 17 and "a/deep er/02.bmp" in want and not any(path.startswith("/") for path in want)
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(photos)
+    for name in (".", str(photos) + "/", "../photos", tmp_path / "link"):
+        assert files_in(name) == want
+
+
 def test_links_in_a_circle_are_no_images(photos):
     (photos / "loop.png").symlink_to(photos / "loop.png")
     failed = []
