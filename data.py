@@ -161,6 +161,19 @@ def read_reid(root):
     return rows
 
 
+def csv_lines(file):
+    """Yields (line number, fields) for each row of a csv file. Empty lines are skipped."""
+    reader, line = csv.reader(io.StringIO(read_text(file), newline=""), strict=True), 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1                                  # a quoted field may span several lines
+    except csv.Error as e:
+        raise ValueError(f"{file}, line {line}: {e}. Is there a stray quotation mark? Inside a quoted caption it is "
+                         "written twice") from None
+
+
 # A caption may have several lines. A cell in it that is the name of a split means that it is several rows.
 SPLIT_CELL = re.compile(r"(^|[,\r\n])(train|val|test)([,\r\n]|$)")
 
@@ -189,19 +202,6 @@ def read_csv(root):
     return rows
 
 
-def csv_lines(file):
-    """Yields (line number, fields) for each row of a csv file. Empty lines are skipped."""
-    reader, line = csv.reader(io.StringIO(read_text(file), newline=""), strict=True), 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1                                  # a quoted field may span several lines
-    except csv.Error as e:
-        raise ValueError(f"{file}, line {line}: {e}. Is there a stray quotation mark? Inside a quoted caption it is "
-                         "written twice") from None
-
-
 def read_pairs(root):
     """A folder written by generate.py: imgs/ and pairs.jsonl. Each generated person has an id of its own."""
     file = need(root / "pairs.jsonl", "the list of generated pairs", "such a folder holds imgs/ and pairs.jsonl")
@@ -228,37 +228,27 @@ DATASETS = ["toy", "toy-few", "toy-generic", *READERS]
 
 # ---- records: rows are checked, merged per image, and split ---------------------------------------------------------
 
-def read(name, root="data", split="train", hold_out=True):
-    """The records of one split ("train", "val" or "test") of a data set, with the person ids of its files.
-
-    name   cuhk, icfg, rstp    `root` is their folder or its parent
-           reid                a folder with train_reid.json ... of TBPS-CLIP's authors and the images
-           csv                 a file with the columns image, caption, pid, split, or its folder
-           pairs               a folder written by generate.py
-           toy, toy-few (a tenth of the persons), toy-generic (the domain for pre-training)
-    hold_out   a set without validation split, as ICFG-PEDES, gets one: 200 training persons, seed 0
-
-    Raises FileNotFoundError and ValueError that name the file and the row."""
-    if name not in DATASETS:
-        raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
-    if name.startswith("toy"):
-        part = "few" if name == "toy-few" and split == "train" else split
-        return synthetic_pedestrians().draw(part, domain="generic" if name == "toy-generic" else "people")
-    return take_split(merge_rows(read_rows(name, root)), split, hold_out, name, root)
+def check_sentences(value, key, where):
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{where}: {key} are {brief(value)}, not a list of sentences")
+    for text in value:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            half = brief(text[e.start:])
+            raise ValueError(f"{where}: {key} hold half of a character, {half} (a lone surrogate)") from None
+    return list(value)
 
 
-def synthetic_pedestrians():
-    """The module lab/people.py. It is imported only when toy data are asked for, so that data.py works alone."""
-    need(Path(__file__).parent / "lab" / "people.py", "the code that draws the synthetic pedestrians",
-         "copy the folder lab/ along with data.py, or name another data set")
-    from lab import people
-    return people
-
-
-def read_rows(name, root):
-    """All rows of a data set, checked."""
-    rows = READERS[name](Path(root))
-    return [check_row(row, row.get("where", f"{name} in {root}, row {n}")) for n, row in enumerate(rows, start=1)]
+def check_pid(value, where):
+    """A person id as int; "12" and 12.0 count as 12."""
+    try:
+        pid = int(value)
+        if isinstance(value, float) and pid != value or not -2 ** 63 <= pid < 2 ** 63:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where}: pid is {brief(value)}, it must be a whole number of at most 64 bits") from None
+    return pid
 
 
 def check_row(row, where):
@@ -285,27 +275,10 @@ def check_row(row, where):
     return row
 
 
-def check_sentences(value, key, where):
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{where}: {key} are {brief(value)}, not a list of sentences")
-    for text in value:
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            half = brief(text[e.start:])
-            raise ValueError(f"{where}: {key} hold half of a character, {half} (a lone surrogate)") from None
-    return list(value)
-
-
-def check_pid(value, where):
-    """A person id as int; "12" and 12.0 count as 12."""
-    try:
-        pid = int(value)
-        if isinstance(value, float) and pid != value or not -2 ** 63 <= pid < 2 ** 63:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where}: pid is {brief(value)}, it must be a whole number of at most 64 bits") from None
-    return pid
+def read_rows(name, root):
+    """All rows of a data set, checked."""
+    rows = READERS[name](Path(root))
+    return [check_row(row, row.get("where", f"{name} in {root}, row {n}")) for n, row in enumerate(rows, start=1)]
 
 
 def merge_rows(rows):
@@ -339,6 +312,33 @@ def take_split(rows, split, hold_out, name, root):
         need(folder, f"a folder of images that the {split} split of {name} uses",
              "unpack the rest of the archive, or " + ASK)
     return records
+
+
+def synthetic_pedestrians():
+    """The module lab/people.py. It is imported only when toy data are asked for, so that data.py works alone."""
+    need(Path(__file__).parent / "lab" / "people.py", "the code that draws the synthetic pedestrians",
+         "copy the folder lab/ along with data.py, or name another data set")
+    from lab import people
+    return people
+
+
+def read(name, root="data", split="train", hold_out=True):
+    """The records of one split ("train", "val" or "test") of a data set, with the person ids of its files.
+
+    name   cuhk, icfg, rstp    `root` is their folder or its parent
+           reid                a folder with train_reid.json ... of TBPS-CLIP's authors and the images
+           csv                 a file with the columns image, caption, pid, split, or its folder
+           pairs               a folder written by generate.py
+           toy, toy-few (a tenth of the persons), toy-generic (the domain for pre-training)
+    hold_out   a set without validation split, as ICFG-PEDES, gets one: 200 training persons, seed 0
+
+    Raises FileNotFoundError and ValueError that name the file and the row."""
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}; known are {', '.join(DATASETS)}")
+    if name.startswith("toy"):
+        part = "few" if name == "toy-few" and split == "train" else split
+        return synthetic_pedestrians().draw(part, domain="generic" if name == "toy-generic" else "people")
+    return take_split(merge_rows(read_rows(name, root)), split, hold_out, name, root)
 
 
 def filter_by_score(records, thresholds):
@@ -382,6 +382,17 @@ UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM,
            6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation
 
 
+def upright(image):
+    """A loaded PIL image, turned as its EXIF orientation says; unchanged if the EXIF cannot be read.
+
+    ImageOps.exif_transpose also rewrites the EXIF, which fails if any other tag in it is odd."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except DECODER_ERRORS:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def load_image(image, least=None):
     """A path, or a uint8 array (H, W, 3) -> PIL image, RGB, turned upright as its EXIF says.
 
@@ -403,17 +414,6 @@ def load_image(image, least=None):
         why = str(e) or type(e).__name__
         raise ValueError(f"{image} cannot be read as an image ({why}); replace it, or leave such files out with "
                          "--skip-bad") from None
-
-
-def upright(image):
-    """A loaded PIL image, turned as its EXIF orientation says; unchanged if the EXIF cannot be read.
-
-    ImageOps.exif_transpose also rewrites the EXIF, which fails if any other tag in it is odd."""
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except DECODER_ERRORS:
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def unreadable_images(records):
@@ -723,6 +723,19 @@ class Tokenizer:
         return tokens, targets
 
 
+def check_merges(path, merges):
+    """Raises ValueError if these are not pairs of tokens, each a letter or made by an earlier merge."""
+    if not merges or any(len(m) != 2 or not all(isinstance(part, str) for part in m) for m in merges):
+        raise ValueError(f"{path} is not a list of merges, one pair a line")
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    known = {*letters, *(c + "</w>" for c in letters)}
+    for n, (a, b) in enumerate(merges, start=1):
+        if not {a, b} <= known:
+            raise ValueError(f"{path}: merge {n}, {brief(a)} {brief(b)}, uses a token that no earlier merge makes; "
+                             "is the file complete?")
+        known.add(a + b)
+
+
 def load_tokenizer(path, mask=False):
     """CLIP's tokenizer, a callable: list of str -> (B, 77) int64. Raises ValueError naming a file that is damaged or
     belongs to another model.
@@ -751,19 +764,6 @@ def load_tokenizer(path, mask=False):
             raise ValueError(f"{path} numbers its tokens differently from CLIP, e.g. {differ[:3]}; "
                              "it belongs to another model")
     return tokenizer
-
-
-def check_merges(path, merges):
-    """Raises ValueError if these are not pairs of tokens, each a letter or made by an earlier merge."""
-    if not merges or any(len(m) != 2 or not all(isinstance(part, str) for part in m) for m in merges):
-        raise ValueError(f"{path} is not a list of merges, one pair a line")
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    known = {*letters, *(c + "</w>" for c in letters)}
-    for n, (a, b) in enumerate(merges, start=1):
-        if not {a, b} <= known:
-            raise ValueError(f"{path}: merge {n}, {brief(a)} {brief(b)}, uses a token that no earlier merge makes; "
-                             "is the file complete?")
-        known.add(a + b)
 
 
 def train_tokenizer(captions, vocab=1024, mask=False):
@@ -973,23 +973,6 @@ def collate(tokenizer, items, mask=None):
     return batch
 
 
-def batches(sampler, pids, batch, seed, images=None, drop_last=True):
-    """One epoch as a list of batches of item numbers.
-
-    sampler   random: every item once, shuffled
-              random-count: one or two items of a person side by side (UIT)
-              views: every image once with one of its captions, up to 4 images of a person in the same batch (LCR2S)
-    pids      the person of each item;  images (for views): the image of each item
-    drop_last leaves out a last batch that is smaller than the others
-    Raises ValueError if random-count has too few persons for a batch."""
-    rng = random.Random(seed)
-    if sampler == "views":
-        return view_batches(pids, batch, images, drop_last, rng)
-    order = rng.sample(range(len(pids)), len(pids)) if sampler == "random" else random_count_order(pids, batch, rng)
-    chunks = [order[j:j + batch] for j in range(0, len(order), batch)]
-    return chunks[:-1] if drop_last and chunks and len(chunks[-1]) < batch else chunks
-
-
 def random_count_order(pids, batch, rng):
     """UIT's sampler: each person's items are cut into groups of 1 or 2 (drawn per person and epoch; a remainder is left
     out). batch / 2 persons that still have groups give one each, until too few are left."""
@@ -1030,6 +1013,23 @@ def view_batches(pids, batch, images, drop_last, rng):
             chunks.append([])
         chunks[-1] += group
     return chunks[:-1] if drop_last and len(chunks[-1]) <= batch - k else chunks
+
+
+def batches(sampler, pids, batch, seed, images=None, drop_last=True):
+    """One epoch as a list of batches of item numbers.
+
+    sampler   random: every item once, shuffled
+              random-count: one or two items of a person side by side (UIT)
+              views: every image once with one of its captions, up to 4 images of a person in the same batch (LCR2S)
+    pids      the person of each item;  images (for views): the image of each item
+    drop_last leaves out a last batch that is smaller than the others
+    Raises ValueError if random-count has too few persons for a batch."""
+    rng = random.Random(seed)
+    if sampler == "views":
+        return view_batches(pids, batch, images, drop_last, rng)
+    order = rng.sample(range(len(pids)), len(pids)) if sampler == "random" else random_count_order(pids, batch, rng)
+    chunks = [order[j:j + batch] for j in range(0, len(order), batch)]
+    return chunks[:-1] if drop_last and chunks and len(chunks[-1]) < batch else chunks
 
 
 # ---- the frame of every command -------------------------------------------------------------------------------------
