@@ -648,6 +648,7 @@ def augment_caption(caption, rng, deletion=0.05, synonym=0.0, insertion=0.0, swa
 CONTEXT = 77
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
+OPENAI_VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 # What ftfy does to clean text: quotes straight, ligatures split, full-width forms narrow. It also repairs mojibake;
 # that is left out.
 PLAIN = {ord(c): plain for plain, group in {
@@ -741,7 +742,9 @@ def load_tokenizer(path, mask=False):
     belongs to another model.
 
     path   OpenAI's bpe_simple_vocab_16e6.txt.gz, Hugging Face's tokenizer.json or merges.txt, or a folder with one"""
-    what, fix = "the vocabulary of the tokenizer", f"it is one of {', '.join(VOCABULARIES)}, of a CLIP"
+    what, fix = "the vocabulary of the tokenizer", (
+        f"it is one of {', '.join(VOCABULARIES)}, beside the weights or named by --tokenizer\n"
+        f"  CLIP's own: curl -LO {OPENAI_VOCABULARY}")
     path = need(path, what, fix)
     if path.is_dir():
         found = [path / name for name in VOCABULARIES if (path / name).exists()]

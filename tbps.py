@@ -311,7 +311,6 @@ class DualEncoder(nn.Module):
 # Where to fetch CLIP by hand; the hub has the same weights as openai/clip-vit-base-patch16
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
                   "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt")
-OPENAI_VOCABULARY = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 
 OPENAI_NAMES = [  # OpenAI's and open_clip's name -> ours, applied in this order
     (r"^visual\.", "image."),
@@ -344,7 +343,6 @@ WEIGHT_FILES = {  # name -> the config that belongs to it
     "pytorch_model.bin": "config.json",
 }
 HF_PREPROCESSING = ["preprocessor_config.json", "processor_config.json"]        # of transformers 4, of 5
-VOCABULARIES = ["tokenizer.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz"]
 
 
 def read_json(path):
@@ -387,7 +385,7 @@ def fetch_weights(hub_id):
     from huggingface_hub import errors, snapshot_download
     reason = f"it has none of {', '.join(WEIGHT_FILES)}"
     try:
-        beside = [*CONFIG_KEYS, *HF_PREPROCESSING, *VOCABULARIES]
+        beside = [*CONFIG_KEYS, *HF_PREPROCESSING, *data.VOCABULARIES]
         folder = Path(snapshot_download(hub_id, allow_patterns=beside))
         for name in rank_weight_files(folder):
             snapshot_download(hub_id, allow_patterns=[name])
@@ -404,7 +402,7 @@ def fetch_weights(hub_id):
         f"  Fetch weights and vocabulary where there is a network, then name their folder with --clip:\n"
         f"    hf download {hub_id} --exclude '*.h5' --exclude '*.msgpack' --local-dir {hub_id.split('/')[1]}\n"
         f"  or OpenAI's ViT-B/16, without the hub:\n"
-        f"    mkdir clip && cd clip && curl -LO {OPENAI_WEIGHTS} -LO {OPENAI_VOCABULARY}\n"
+        f"    mkdir clip && cd clip && curl -LO {OPENAI_WEIGHTS} -LO {data.OPENAI_VOCABULARY}\n"
         f"  --clip none trains from scratch")
 
 
@@ -464,7 +462,7 @@ def read_file(path):
 # ---- weights: architecture and preprocessing, from the tensors and the config beside them ---------------------------
 
 def find_config(path):
-    """The config beside a weights file, its own one first -> (Path, content), or (None, {})."""
+    """The config beside a weights file, its own one first -> Path or None, content."""
     own = WEIGHT_FILES.get(path.name, "open_clip_config.json")
     there = [path.parent / name for name in sorted(CONFIG_KEYS, key=lambda name: name != own)]
     there = [file for file in there if file.exists()]
@@ -473,7 +471,7 @@ def find_config(path):
             return file, config
     if there:                                                           # e.g. timm's
         raise ValueError(f"{there[0]} is not the configuration of a CLIP; remove it, or fetch it again")
-    return None, {}
+    return None, {"model_cfg": {"quick_gelu": True}}                    # OpenAI's models
 
 
 def read_config(path):
@@ -482,11 +480,8 @@ def read_config(path):
     -> dict(file=name of the config or None, quick_gelu, head_width, text_head_width, norm, resize,
             sizes=image sizes (H, W) that the config names)"""
     file, config = find_config(path)
-    if file is None:
-        return dict(file=None, quick_gelu=True, head_width=64, text_head_width=64, norm="clip", resize="bicubic",
-                    sizes=[])
     try:
-        if file.name == "config.json":
+        if file and file.name == "config.json":
             old, new = (read_json(file.parent / name) for name in HF_PREPROCESSING)
             found = read_hf_config(config, old or new.get("image_processor", {}))
         else:
@@ -496,7 +491,8 @@ def read_config(path):
         norm = next((name for name, values in data.NORMS.items() if values == norm), norm)
         # Hugging Face writes Pillow's numbers: 2, 3
         resize = {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", 3: "bicubic", 2: "bilinear"}[resize]
-        return found | dict(file=file.name, norm=norm, resize=resize, sizes=[as_size(size) for size in sizes if size])
+        sizes = [as_size(size) for size in sizes if size]
+        return found | dict(file=file and file.name, norm=norm, resize=resize, sizes=sizes)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{file} is not the configuration of a known CLIP ({type(e).__name__}: {e})") from None
 
@@ -565,8 +561,7 @@ def check_clip(weights, source):
             "positional_embedding": 2, "text_projection": 2}
     for name, number in dims.items():
         if name not in weights or weights[name].ndim != number:
-            shape = tuple(weights[name].shape) if name in weights else "missing"
-            raise ValueError(f"{source} is no CLIP that can be read: {name} is {shape}. "
+            raise ValueError(f"{source} is no CLIP that can be read: it lacks {name} of {number} dimensions. "
                              f"It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
     if (context := len(weights["positional_embedding"])) < data.CONTEXT:
         raise ValueError(f"{source} reads texts of {context} tokens; OpenAI's CLIP and tbps read {data.CONTEXT}")
@@ -723,10 +718,7 @@ def tokenizer_for(source, vocabulary=None, mask=False):
     path = find_weights(source)
     if is_checkpoint(path):
         return saved_tokenizer(read_file(path), mask)
-    files = [path.parent / name for name in VOCABULARIES]
-    fix = f"put it beside the weights (curl -LO {OPENAI_VOCABULARY}), or name it with --tokenizer"
-    found = next((file for file in files if file.exists()), None)
-    return data.load_tokenizer(found or data.need(files[-1], "CLIP's vocabulary", fix), mask)
+    return data.load_tokenizer(path.parent, mask)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

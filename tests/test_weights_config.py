@@ -143,6 +143,13 @@ def test_a_run_says_where_its_norm_is_not_that_of_the_weights(small, cuhk, tmp_p
     assert "normalised with" not in run(*command, "--out", tmp_path / "c")               # nothing says otherwise
 
 
+def test_a_missing_vocabulary_is_said_with_its_address(small):
+    (small / "merges.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="the vocabulary of the tokenizer should be at .*clip/") as e:
+        tbps.tokenizer_for(small)
+    assert data.OPENAI_VOCABULARY in str(e.value) and "--tokenizer" in str(e.value)
+
+
 # ---- shards and the hub ---------------------------------------------------------------------------------------------
 
 def write_shards(folder):
