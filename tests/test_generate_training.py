@@ -15,7 +15,7 @@ def finetune(cuhk, diffusion, *options):
     return ["generate.py", "--dataset", "cuhk", "--data-root", cuhk, "--diffusion", diffusion, *options, *QUICK]
 
 
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("stop", [2, 3, 5])
 def test_resume_within_an_epoch_is_exact(stop, cuhk, diffusion, tmp_path, monkeypatch):
     """12 images in batches of 4 are 3 steps per epoch. Saving after every step and stopping changes no weight."""
     run(*finetune(cuhk, diffusion, "--finetune", tmp_path / "whole", "--out", tmp_path / "a"))
@@ -32,7 +32,7 @@ def test_resume_within_an_epoch_is_exact(stop, cuhk, diffusion, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(tbps, "save", save_then_stop)
         run(*command, code=130)
-    assert saved[-1] == {2: (0, 2), 5: (1, 1)}[stop]
+    assert saved[-1] == {2: (0, 2), 3: (0, 3), 5: (1, 1)}[stop]
     assert f"epoch   {saved[-1][0] + 1}/2" in run(*command)
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     whole, stopped = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in folders)
