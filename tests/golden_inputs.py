@@ -1,7 +1,9 @@
 """Weights and batches of the golden training trajectories, made from names alone: the same bits on every machine.
 
-Every number of `weights` and `batch` is k / 1024, with k drawn by numpy's RandomState(crc32 of a name), so fp32 and float64 hold
-the same value. Tensors have the names of the official code. Image and text tower are 128 wide, with 2 layers and heads of 64."""
+Every number of `weights` and `batch` is k / 1024, with k drawn by numpy's RandomState(crc32 of a name), so fp32 and
+float64 hold the same value. Tensors have the names of the official code. Image and text tower are 128 wide, with 2
+layers and heads of 64.
+"""
 
 import zlib
 
@@ -10,8 +12,14 @@ import numpy as np
 VOCAB, MASK, SOT, EOT, CONTEXT = 600, 597, 598, 599, 77                 # words are 1 ... 596, padding is 0
 WIDTH, LAYERS, PATCH, EMBED, DEPTH = 128, 2, 16, 128, 2
 BATCH, STEPS, PERSONS = 8, 10, 11
-SIZE = {"tbps-clip": (64, 64), "tbps-clip-simplified": (64, 64), "baseline": (64, 64), "irra": (96, 32), "uit": (96, 32)}
-LOGIT_SCALE = {"tbps-clip": 4716, "tbps-clip-simplified": 2723, "baseline": 2723}      # / 1024; the first is above log 100
+SIZE = {
+    "tbps-clip": (64, 64),
+    "tbps-clip-simplified": (64, 64),
+    "baseline": (64, 64),
+    "irra": (96, 32),
+    "uit": (96, 32),
+}
+LOGIT_SCALE = {"tbps-clip": 4716, "tbps-clip-simplified": 2723, "baseline": 2723}  # / 1024; the first is above log 100
 
 
 def generator(name):
@@ -45,9 +53,15 @@ def shapes(method):
     """{official name: shape} of all tensors that the method uses."""
     (height, width), D = SIZE[method], EMBED
     patches = (height // PATCH) * (width // PATCH)
-    out = {"visual.class_embedding": (WIDTH,), "visual.positional_embedding": (1 + patches, WIDTH),
-           "visual.conv1.weight": (WIDTH, 3, PATCH, PATCH), "visual.proj": (WIDTH, D),
-           "token_embedding.weight": (VOCAB, WIDTH), "positional_embedding": (CONTEXT, WIDTH), "text_projection": (WIDTH, D)}
+    out = {
+        "visual.class_embedding": (WIDTH,),
+        "visual.positional_embedding": (1 + patches, WIDTH),
+        "visual.conv1.weight": (WIDTH, 3, PATCH, PATCH),
+        "visual.proj": (WIDTH, D),
+        "token_embedding.weight": (VOCAB, WIDTH),
+        "positional_embedding": (CONTEXT, WIDTH),
+        "text_projection": (WIDTH, D),
+    }
     out |= norms("visual.ln_pre", "visual.ln_post", "ln_final")
     out |= blocks("visual.transformer", LAYERS) | blocks("transformer", LAYERS)
     if method == "tbps-clip":
@@ -67,8 +81,8 @@ def shapes(method):
 
 
 def weights(method):
-    """{official name: float64 array}. Matrices have variance 1 / inputs; biases, class token and positions are below 0.1, gains of
-    norms within 0.2 of 1, token embeddings below 0.2."""
+    """{official name: float64 array}. Matrices have variance 1 / inputs; biases, class token and positions are below
+    0.1, gains of norms within 0.2 of 1, token embeddings below 0.2."""
     made = {"logit_scale": np.float64(LOGIT_SCALE[method] / 1024)} if method in LOGIT_SCALE else {}
     for name, shape in shapes(method).items():
         inputs = shape[0] if name in ("visual.proj", "text_projection") else int(np.prod(shape[1:]))  # stored (in, out)
@@ -104,12 +118,14 @@ def batch(method, step):
     order = np.stack([random.permutation(patches) for _ in range(BATCH)])
     size = (4, BATCH, 3, height, width)
     pixels = generator(f"pixels {step}").randint(-2048, 2049, size=size, dtype=np.int64) / 1024
-    return dict(pixels=pixels, tokens=tokens, masked=masked, labels=np.where(chance < 150, tokens, 0), pid=pid, order=order)
+    return dict(
+        pixels=pixels, tokens=tokens, masked=masked, labels=np.where(chance < 150, tokens, 0), pid=pid, order=order
+    )
 
 
 def positions(grid, width):
-    """UIT's fixed decoder positions in float64, (1 + rows * columns, width): zeros for the class token, then sin and cos of the
-    column in one half, of the row in the other."""
+    """UIT's fixed decoder positions in float64, (1 + rows * columns, width): zeros for the class token, then sin and
+    cos of the column in one half, of the row in the other."""
     frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     row, column = (x.reshape(-1, 1) * frequency for x in np.indices(grid))
     patches = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1)

@@ -1,8 +1,8 @@
-"""Ten training steps of the official code of TBPS-CLIP, IRRA and UIT, repeated by ours from the same weights and batches.
+"""Ten training steps of the official code of TBPS-CLIP, IRRA and UIT, repeated from the same weights and batches.
 
-golden/METHOD.json holds what the official training loop, model, losses, optimizer and schedule computed in float64: learning rates,
-losses, and how far every parameter moved. Dropout, augmentation, tokenizer and samplers are not covered. IRRA and UIT run with
-official=1; the recipes of TBPS-CLIP and the baseline are the official ones as they are."""
+golden/METHOD.json holds what the official training loop, model, losses, optimizer and schedule computed in float64:
+learning rates, losses, and how far every parameter moved. Dropout, augmentation, tokenizer and samplers are not
+covered. IRRA and UIT run with official=1; the recipes of TBPS-CLIP and the baseline are the official ones."""
 
 import functools
 import json
@@ -59,16 +59,18 @@ def our_names(name):
 
 
 def golden_recipe(method, config):
-    """Our recipe with what the golden run changed: smaller sizes and another rate. The rest of `config` has to be in it already."""
+    """Our recipe with what the golden run changed: smaller sizes, another rate. It must agree with all of `config`."""
     height, width = inputs.SIZE[method]
     changed = {key: config[key] for key in ("epochs", "batch", "lr", "lr_start", "lr_end")}
     changed |= dict(height=height, width=width, warmup=float(config["warmup_epochs"]), text_dropout=0.0)
     if method in ("irra", "uit"):
         changed |= dict(depth=config["depth"], official=True)
     recipe = tbps.METHODS[method][0] | changed
-    ours = dict(weight_decay="weight_decay", soft_label="soft", nitc="nitc", ritc="ritc", ritc_eps="ritc_eps", citc="citc", ss="ss", mvs="mvs",
-                lr_bias_factor="lr_bias", lr_new_factor="lr_new", id="id", sdm="sdm", mlm="mlm", triplet="triplet",
-                restoration="restoration", drop="drop", patch_convolution_frozen="lock_patch")
+    ours = dict(
+        weight_decay="weight_decay", soft_label="soft", nitc="nitc", ritc="ritc", ritc_eps="ritc_eps", citc="citc",
+        ss="ss", mvs="mvs", lr_bias_factor="lr_bias", lr_new_factor="lr_new", id="id", sdm="sdm", mlm="mlm",
+        triplet="triplet", restoration="restoration", drop="drop", patch_convolution_frozen="lock_patch",
+    )
     if method == "baseline":
         ours["nitc"] = "itc"                                            # the same when all persons differ
     assert {k: recipe[ours[k]] for k in ours if k in config} == {k: config[k] for k in ours if k in config}
@@ -78,9 +80,11 @@ def golden_recipe(method, config):
 
 def golden_model(method, recipe):
     """A float64 model with the golden weights. Every tensor of the golden run has a place, and none of ours is left."""
-    model = tbps.DualEncoder(embed=inputs.EMBED, image_size=inputs.SIZE[method], patch=inputs.PATCH, image_width=inputs.WIDTH,
-                             image_layers=inputs.LAYERS, text_width=inputs.WIDTH, text_layers=inputs.LAYERS, vocab=inputs.VOCAB,
-                             lock_patch=recipe["lock_patch"])
+    model = tbps.DualEncoder(
+        embed=inputs.EMBED, image_size=inputs.SIZE[method], patch=inputs.PATCH, image_width=inputs.WIDTH,
+        image_layers=inputs.LAYERS, text_width=inputs.WIDTH, text_layers=inputs.LAYERS, vocab=inputs.VOCAB,
+        lock_patch=recipe["lock_patch"],
+    )
     for name, head in tbps.METHODS[method][1](recipe, model, inputs.PERSONS).items():
         model.heads[name] = head
     model.double()
@@ -116,7 +120,9 @@ def check_groups(model, optimizer, golden):
     for group in golden["groups"]:
         for official in group["parameters"]:
             for name in our_names(official):
-                assert ours[name] == group["weight_decay"] or ours[name] is None and official in golden["without_gradient"]
+                assert (
+                    ours[name] == group["weight_decay"] or ours[name] is None and official in golden["without_gradient"]
+                )
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -131,7 +137,10 @@ def test_ten_steps_of_the_official_code(method, monkeypatch):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, = tbps.make_optimizers(model, recipe, fused=False)
     assert type(optimizer).__name__ == golden["optimizer"]["kind"]
-    assert (list(optimizer.defaults["betas"]), optimizer.defaults["eps"]) == (golden["optimizer"]["betas"], golden["optimizer"]["eps"])
+    assert (list(optimizer.defaults["betas"]), optimizer.defaults["eps"]) == (
+        golden["optimizer"]["betas"],
+        golden["optimizer"]["eps"],
+    )
     check_groups(model, optimizer, golden)
     names = {id(p): name for name, p in model.named_parameters()}
 
@@ -148,7 +157,9 @@ def test_ten_steps_of_the_official_code(method, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *shape, **options: noise)
             parts = tbps.METHODS[method][2](model, batch, recipe, it / n, NO_AMP)
-        assert {LOSSES[method][k]: want[k] for k in LOSSES[method]} == pytest.approx({k: v.item() for k, v in parts.items()}, rel=1e-9)
+        assert {LOSSES[method][k]: want[k] for k in LOSSES[method]} == pytest.approx(
+            {k: v.item() for k, v in parts.items()}, rel=1e-9
+        )
         total = sum(parts.values())
         assert total.item() == pytest.approx(want["total"], rel=1e-9)
         scale = model.scale() if recipe["tau"] else model.logit_scale

@@ -46,7 +46,10 @@ def setting(people):
 def test_fixed_positions():
     pos = tbps.sincos_grid((24, 8), 512)
     assert pos.shape == (193, 512) and not pos[0].any()
-    for patch, golden in ((1, {0: math.sin(1), 128: math.cos(1), 256: 0, 384: 1}), (8, {0: 0, 128: 1, 256: math.sin(1), 384: math.cos(1)})):
+    for patch, golden in (
+        (1, {0: math.sin(1), 128: math.cos(1), 256: 0, 384: 1}),
+        (8, {0: 0, 128: 1, 256: math.sin(1), 384: math.cos(1)}),
+    ):
         assert {k: pos[1 + patch, k].item() for k in golden} == pytest.approx(golden, abs=1e-6)
 
 
@@ -65,7 +68,7 @@ def test_grey_is_grey():
 
 
 def test_uit_at_full_size():
-    """The count of the specification: 24 x 8 patches, 11,003 persons, without what the released code builds and never uses."""
+    """The count of the specification: 24 x 8 patches, 11,003 persons, without what the official code never uses."""
     with torch.device("meta"):
         model = with_heads(tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128))), tbps.UIT, 11003)
     assert model.image.grid == (24, 8)
@@ -79,9 +82,12 @@ def test_what_is_dropped(released, visible, scored, monkeypatch):
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(image_size=(192, 64), vocab=100, image_layers=1))
     with_heads(model, recipe := tbps.UIT | dict(official=released, depth=1, id=0.0), 3)
     seen, whole = [], model.image_tokens
-    monkeypatch.setattr(model, "image_tokens", lambda pixels, patch_ids: seen.append(patch_ids) or whole(pixels, patch_ids))
+    monkeypatch.setattr(
+        model, "image_tokens", lambda pixels, patch_ids: seen.append(patch_ids) or whole(pixels, patch_ids)
+    )
     restored, dropped = tbps.restore(model, torch.randn(2, 3, 192, 64), torch.randn(2, 5, 128), None, recipe)
-    assert seen[0].shape == (2, visible) and dropped.sum(dim=1).tolist() == [scored, scored] and restored.shape == (2, 192, 192)
+    assert seen[0].shape == (2, visible) and dropped.sum(dim=1).tolist() == [scored, scored]
+    assert restored.shape == (2, 192, 192)
     assert not dropped.gather(1, seen[0]).any()
 
 
@@ -91,16 +97,25 @@ def test_restoration_sees_nothing_of_what_is_dropped(setting):
     text = torch.randn(6, 4, 128, dtype=torch.float64)
     one, dropped = tbps.restore(model, pixels, text, None, recipe, torch.Generator().manual_seed(5))
     patches = tbps.patchify(pixels, patch)
-    changed = tbps.unpatchify(torch.where(dropped[..., None], torch.randn_like(patches), patches), model.image.grid, patch)
+    changed = tbps.unpatchify(
+        torch.where(dropped[..., None], torch.randn_like(patches), patches), model.image.grid, patch
+    )
     assert torch.equal(one, tbps.restore(model, changed, text, None, recipe, torch.Generator().manual_seed(5))[0])
     # nor any colour: two images of the same grey
     turned = pixels + torch.tensor([0.1140, 0.0, -0.2989])[:, None, None] * 2
-    torch.testing.assert_close(one, tbps.restore(model, turned, text, None, recipe, torch.Generator().manual_seed(5))[0])
-    assert not torch.allclose(one, tbps.restore(model, pixels, text + 1.0 * torch.randn_like(text), None, recipe, torch.Generator().manual_seed(5))[0])
+    torch.testing.assert_close(
+        one, tbps.restore(model, turned, text, None, recipe, torch.Generator().manual_seed(5))[0]
+    )
+    assert not torch.allclose(
+        one,
+        tbps.restore(
+            model, pixels, text + 1.0 * torch.randn_like(text), None, recipe, torch.Generator().manual_seed(5)
+        )[0],
+    )
 
 
 def test_patches_return_to_their_places():
-    """With embed and attention as identity-like as can be: the restorer's input, row by row, has each visible token where its patch is."""
+    """With embed and attention close to the identity, the head's input has each visible token where its patch is."""
     restorer = tbps.RestorationHead(64, 32, 1, (3, 2), 4)
     found = []
     restorer.cross_encoder.forward = lambda x, text, context_mask=None: found.append(x) or x
@@ -144,8 +159,12 @@ def test_a_step_by_its_parts(setting):
     parts = tbps.irra_losses(model, batch, recipe, 0.0, NO_AMP)
     pixels, masked, pid = batch["pixels"][0], batch["masked"], batch["pid"]
     image, text = model.encode_image(pixels), model.encode_text(masked)
-    want = dict(itc=0.5 * losses.itc(image, text, 50), sdm=losses.sdm(image, text, pid, 50), cmpm=0.5 * losses.cmpm(image, text, pid),
-                id=losses.id_loss(model.heads["id"](image), model.heads["id"](text), pid), triplet=10 * losses.triplet(image, text, pid))
+    want = dict(
+        itc=0.5 * losses.itc(image, text, 50), sdm=losses.sdm(image, text, pid, 50),
+        cmpm=0.5 * losses.cmpm(image, text, pid),
+        id=losses.id_loss(model.heads["id"](image), model.heads["id"](text), pid),
+        triplet=10 * losses.triplet(image, text, pid),
+    )
     tokens, T = model.text_tokens(masked), int(masked.argmax(1).max()) + 1
     seen = torch.arange(T) <= masked.argmax(1)[:, None]
     logits = model.heads["mlm"](tokens, model.image_tokens(pixels), batch["targets"][:, :T] >= 0, seen)
@@ -163,7 +182,8 @@ def test_masked_captions_everywhere_or_for_guessing_only(setting):
     for everywhere in (True, False):
         torch.manual_seed(1)
         values[everywhere] = tbps.irra_losses(model, batch, recipe | dict(mask_all=everywhere), 0.0, NO_AMP)
-    assert values[True]["mlm"].item() == pytest.approx(values[False]["mlm"].item())     # guessing always reads the masked ones
+    # guessing always reads the masked ones
+    assert values[True]["mlm"].item() == pytest.approx(values[False]["mlm"].item())
     assert all(values[True][k] != values[False][k] for k in ("itc", "sdm", "cmpm", "id", "triplet", "restoration"))
     clean = losses.sdm(model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0]), batch["pid"], 50)
     assert values[False]["sdm"].item() == pytest.approx(clean.item())
@@ -174,14 +194,16 @@ def restore_without_official_drop(restore, model, pixels, text_tokens, seen, rec
 
 
 def test_padding_counts_for_nothing_unless_asked(setting, monkeypatch):
-    """The parts of a caption do not depend on how long the others are; with official=1 all 77 positions are attended to."""
+    """A caption's losses do not depend on how long the others are; with official=1 all 77 positions are attended to."""
     model, recipe, batch = setting
     pixels, tokens = batch["pixels"][0][:1], batch["masked"][:1]
     length = int(tokens.argmax(1)) + 1
     seen = torch.arange(77) < length
     order = torch.Generator().manual_seed(0)
     short = tbps.restore(model, pixels, model.text_tokens(tokens), None, recipe, order)[0]
-    long = tbps.restore(model, pixels, model.text_tokens(tokens, trim=False), seen[None], recipe, torch.Generator().manual_seed(0))[0]
+    long = tbps.restore(
+        model, pixels, model.text_tokens(tokens, trim=False), seen[None], recipe, torch.Generator().manual_seed(0)
+    )[0]
     torch.testing.assert_close(short, long)
     calls = []
     monkeypatch.setattr(tbps, "restore", functools.partial(restore_without_official_drop, tbps.restore))
@@ -189,10 +211,14 @@ def test_padding_counts_for_nothing_unless_asked(setting, monkeypatch):
         torch.manual_seed(1)
         calls.append(tbps.irra_losses(model, batch, recipe | dict(official=official), 0.0, NO_AMP))
     for k in calls[0]:
-        assert (calls[0][k] != calls[1][k]) == (k in ("mlm", "restoration")) or calls[0][k].item() == pytest.approx(calls[1][k].item(), rel=1e-9), k
+        assert (calls[0][k] != calls[1][k]) == (k in ("mlm", "restoration")) or calls[0][k].item() == pytest.approx(
+            calls[1][k].item(), rel=1e-9
+        ), k
 
 
-@pytest.mark.parametrize("change, gone", [({k: 0.0}, k) for k in ("itc", "sdm", "cmpm", "id", "triplet", "mlm", "restoration")])
+@pytest.mark.parametrize(
+    "change, gone", [({k: 0.0}, k) for k in ("itc", "sdm", "cmpm", "id", "triplet", "mlm", "restoration")]
+)
 def test_each_loss_can_be_left_out(setting, change, gone):
     model, recipe, batch = setting
     torch.manual_seed(1)
@@ -225,7 +251,9 @@ def test_gradients(method, people):
     recipe = tbps.METHODS[method][0] | dict(depth=2)
     pairs = data.Pairs(people, (96, 48), image_aug="reid", norm="clip")
     batch = data.collate(tokenizer, [pairs[i] for i in range(0, 48, 4)], mask=tbps.mask_rates(recipe))
-    model = with_heads(tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab)), recipe, pairs.persons, method)
+    model = with_heads(
+        tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab)), recipe, pairs.persons, method
+    )
     model.logit_scale.requires_grad_(False)
     parts = gradients_are_where_they_should_be(model, recipe, batch)
     assert list(parts) == (["sdm", "id", "triplet", "restoration"] if method == "uit" else ["sdm", "id", "mlm"])
@@ -245,7 +273,9 @@ def test_a_step_at_full_size(method, parameters, people):
     pairs = data.Pairs(people, (384, 128), image_aug="reid", norm="clip", clean=False)
     optimizer, = tbps.make_optimizers(model, recipe, fused=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    gradients_are_where_they_should_be(model, recipe, data.collate(tokenizer, [pairs[i] for i in range(0, 48, 6)], mask=tbps.mask_rates(recipe)))
+    gradients_are_where_they_should_be(
+        model, recipe, data.collate(tokenizer, [pairs[i] for i in range(0, 48, 6)], mask=tbps.mask_rates(recipe))
+    )
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert before.keys() - moved == {"logit_scale"}
@@ -254,9 +284,18 @@ def test_a_step_at_full_size(method, parameters, people):
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
 def test_learning_rate_per_epoch():
-    factors = {1: 0.1, 2: 0.28, 3: 0.46, 4: 0.64, 5: 0.82, 6: 1.0, 30: 0.5 * (1 + math.cos(math.pi * 24 / 55)), 60: 0.5 * (1 + math.cos(math.pi * 54 / 55))}
+    factors = {
+        1: 0.1,
+        2: 0.28,
+        3: 0.46,
+        4: 0.64,
+        5: 0.82,
+        6: 1.0,
+        30: 0.5 * (1 + math.cos(math.pi * 24 / 55)),
+        60: 0.5 * (1 + math.cos(math.pi * 54 / 55)),
+    }
     for epoch, factor in factors.items():
-        for it in (532 * (epoch - 1), 532 * epoch - 1):                 # the same from the first to the last step of an epoch
+        for it in (532 * (epoch - 1), 532 * epoch - 1):  # the same from the first to the last step of an epoch
             assert tbps.lr_at(it, 532, tbps.UIT) == pytest.approx(1e-5 * factor, rel=1e-9)
     assert factors[30] == pytest.approx(0.599, abs=1e-3) and factors[60] == pytest.approx(0.0008, abs=1e-4)
 
@@ -266,28 +305,67 @@ def test_learning_rates_of_layers():
     with torch.device("meta"):
         model = with_heads(tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100)), recipe, 7)
     optimizer, = tbps.make_optimizers(model, recipe, fused=False)
-    assert isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["eps"] == 1e-3
+    assert isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["eps"] == 1e-3
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     for name, p in model.named_parameters():
         group, bias = group_of[id(p)], name.endswith("bias")
         assert group["factor"] == (5 if name.startswith("heads.") else 2 if bias else 1), name
         assert group["weight_decay"] == (0 if bias else 4e-5), name
     named = {name: tbps.lr_factor(name, recipe | dict(official=True)) for name, _ in model.named_parameters()}
-    assert {named["heads.restoration." + n] for n in ("cross_encoder.cross.q.weight", "cross_encoder.blocks.0.fc1.weight", "cross_encoder.blocks.0.ln1.weight")} == {5}
-    assert {named["heads.restoration." + n] for n in ("cross_encoder.cross.q.bias", "cross_encoder.blocks.1.attn.qkv.bias", "embed.bias", "ln.bias", "cross_encoder.ln_post.bias")} == {2}
-    assert {named["heads.restoration." + n] for n in ("embed.weight", "pixels.weight", "mask", "ln.weight", "cross_encoder.ln_mid.weight", "cross_encoder.ln_query.weight")} == {1}
-    assert {named[n] for n in ("heads.id.weight", "heads.id.bias", "heads.mlm.fc.weight", "heads.mlm.out.bias", "heads.mlm.cross_encoder.blocks.0.fc2.weight")} == {5}
-    assert named["heads.mlm.cross_encoder.blocks.0.fc2.bias"] == 2 and named["image.proj"] == 1 and named["image.blocks.0.fc1.bias"] == 2
+    assert {
+        named["heads.restoration." + n]
+        for n in (
+            "cross_encoder.cross.q.weight",
+            "cross_encoder.blocks.0.fc1.weight",
+            "cross_encoder.blocks.0.ln1.weight",
+        )
+    } == {5}
+    assert {
+        named["heads.restoration." + n]
+        for n in (
+            "cross_encoder.cross.q.bias", "cross_encoder.blocks.1.attn.qkv.bias", "embed.bias", "ln.bias",
+            "cross_encoder.ln_post.bias",
+        )
+    } == {2}
+    assert {
+        named["heads.restoration." + n]
+        for n in (
+            "embed.weight", "pixels.weight", "mask", "ln.weight", "cross_encoder.ln_mid.weight",
+            "cross_encoder.ln_query.weight",
+        )
+    } == {1}
+    assert {
+        named[n]
+        for n in (
+            "heads.id.weight", "heads.id.bias", "heads.mlm.fc.weight", "heads.mlm.out.bias",
+            "heads.mlm.cross_encoder.blocks.0.fc2.weight",
+        )
+    } == {5}
+    assert named["heads.mlm.cross_encoder.blocks.0.fc2.bias"] == 2 and named["image.proj"] == 1
+    assert named["image.blocks.0.fc1.bias"] == 2
 
 
-@pytest.mark.parametrize("bad, words", [
-    (dict(drop=0.0), "leaves 72 of 72"), (dict(drop=0.99), "leaves 0 of 72"), (dict(drop=0.01, official=True), "leaves 71 of 72")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(drop=0.0), "leaves 72 of 72"),
+        (dict(drop=0.99), "leaves 0 of 72"),
+        (dict(drop=0.01, official=True), "leaves 71 of 72"),
+    ],
+)
 def test_some_patches_are_visible_and_some_not(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.irra_heads(tbps.UIT | bad, tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100)), 3)
 
 
-@pytest.mark.parametrize("bad, words", [(["depth=0"], "depth=0 must be above 0"), (["mask_content=0", "mask_other=0"], "mlm=0 mask_all=0 switches masking off")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (["depth=0"], "depth=0 must be above 0"),
+        (["mask_content=0", "mask_other=0"], "mlm=0 mask_all=0 switches masking off"),
+    ],
+)
 def test_values_that_make_no_sense(bad, words):
     with pytest.raises(ValueError, match=words):
         tbps.parse_args(["--method", "uit", "--set", *bad])
@@ -302,7 +380,10 @@ def test_overlapping_patches_cannot_be_restored():
 
 # ---- as a user runs them --------------------------------------------------------------------------------------------
 
-SMALL = ["--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "height=96", "width=48", "batch=6", "epochs=2", "depth=1"]
+SMALL = [
+    "--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "height=96", "width=48",
+    "batch=6", "epochs=2", "depth=1",
+]
 
 
 @pytest.mark.parametrize("method", ["uit", "irra"])
@@ -311,13 +392,16 @@ def test_a_run(method, cuhk, tmp_path):
     assert said.splitlines()[-1].startswith("test R@1")
     last, best = (torch.load(tmp_path / "r" / name, weights_only=True)["weights"] for name in ("last.pt", "best.pt"))
     heads = {n for n in last if n.startswith("heads.")}
-    assert heads and last.keys() - best.keys() == heads                 # nothing of them is needed, or stored, to search
+    assert heads and last.keys() - best.keys() == heads  # nothing of them is needed, or stored, to search
     page = (tmp_path / "r/report.html").read_text()
     assert ("Restorations" in page) == (method == "uit")
     if method == "uit":
         rows = page.split("Restorations")[1].split("<h2>")[0].split("<div class=row>")[1:]
         assert len(rows) == 8 and all(row.count("<img") == 5 for row in rows)
-        again = run("eval.py", "--checkpoint", tmp_path / "r/best.pt", "--data-root", cuhk, "--page", tmp_path / "p.html", "--workers", "0")
+        again = run(
+            "eval.py", "--checkpoint", tmp_path / "r/best.pt", "--data-root", cuhk, "--page", tmp_path / "p.html",
+            "--workers", "0",
+        )
         assert said.splitlines()[-1].removeprefix("test ") in again
 
 
@@ -327,7 +411,10 @@ def test_a_run(method, cuhk, tmp_path):
 def test_resume_is_exact(method, keys, cuhk, tmp_path, monkeypatch):
     """Stopped in the middle of the second epoch and resumed: the same weights, heads included, bit for bit."""
     def command(out):
-        return ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", method, "--out", tmp_path / out, *SMALL, *keys]
+        return [
+            "tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", method, "--out", tmp_path / out,
+            *SMALL, *keys,
+        ]
     run(*command("a"))
     at = [json.loads(line)["at"] for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     calls, sdm = [], losses.sdm
@@ -342,14 +429,18 @@ def test_resume_is_exact(method, keys, cuhk, tmp_path, monkeypatch):
         assert "stopped in epoch 2, step 2 of" in run(*command("b"), code=130)
     run(*command("b"), "--resume")
     a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True) for out in "ab")
-    assert a["weights"].keys() == b["weights"].keys() and all(torch.equal(a["weights"][n], b["weights"][n]) for n in a["weights"])
+    assert a["weights"].keys() == b["weights"].keys()
+    assert all(torch.equal(a["weights"][n], b["weights"][n]) for n in a["weights"])
     assert (tmp_path / "a/log.jsonl").read_text() == (tmp_path / "b/log.jsonl").read_text()
 
 
 def test_a_batch_of_one_person_is_told(cuhk, tmp_path):
-    said = run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL, "sampler=random", "batch=2",
-               "epochs=1")
-    assert "of 16 batches show one person only" in said and "nan" not in said and "the warm-up takes 5 of 1 epochs" in said
+    said = run(
+        "tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL,
+        "sampler=random", "batch=2", "epochs=1",
+    )
+    assert "of 16 batches show one person only" in said and "nan" not in said
+    assert "the warm-up takes 5 of 1 epochs" in said
 
 
 def test_captions_without_words(cuhk, tmp_path):
@@ -358,7 +449,10 @@ def test_captions_without_words(cuhk, tmp_path):
     shutil.copytree(cuhk, root)
     rows = json.loads((root / "reid_raw.json").read_text())
     (root / "reid_raw.json").write_text(json.dumps([row | dict(captions=["", "..."]) for row in rows]))
-    said = run("tbps.py", "--dataset", "cuhk", "--data-root", root, "--method", "uit", "--out", tmp_path / "r", *SMALL, "sampler=random", "mlm=1")
+    said = run(
+        "tbps.py", "--dataset", "cuhk", "--data-root", root, "--method", "uit", "--out", tmp_path / "r", *SMALL,
+        "sampler=random", "mlm=1",
+    )
     assert "mlm" in said and "nan" not in said and "Restorations" not in (tmp_path / "r/report.html").read_text()
 
 
@@ -367,11 +461,16 @@ def test_one_person_is_not_enough(cuhk, tmp_path):
     shutil.copytree(cuhk, root)
     rows = json.loads((root / "reid_raw.json").read_text())
     (root / "reid_raw.json").write_text(json.dumps([row for row in rows if row["split"] != "train" or row["id"] == 1]))
-    assert "show one person" in error("tbps.py", "--dataset", "cuhk", "--data-root", root, "--method", "irra", "--out", tmp_path / "r", *SMALL)
+    assert "show one person" in error(
+        "tbps.py", "--dataset", "cuhk", "--data-root", root, "--method", "irra", "--out", tmp_path / "r", *SMALL
+    )
 
 
 def test_colours_names_what_it_needs(tmp_path, cuhk):
-    run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL, "epochs=1")
+    run(
+        "tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL,
+        "epochs=1",
+    )
     assert "heads are in the last.pt" in error("lab/check_restoration.py", tmp_path / "r/best.pt")
     assert "the checkpoint should be at" in error("lab/check_restoration.py", tmp_path / "none.pt")
     from lab import check_restoration

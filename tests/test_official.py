@@ -9,8 +9,10 @@ import data
 import tbps
 from conftest import error, run
 
-SMALL = ["--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "height=96", "width=48", "stride=0", "epochs=1",
-         "warmup=0"]
+SMALL = [
+    "--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "height=96", "width=48",
+    "stride=0", "epochs=1", "warmup=0",
+]
 
 
 def with_heads(recipe, method, vocab=100):
@@ -29,8 +31,12 @@ def test_only_methods_whose_official_code_has_quirks_have_the_key():
 
 
 def test_the_mask_token_starts_at_zero():
-    start = {official: tbps.irra_heads(tbps.UIT | dict(official=official), with_heads(tbps.UIT, "uit"), 7)["restoration"].mask
-             for official in (False, True)}
+    start = {
+        official: tbps.irra_heads(tbps.UIT | dict(official=official), with_heads(tbps.UIT, "uit"), 7)[
+            "restoration"
+        ].mask
+        for official in (False, True)
+    }
     assert start[False].detach().std().item() == pytest.approx(0.02, rel=0.3) and not start[True].any()
 
 
@@ -50,7 +56,7 @@ def test_irra_masks_the_captions_of_all_losses(people):
 
 
 def test_approximate_text_protects_no_words():
-    """The official code may delete and replace colours and garments; ours leaves them, unless a row of words is cut out."""
+    """The official code may delete and replace colours and garments; ours keeps them, unless a row of words is cut."""
     caption = "red shirt blue trousers black shoes white hat"
     words = set(caption.split())
     lost = {protect: 0 for protect in (True, False)}
@@ -59,7 +65,9 @@ def test_approximate_text_protects_no_words():
             rng = random.Random(seed)
             rng.random()                                                # whether the text is changed at all
             if rng.choice(["synonym", "crop", "delete"]) != "crop":
-                said = data.augment_caption(caption, random.Random(seed), deletion=0.0, approximate=1.0, protect=protect)
+                said = data.augment_caption(
+                    caption, random.Random(seed), deletion=0.0, approximate=1.0, protect=protect
+                )
                 lost[protect] += len(words - set(said.split()))
     assert lost[True] == 0 and lost[False] > 20
 
@@ -70,7 +78,11 @@ def test_the_last_small_batch_is_used(method, cuhk, tmp_path):
     steps = {}
     for official in (0, 1):
         out = tmp_path / str(official)
-        run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", method, "--out", out, *SMALL, "batch=5", f"official={official}")
+        run(
+            "tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", method, "--out", out, *SMALL,
+            "batch=5",
+            f"official={official}",
+        )
         steps[official] = sum('"loss"' in line for line in (out / "log.jsonl").read_text().splitlines())
     assert steps[1] == steps[0] + 1
 
@@ -78,7 +90,7 @@ def test_the_last_small_batch_is_used(method, cuhk, tmp_path):
 # ---- half_weights=1 -------------------------------------------------------------------------------------------------
 
 def test_a_weight_above_0_031_does_not_move_and_one_below_does():
-    """A step of Adam is at most 1e-5. The distance between fp16 numbers is 3.05e-5 from 2^-5 = 0.03125 on, 1.5e-5 below it."""
+    """A step of Adam is at most 1e-5. fp16 numbers are 3.05e-5 apart from 2^-5 = 0.03125 on, 1.5e-5 below it."""
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data = torch.tensor([[0.04, 0.02]])
     optimizer = tbps.HalfAdam([dict(params=[model.weight])], [model.weight], lr=1e-5, eps=1e-3)
@@ -88,7 +100,7 @@ def test_a_weight_above_0_031_does_not_move_and_one_below_does():
         optimizer.step()
     assert model.weight[0, 0] == start[0, 0] and model.weight[0, 1] < start[0, 1] - 1e-4
     fp32 = torch.tensor([0.04])
-    assert (fp32 - 20e-5).half() != fp32.half()                         # fp32 weights would have moved by as much as can be seen
+    assert (fp32 - 20e-5).half() != fp32.half()  # fp32 weights would have moved by as much as can be seen
 
 
 def test_steps_equal_adam_on_half_tensors():
@@ -99,8 +111,12 @@ def test_steps_equal_adam_on_half_tensors():
     half = [p.detach().half().requires_grad_() for p in (layer.weight, layer.bias)]
     fp32 = norm.weight.detach().clone().requires_grad_()
     ours = tbps.HalfAdam(groups, [layer.weight, layer.bias], lr=1e-3, eps=1e-3)
-    theirs = torch.optim.Adam([dict(params=[half[0], fp32], weight_decay=4e-5), dict(params=[half[1]], weight_decay=0.0)],
-                              lr=1e-3, eps=1e-3, foreach=False)
+    theirs = torch.optim.Adam(
+        [dict(params=[half[0], fp32], weight_decay=4e-5), dict(params=[half[1]], weight_decay=0.0)],
+        lr=1e-3,
+        eps=1e-3,
+        foreach=False,
+    )
     start = layer.weight.detach().clone()
     for step in range(20):
         for optimizer in (ours, theirs):
@@ -118,7 +134,7 @@ def test_steps_equal_adam_on_half_tensors():
 
 @pytest.mark.parametrize("method", ["irra", "uit"])
 def test_what_is_held_in_fp16(method):
-    """As OpenAI's convert_weights: linear layers, convolutions and projections; not norms, embeddings and single tokens."""
+    """As OpenAI's convert_weights: linear layers, convolutions, projections; not norms, embeddings, single tokens."""
     model = with_heads(tbps.METHODS[method][0] | dict(depth=1), method)
     halves = {id(p) for p in tbps.half_parameters(model)}
     names = {name for name, p in model.named_parameters() if id(p) in halves}
@@ -133,8 +149,11 @@ def re_norm_or_embedding(name):
 
 
 def test_a_run_with_half_weights(cuhk, tmp_path):
-    """Weights of the checkpoint are numbers that fp16 can hold, the moments are fp16; norms and embeddings stay in fp32."""
-    run("tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "irra", "--out", tmp_path, *SMALL, "batch=6", "half_weights=1")
+    """Weights of the checkpoint fit into fp16, the moments are fp16; norms and embeddings stay in fp32."""
+    run(
+        "tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "irra", "--out", tmp_path, *SMALL,
+        "batch=6", "half_weights=1",
+    )
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     weight, position = (saved["weights"][name] for name in ("image.blocks.0.fc1.weight", "image.pos"))
     assert weight.dtype == torch.float32 and torch.equal(weight, weight.half().float())
@@ -144,6 +163,7 @@ def test_a_run_with_half_weights(cuhk, tmp_path):
 
 
 def test_what_half_weights_needs():
-    assert "coupled=1 eps=1e-3" in error("tbps.py", "--method", "irra", "--set", "half_weights=1")      # on toy data it is AdamW
+    # on toy data it is AdamW
+    assert "coupled=1 eps=1e-3" in error("tbps.py", "--method", "irra", "--set", "half_weights=1")
     args, recipe = tbps.parse_args(["--dataset", "cuhk", "--method", "irra", "--set", "half_weights=1"])
     assert recipe["coupled"] and recipe["eps"] == 1e-3
