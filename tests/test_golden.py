@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import golden_inputs as inputs
-import losses
 import tbps
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import data
 import tbps
 from conftest import run
 from tiny_clip import TOKENS, hugging_face, torchscript, write

@@ -1,5 +1,5 @@
-"""The same objective on less memory and on more processes: in parts, with blocks made again, and on two ranks, the losses and gradients of a step are those
-of one process with the whole batch, for every method."""
+"""The same objective on less memory and more processes: with micro-batches, activation checkpointing and two ranks the
+losses and gradients of a step are those of one process with the whole batch."""
 
 import functools
 import json
@@ -25,31 +25,47 @@ from test_distill import TINY
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
 STEPS = {  # name: (recipe, heads, losses of a step)
     **{name: (recipe | dict(soft_ramp=0), heads, step) for name, (recipe, heads, step) in tbps.METHODS.items()},
-    "tbps-clip, all views": (tbps.TBPS_CLIP | dict(mvs_text=True, ss_text=0.5, itc=1.0, soft_ramp=0), *tbps.METHODS["tbps-clip"][1:]),
+    "tbps-clip, all views": (
+        tbps.TBPS_CLIP | dict(mvs_text=True, ss_text=0.5, itc=1.0, soft_ramp=0),
+        *tbps.METHODS["tbps-clip"][1:],
+    ),
     "irra, masked everywhere": (tbps.IRRA | dict(mask_all=True, cmpm=1.0), *tbps.METHODS["irra"][1:]),
     "ctlg, person": (tbps.CTLG | dict(same="person"), *tbps.METHODS["ctlg"][1:]),
     "ctlg, image": (tbps.CTLG | dict(same="image"), *tbps.METHODS["ctlg"][1:]),
-    "lcr2s": (distill.LCR2S, tbps.id_heads, lambda model, batch, recipe, epoch, autocast: light_step(model, batch, recipe)),
+    "lcr2s": (
+        distill.LCR2S,
+        tbps.id_heads,
+        lambda model, batch, recipe, epoch, autocast: light_step(model, batch, recipe),
+    ),
 }
 B = 8
 
 
 def light_step(model, batch, recipe):
     """What distill.train_light does in a step, with made-up teachers by item."""
-    image, text, pid, item = map(losses.gather, (model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0]), batch["pid"], batch["item"]))
+    image, text, pid, item = map(
+        losses.gather,
+        (model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0]), batch["pid"], batch["item"]),
+    )
     g = torch.Generator().manual_seed(5)
     rich = torch.randn(2, 1000, image.shape[1], generator=g, dtype=torch.float64)
     recipe = recipe | dict(features=0.5, relations=0.2)
-    return tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, NO_AMP) | distill.copy_losses(image, text, rich[0, item], rich[1, item], item >= 0, item > 2, recipe)
+    return tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, NO_AMP) | distill.copy_losses(
+        image, text, rich[0, item], rich[1, item], item >= 0, item > 2, recipe
+    )
 
 
 def sample(name, people):
     """-> a model in float64 without dropout, a batch of B pairs, the step. Everything follows from the name."""
     recipe, heads, step = STEPS[name]
-    more = dict(views=1 + recipe["mvs"], self_views=2 * (recipe["ss"] > 0), texts=1 + recipe["mvs_text"], self_texts=2 * (recipe["ss_text"] > 0)) if "mvs" in recipe else {}
+    more = {}
+    if "mvs" in recipe:
+        more = dict(views=1 + recipe["mvs"], self_views=2 * (recipe["ss"] > 0), texts=1 + recipe["mvs_text"],
+                    self_texts=2 * (recipe["ss_text"] > 0))
     pairs = data.Pairs(people, (32, 16), **more, text=dict(deletion=0.3))
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
-    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 3 * B, 3)], mask=(0.5, 0.3) if "mlm" in recipe else None)
+    mask = (0.5, 0.3) if "mlm" in recipe else None
+    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 3 * B, 3)], mask=mask)
     batch["pixels"] = batch["pixels"].double()
     torch.manual_seed(0)
     model = tbps.DualEncoder(64, (32, 16), 8, 64, 2, 64, 2, tokenizer.vocab, head_width=32).double()
@@ -79,7 +95,8 @@ def same_draws(patch, rank=0, ranks=1):
     def rand(*size, **how):
         if len(size) != 2:
             return ordinary(*size, **how)
-        return torch.linspace(0, 7e3, B * size[1], dtype=torch.float64).view(B, size[1]).sin()[rank * (B // ranks):][:size[0]]
+        draws = torch.linspace(0, 7e3, B * size[1], dtype=torch.float64).view(B, size[1]).sin()
+        return draws[rank * (B // ranks):][:size[0]]
     patch.setattr(torch, "rand", rand)
 
 
@@ -88,7 +105,7 @@ def test_in_parts_a_step_is_the_same(name, people, monkeypatch):
     same_draws(monkeypatch)
     model, batch, step = sample(name, people)
     parts = step(batch)
-    want, kept = gradients(model, parts), {}
+    want = gradients(model, parts)
     assert len(want) > 40 and all(g.abs().sum() > 0 for n, g in want.items() if "attn" not in n)
     for micro, blocks in ((3, False), (0, True), (3, True), (1, False)):
         model.micro_batch, model.image.checkpointing, model.text.checkpointing = micro, blocks, blocks
@@ -101,7 +118,7 @@ def test_in_parts_a_step_is_the_same(name, people, monkeypatch):
 
 
 def test_micro_batched_dropout_is_replayed():
-    """Backward sees the dropout masks of forward: the gradient is the difference quotient of the loss of the same seed."""
+    """Backward sees the dropout masks of the forward pass: the gradient agrees with finite differences, same seed."""
     torch.manual_seed(0)
     model = tbps.DualEncoder(16, (16, 16), 8, 32, 2, 32, 2, 100, head_width=16, text_dropout=0.5).double().train()
     model.micro_batch = 2
@@ -112,6 +129,7 @@ def test_micro_batched_dropout_is_replayed():
     def loss():
         torch.manual_seed(7)
         return (model.encode_text(tokens) ** 2).sum()
+
     g, = torch.autograd.grad(loss(), w)
     with torch.no_grad():
         step = 1e-6 * g / g.norm()
@@ -123,7 +141,7 @@ def test_micro_batched_dropout_is_replayed():
 
 
 def test_in_parts_less_is_kept(people):
-    """What backward keeps, in bytes: with parts little more than the input, with blocks made again less than with none."""
+    """Bytes kept for backward: micro-batches keep little more than the input, checkpointed blocks less than others."""
     def kept(micro, blocks):
         model, batch, step = sample("baseline", people)
         model.micro_batch, model.image.checkpointing, model.text.checkpointing = micro, blocks, blocks
@@ -142,14 +160,15 @@ def test_in_parts_less_is_kept(people):
 
 
 def test_in_parts_under_fp16_scaling(people):
-    """With autocast and a scaled loss the scaled gradients are those of the whole batch, to what half precision can tell."""
+    """With autocast and a scaled loss the scaled gradients are those of the whole batch, up to half precision."""
     model, batch, _ = sample("tbps-clip-simplified", people)
     recipe, _, step = STEPS["tbps-clip-simplified"]
     model.float()
     batch["pixels"], found = batch["pixels"].float(), []
     for micro in (0, 3):
         model.micro_batch = micro
-        scaler, autocast = torch.amp.GradScaler("cpu", init_scale=256.0), functools.partial(torch.autocast, "cpu", dtype=torch.float16)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        autocast = functools.partial(torch.autocast, "cpu", dtype=torch.float16)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer.zero_grad()
         scaler.scale(sum(step(model, batch, recipe | dict(text_dropout=0.0), 1.0, autocast).values())).backward()
@@ -177,15 +196,18 @@ def rank_of_two(rank, file, out, micro):
             tbps.average_over_ranks(list(shown.values()))
             found[name] = shown, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model, _, _ = sample("baseline", people)
-    model, tokenizer, seen = model.float(), data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True), []
+    model, seen = model.float(), []
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
     for tower in (model.image, model.text):
         tower.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     some = people[:7]
     image, text = evaluation.embed(model, *evaluation.evaluation_set(some, data.Preprocessing((32, 16)), tokenizer)[:2])
-    assert len(image) == 7 and len(text) == sum(len(r["captions"]) for r in some) and sum(seen) == (len(image) + 1 - rank) // 2 + (len(text) + 1 - rank) // 2
+    assert len(image) == 7 and len(text) == sum(len(r["captions"]) for r in some)
+    assert sum(seen) == (len(image) + 1 - rank) // 2 + (len(text) + 1 - rank) // 2
     found["embedded"] = image, text
     rows = torch.arange(7.0)[rank::2]
-    assert evaluation.all_gather_rows(rows[:, None]).flatten().tolist() == list(range(7)) and tbps.any_rank(rank == 1, "cpu") and not tbps.any_rank(False, "cpu")
+    assert evaluation.all_gather_rows(rows[:, None]).flatten().tolist() == list(range(7))
+    assert tbps.any_rank(rank == 1, "cpu") and not tbps.any_rank(False, "cpu")
     if rank == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()
@@ -199,7 +221,8 @@ def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
     inputs = evaluation.evaluation_set(people[:7], data.Preprocessing((32, 16)), tokenizer)
     alone = evaluation.embed(model.float(), *inputs[:2])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, found["embedded"]))               # each embedded half, and all have all
+    # each embedded half, and all have all
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, found["embedded"]))
     same_draws(monkeypatch)
     for name in STEPS:
         model, batch, step = sample(name, people)
@@ -211,13 +234,23 @@ def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
             assert torch.allclose(grads[n], want[n], rtol=1e-9, atol=1e-11), (name, n)
 
 
-RUN = ["--dataset", "cuhk", "--method", "irra", "--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1", "--set", "batch=8", "epochs=2", "height=48", "width=24", "lr=1e-3"]
+RUN = [
+    "--dataset", "cuhk", "--method", "irra", "--size", "toy", "--clip", "none", "--workers", "0", "--log-every",
+    "1", "--set", "batch=8", "epochs=2", "height=48", "width=24", "lr=1e-3",
+]
 
 
 def command(ranks, *options, script="tbps.py"):
     """A run on some processes."""
-    start = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] * (ranks > 1), script, *map(str, options)]
-    return subprocess.Popen(start, cwd=ROOT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    start = [
+        sys.executable,
+        *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] * (ranks > 1), script,
+        *map(str, options),
+    ]
+    return subprocess.Popen(
+        start, cwd=ROOT, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
@@ -225,14 +258,24 @@ def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
     one, two = command(1, *options, "--out", tmp_path / "one"), command(2, *options, "--out", tmp_path / "two")
     (alone, _), (said, errors) = one.communicate(), two.communicate()
     assert one.returncode == two.returncode == 0, errors
-    assert said.count("epoch   2/2") == 1 and said.splitlines()[-1] == alone.splitlines()[-1] and said.splitlines()[-1].startswith("test R@1")
+    assert said.count("epoch   2/2") == 1 and said.splitlines()[-1] == alone.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("test R@1")
     a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("one", "two"))
-    assert all(torch.allclose(a["weights"][n], b["weights"][n], atol=1e-3) for n in a["weights"]) and a["epoch"] == b["epoch"] == 2
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert all(torch.allclose(a["weights"][n], b["weights"][n], atol=1e-3) for n in a["weights"])
+    assert a["epoch"] == b["epoch"] == 2
+    logs = [
+        [json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")
+    ]
     assert [x["at"] for x in logs[0]] == [x["at"] for x in logs[1]] and len(logs[0]) > 8
     assert all(x["loss"] == pytest.approx(y["loss"], rel=1e-3) for x, y in zip(*logs) if "loss" in x)
-    scores = [command(n, "--checkpoint", tmp_path / "one/best.pt", "--page", tmp_path / f"{n}.html", script="eval.py").communicate()[0].splitlines() for n in (1, 2)]
-    scores = [[line for line in lines if not line.startswith("[Gloo]")] for lines in scores]             # torch 2.9 says whom it is connected to
+    scores = [
+        command(n, "--checkpoint", tmp_path / "one/best.pt", "--page", tmp_path / f"{n}.html", script="eval.py")
+        .communicate()[0]
+        .splitlines()
+        for n in (1, 2)
+    ]
+    # torch 2.9 says whom it is connected to
+    scores = [[line for line in lines if not line.startswith("[Gloo]")] for lines in scores]
     assert "mINP" in scores[0][1] and scores[0][:-1] == scores[1][:-1] and (tmp_path / "2.html").exists()
     # what two processes made, one goes on with: the third epoch of a run is that of the run that one made
     for saved in (a, b):
@@ -246,19 +289,30 @@ def test_a_run_of_two_processes_is_that_of_one(cuhk, tmp_path):
     assert ends[0] == ends[1]
     odd = command(2, *RUN, "batch=7", "--data-root", cuhk, "--out", tmp_path / "odd")
     assert "cannot be shared by 2 processes" in odd.communicate()[1] and odd.returncode
-    assert "does not go with feature_mixup" in error("tbps.py", "--method", "ctlg", "--set", "feature_mixup=1", "--micro-batch", "8")
+    assert "does not go with feature_mixup" in error(
+        "tbps.py", "--method", "ctlg", "--set", "feature_mixup=1", "--micro-batch", "8"
+    )
 
 
 def test_distillation_on_two_processes_is_that_on_one(cuhk, tmp_path):
     options = ["--dataset", "cuhk", "--data-root", cuhk, "--student", "half", *TINY]
     runs = [command(n, *options, "--out", tmp_path / str(n), script="distill.py") for n in (1, 2)]
-    one, two = ([re.sub(r"\d+ pairs/s", "", line) for line in run.communicate()[0].splitlines() if "R@1" in line] for run in runs)
+    one, two = (
+        [re.sub(r"\d+ pairs/s", "", line) for line in run.communicate()[0].splitlines() if "R@1" in line]
+        for run in runs
+    )
     assert [run.returncode for run in runs] == [0, 0] and one == two and len(one) > 8
     a, b = (torch.load(tmp_path / f"{n}/light/last.pt", weights_only=True)["weights"] for n in "12")
     assert all(torch.allclose(a[n], b[n], atol=1e-3) for n in a)
 
 
-@pytest.mark.parametrize("script, options, log", [("tbps.py", [*RUN, "epochs=500"], "log.jsonl"), ("distill.py", ["--dataset", "cuhk", *TINY, "rich_epochs=5000"], "richer/log.jsonl")])
+@pytest.mark.parametrize(
+    "script, options, log",
+    [
+        ("tbps.py", [*RUN, "epochs=500"], "log.jsonl"),
+        ("distill.py", ["--dataset", "cuhk", *TINY, "rich_epochs=5000"], "richer/log.jsonl"),
+    ],
+)
 def test_one_that_wants_to_stop_stops_all(cuhk, tmp_path, script, options, log):
     """Ctrl-C reaches the processes at different steps; they agree on one, save, and end."""
     process = command(2, *options, "--data-root", cuhk, "--out", tmp_path / "r", script=script)
