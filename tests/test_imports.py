@@ -28,16 +28,7 @@ WIDE = [
     "distill.py",
     "losses.py",
     "tbps.py",
-    "tests/golden_inputs.py",
-    "tests/test_ctlg.py",
     "tests/test_distill.py",
-    "tests/test_golden.py",
-    "tests/test_irra.py",
-    "tests/test_losses.py",
-    "tests/test_official.py",
-    "tests/test_runs.py",
-    "tests/test_scale.py",
-    "tests/test_train.py",
 ]
 LONG = [
     "data.py",
