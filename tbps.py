@@ -477,8 +477,8 @@ def find_config(path):
 def read_config(path):
     """What tensors do not tell. Without a config beside the weights file: the values of OpenAI's models.
 
-    -> dict(file=name of the config or None, quick_gelu, head_width, text_head_width, norm, resize,
-            sizes=image sizes (H, W) that the config names)"""
+    -> dict(file=name of the config or None, quick_gelu, head_width, text_head_width, image_size=(H, W) or None,
+            norm, resize)"""
     file, config = find_config(path)
     try:
         if file and file.name == "config.json":
@@ -486,13 +486,13 @@ def read_config(path):
             found = read_hf_config(config, old or new.get("image_processor", {}))
         else:
             found = read_open_clip_config(config["model_cfg"], config.get("preprocess_cfg", {}))
-        mean, std, resize, sizes = (found.pop(key) for key in ("mean", "std", "resize", "sizes"))
+        mean, std, resize, size = (found.pop(key) for key in ("mean", "std", "resize", "image_size"))
         norm = (tuple(mean), tuple(std)) if mean and std else data.NORMS["clip"]
         norm = next((name for name, values in data.NORMS.items() if values == norm), norm)
         # Hugging Face writes Pillow's numbers: 2, 3
         resize = {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", 3: "bicubic", 2: "bilinear"}[resize]
-        sizes = [as_size(size) for size in sizes if size]
-        return found | dict(file=file and file.name, norm=norm, resize=resize, sizes=sizes)
+        size = (size, size) if isinstance(size, int) else size and tuple(size)
+        return found | dict(file=file and file.name, image_size=size, norm=norm, resize=resize)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{file} is not the configuration of a known CLIP ({type(e).__name__}: {e})") from None
 
@@ -500,10 +500,9 @@ def read_config(path):
 def read_open_clip_config(model, preprocess):
     """model_cfg, preprocess_cfg -> what read_config needs, with open_clip's defaults."""
     image, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    return dict(quick_gelu=model.get("quick_gelu", False), head_width=image.get("head_width", 64),
-                text_head_width=text.get("width", 512) // text.get("heads", 8),
-                mean=preprocess.get("mean"), std=preprocess.get("std"), resize=preprocess.get("interpolation"),
-                sizes=[image.get("image_size"), preprocess.get("size")])
+    return dict(quick_gelu=model.get("quick_gelu", False), image_size=image.get("image_size"),
+                head_width=image.get("head_width", 64), text_head_width=text.get("width", 512) // text.get("heads", 8),
+                mean=preprocess.get("mean"), std=preprocess.get("std"), resize=preprocess.get("interpolation"))
 
 
 def read_hf_config(model, preprocess):
@@ -512,18 +511,10 @@ def read_hf_config(model, preprocess):
     activations = {part.get("hidden_act", "quick_gelu") for part in (image, text)}
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise KeyError(f"hidden_act {activations}")
-    return dict(quick_gelu=activations == {"quick_gelu"},
+    return dict(quick_gelu=activations == {"quick_gelu"}, image_size=image.get("image_size"),
                 head_width=image.get("hidden_size", 768) // image.get("num_attention_heads", 12),
                 text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8),
-                mean=preprocess.get("image_mean"), std=preprocess.get("image_std"), resize=preprocess.get("resample"),
-                sizes=[image.get("image_size"), preprocess.get("crop_size"), preprocess.get("size")])
-
-
-def as_size(size):
-    """224, [224, 224], or Hugging Face's {"shortest_edge": 224} or {"height": 224, "width": 224} -> (H, W)."""
-    if isinstance(size, dict):
-        size = size.get("shortest_edge") or (size["height"], size["width"])
-    return (size, size) if isinstance(size, int) else tuple(size)
+                mean=preprocess.get("image_mean"), std=preprocess.get("image_std"), resize=preprocess.get("resample"))
 
 
 def patch_grid(size, patch, stride):
@@ -531,14 +522,13 @@ def patch_grid(size, patch, stride):
     return tuple((side - patch) // stride + 1 for side in size)
 
 
-def read_image_size(positions, patch, sizes, requested, stride, source):
+def read_image_size(positions, patch, config_size, requested, stride, source):
     """The image size (H, W) and stride that a number of patch positions comes from, which tensors do not tell.
 
-    First the `sizes` a config names, then the `requested` size, if they have as many patches; else the only usual
-    shape. Raises ValueError, which asks for the size, if several shapes fit."""
-    candidates = [(size, patch) for size in sizes] + ([(requested, stride or patch)] if requested else [])
-    for size, step in candidates:
-        if math.prod(patch_grid(size, patch, step)) == positions:
+    First the size in the config, then the `requested` one, if they have as many patches; else the only usual shape.
+    Raises ValueError, which asks for the size, if several shapes fit."""
+    for size, step in ((config_size, patch), (requested, stride or patch)):
+        if size and math.prod(patch_grid(size, patch, step)) == positions:
             return tuple(size), step
     usual = []
     for ratio in (3, 4, 2, 1):                                          # persons are tall: IRRA has 24 x 8 patches
@@ -578,7 +568,7 @@ def read_arch(weights, config, image_size, stride, source):
     width, _, patch, _ = weights["visual.conv1.weight"].shape
     vocab, text_width = weights["token_embedding.weight"].shape
     positions = len(weights["visual.positional_embedding"]) - 1
-    size, stride = read_image_size(positions, patch, config["sizes"], image_size, stride, source)
+    size, stride = read_image_size(positions, patch, config["image_size"], image_size, stride, source)
     arch = dict(
         embed=weights["text_projection"].shape[1], image_size=size, patch=patch, stride=stride,
         image_width=width, image_layers=depth(r"visual\."), text_width=text_width, text_layers=depth(""), vocab=vocab,
@@ -629,7 +619,7 @@ def read_foreign_clip(saved, path, image_size, stride):
         if not torch.is_tensor(w):
             raise ValueError(f"{path} holds {', '.join(sorted(saved)[:5])}, not a dict of tensors")
         if name.endswith("input_resolution"):                           # OpenAI's archives tell the size of images
-            config["sizes"].append(as_size(int(w)))
+            config["image_size"] = int(w), int(w)
         if re.search(NOT_WEIGHTS, name):
             continue
         key = re.sub(WRAPPERS, "", name.replace("_orig_mod.", ""))      # torch.compile's, at any depth
