@@ -133,6 +133,16 @@ def test_functions_fit_on_a_screen(name):
     assert {f"{name}: {f.name}": length(f) for f in functions if length(f) > FUNCTION} == {}
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("tests/")])
+def test_no_failure_is_hidden(name):
+    """No `except:`, no `except Exception`, no load_state_dict(strict=False): each would hide a mistake."""
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), node.lineno
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_state_dict"):
+            assert not any(keyword.arg == "strict" for keyword in node.keywords), node.lineno
+
+
 # What somebody who copies one file into another project does with it.
 USES = {
     "losses": "x = torch.randn(4, 8); print(losses.nitc(x, x, torch.arange(4), 50.0) > 0)",
