@@ -599,27 +599,28 @@ class Control:
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
-RECIPE = {  # key: (value for Stable Diffusion 1.x on images of persons, what --help says)
-    "height": (512, "height of the images that the model sees, pixels"),
-    "width": (192, "their width"),
-    "steps": (50, "DDIM steps, each way"),
-    "guidance": (7.5, "classifier-free guidance: how closely the new caption is followed"),
-    "inversion": ("direct", "direct, negative or null: how the source image is kept"),
-    "rounds": (10, "null-text optimisation steps per DDIM step, at most"),
-    "weight": (6.0, "factor on the attention to the new word"),
-    "cross_attention": (0.8, "fraction of the steps in which the target has the source's cross-attention"),
-    "self_attention": (0.4, "the same for self-attention"),
-    "blend_from": (0.2, "fraction of the steps before the mask applies; 1: no mask"),
-    "threshold": (0.3, "of the mask, as a fraction of its maximum"),
-    "blend_at": (4, "reduction of the layers whose attention makes the mask: 1, 2, 4 or 8"),
-    "paste": (True, "add the change to the source in its full resolution"),
-    "garments": (False, "exchange garments too"),
-    "train_epochs": (5, "passes over the images in --finetune, or for the model of synthetic pedestrians"),
-    "train_batch": (8, "images per training step"),
-    "train_lr": (1e-5, "peak learning rate"),
-    "drop_caption": (0.1, "fraction of empty captions in training"),
+ANY, COUNT, FRACTION = (0, math.inf), (1, math.inf), (0, 1)             # ranges of numbers
+RECIPE = {  # key: (value for Stable Diffusion 1.x on images of persons, what --help says, range or choices)
+    "height": (512, "height of the images that the model sees, pixels", COUNT),
+    "width": (192, "their width", COUNT),
+    "steps": (50, "DDIM steps, each way", (1, 1000)),
+    "guidance": (7.5, "classifier-free guidance: how closely the new caption is followed", ANY),
+    "inversion": ("direct", "direct, negative or null: how the source image is kept", ["direct", "negative", "null"]),
+    "rounds": (10, "null-text optimisation steps per DDIM step, at most", COUNT),
+    "weight": (6.0, "factor on the attention to the new word", ANY),
+    "cross_attention": (0.8, "fraction of the steps in which the target has the source's cross-attention", FRACTION),
+    "self_attention": (0.4, "the same for self-attention", FRACTION),
+    "blend_from": (0.2, "fraction of the steps before the mask applies; 1: no mask", FRACTION),
+    "threshold": (0.3, "of the mask, as a fraction of its maximum", FRACTION),
+    "blend_at": (4, "reduction of the layers whose attention makes the mask: 1, 2, 4 or 8", [1, 2, 4, 8]),
+    "paste": (True, "add the change to the source in its full resolution", [False, True]),
+    "garments": (False, "exchange garments too", [False, True]),
+    "train_epochs": (5, "passes over the images in --finetune, or for the model of synthetic pedestrians", COUNT),
+    "train_batch": (8, "images per training step", COUNT),
+    "train_lr": (1e-5, "peak learning rate", ANY),
+    "drop_caption": (0.1, "fraction of empty captions in training", FRACTION),
 }
-SD = {key: value for key, (value, _) in RECIPE.items()}
+SD = {key: value for key, (value, *_) in RECIPE.items()}
 PAPER = SD | dict(width=512, inversion="null", paste=False)
 TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_epochs=14,
                 train_batch=16, train_lr=1e-3)
@@ -629,16 +630,15 @@ TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_
 
 def check_recipe(recipe):
     """Raise ValueError if a value is out of range."""
-    for key, choices in (("inversion", ["direct", "negative", "null"]), ("blend_at", [1, 2, 4, 8])):
-        allowed = ", ".join(map(str, choices))
-        tbps.require(recipe[key] in choices, f"{key} must be one of {allowed}, not {recipe[key]!r}")
-    ranges = dict.fromkeys(["height", "width", "rounds", "train_epochs", "train_batch"], (1, math.inf))
-    ranges |= dict.fromkeys(["cross_attention", "self_attention", "blend_from", "threshold", "drop_caption"], (0, 1))
-    ranges["steps"] = (1, 100 if recipe["inversion"] == "null" else 1000)      # null-text's learning rate ends at 100
-    for key, value in recipe.items():
-        low, high = ranges.get(key, (0, math.inf))
-        is_right = isinstance(value, str) or low <= value <= high and value < math.inf      # neither inf nor nan
-        tbps.require(is_right, f"{key}={value} must be from {low} to {high}")
+    for key, (_, _, allowed) in RECIPE.items():
+        value = recipe[key]
+        if isinstance(allowed, list):
+            tbps.require(value in allowed, f"{key} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        else:
+            low, high = allowed
+            tbps.require(low <= value <= high and value < math.inf, f"{key}={value} must be from {low} to {high}")
+    tbps.require(recipe["inversion"] != "null" or recipe["steps"] <= 100,
+                 f"steps={recipe['steps']} must be from 1 to 100 with inversion=null: there its learning rate ends")
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
