@@ -1,22 +1,25 @@
-"""LCR2S: a richer model that sees several images and texts of a person teaches a light one that sees one (MM 2023, arXiv 2310.11210).
+"""LCR2S (MM 2023, arXiv 2310.11210): a teacher that sees several images and captions of a person trains a student.
 
-    python distill.py                                         toy people: plain model, richer model, light model, their scores
-    python distill.py --dataset cuhk --data-root DIR          from OpenAI's CLIP ViT-B/16
-    python distill.py --dataset cuhk --method lcr2s-paper     what is known of the paper's own form
-    python distill.py --dataset cuhk --plain C                with the encoders of a checkpoint instead of training plain ones first
-    python distill.py --teacher runs/toy-lcr2s-0/richer/last.pt --student half --out runs/half        another, smaller student
+    python distill.py                                       synthetic pedestrians: baseline, teacher, student, scores
+    python distill.py --dataset cuhk --data-root DIR        from OpenAI's CLIP ViT-B/16
+    python distill.py --dataset cuhk --method lcr2s-paper   what is known of the paper's own form
+    python distill.py --dataset cuhk --baseline C           with the encoders of checkpoint C as the baseline
+    python distill.py --teacher runs/toy-lcr2s-0/teacher/last.pt --student half --out runs/half    a smaller student
 
-A run has three stages in three folders of runs/DATASET-METHOD-SEED/. `plain` is an ordinary dual encoder. `richer` puts a fusion on it:
-each image looks at a few other images of its person, each text at other texts, and what comes out has seen more than one view shows. `light`
-is a dual encoder again, from the start that plain had, that also learns what the richer model makes of each pair: light/best.pt is what
-one searches with, and costs what plain costs. plain, light and a richer model trained end to end go through tbps.train, as all models do, with
-the losses below; a richer model on frozen encoders learns from stored features in its own loop, train_fusion. Ctrl-C saves, --resume goes on.
+A run has three stages, each in a folder of runs/DATASET-METHOD-SEED/:
 
-What the paper says and what we chose: no public code exists, and of the paper no more was at hand than its abstract and what others report. From
-it: supports of the same person, drawn at random, without the sample itself; one attention layer that fuses both; a richer model that is trained
-first and then frozen; a light one without fusion that copies its features and its image-text relations. Ours: everything with a number in it.
+    baseline    A dual encoder, trained as usual.
+    teacher     The baseline's encoders, frozen, and a fusion: each image attends to its support set, a few other
+                images of its person; each caption to other captions. Fused features know more than one view shows.
+    student     A dual encoder, trained from the same weights as the baseline, that also copies the teacher's features.
+                Search with student/best.pt; it costs what the baseline costs.
 
-M captions, N images of a set, K others of a person at most, S supports; the other letters are those of tbps.py."""
+A teacher on frozen encoders trains on stored features, in train_fusion; all else goes through tbps.train. There is no
+public code, and we had only the paper's abstract and what other papers report. From the paper: support samples of the
+same person, drawn at random, without the sample itself; one attention layer as fusion; a teacher that is trained
+first, then frozen; a student without fusion that copies features and image-text relations. The rest is our choice.
+
+Letters as in tbps.py, and: M captions, N images of a split, K candidates for a support set, S support samples."""
 
 import argparse
 import collections
@@ -25,6 +28,7 @@ import functools
 import hashlib
 import html
 import math
+import re
 import statistics
 import time
 from pathlib import Path
@@ -38,519 +42,616 @@ import eval as evaluation
 import losses
 import tbps
 
-LCR2S = tbps.SDM | dict(
-    batch=128,
-    # the richer model
-    end_to_end=False, fusion="attention", support=4, siblings=True, support_drop=0.3, aux=1.0, rich_epochs=20, rich_lr=3e-4, rich_decay=0.01,
-    # what the light one copies
-    target="richer", affinity=1.0, kd_tau=0.05, pair=0.3, features=0.0, relations=0.0, warm=False)
+OWN_KEYS = dict(  # key: (default, help)
+    # teacher
+    end_to_end=(False, "encoders learn too, support sets come from the batch; else fusion only, on stored features"),
+    fusion=("attention", "attention (the sample attends to its support set), self (self-attention, mean) or mean"),
+    support=(4, "size of a support set"),
+    siblings=(True, "the other captions of the same image are support candidates too"),
+    support_drop=(0.3, "chance of each support sample to be left out in training"),
+    aux=(1.0, "weight of SDM of the features before fusion, end to end"),
+    teacher_epochs=(20, "on stored features: passes over the images"),
+    teacher_lr=(3e-4, "on stored features: peak learning rate, AdamW"),
+    teacher_decay=(0.01, "on stored features: weight decay"),
+    # student
+    target=("teacher", "what it copies: teacher; as controls self (before fusion), centroid (mean of the person)"),
+    affinity=(1.0, "distillation weight: same neighbours (KL of softmaxed cosines)"),
+    kd_tau=(0.05, "temperature of affinity"),
+    pair=(0.3, "fraction of the pair itself in the target of affinity"),
+    features=(0.0, "distillation weight: same features (the paper's)"),
+    relations=(0.0, "distillation weight: same image-text cosines (the paper's)"),
+    warm=(False, "start from the teacher's encoders, not from the baseline's initial weights"))
+KEYS = tbps.SDM_KEYS | OWN_KEYS
+LCR2S = tbps.SDM | tbps.make_recipe(OWN_KEYS) | dict(batch=128)
 PAPER = LCR2S | dict(end_to_end=True, sampler="views", affinity=0.0, features=0.5, relations=0.2)
 RECIPES = {"lcr2s": LCR2S, "lcr2s-paper": PAPER}
-CHOICES = tbps.CHOICES | dict(fusion=["attention", "self", "mean"], target=["richer", "self", "centroid"])
-HELP = dict(  # what --help says of each key
-    end_to_end="richer: encoders and fusion learn together, supports come from the batch; else fusion alone, on stored features",
-    fusion="attention (the sample looks at its supports), self (all look at all, then the mean) or mean (nothing to learn)",
-    support="other images, or texts, that a sample is fused with, at most", siblings="the other captions of the same image are supports too",
-    support_drop="richer: chance of each support to be left out in training", aux="weight, end to end: SDM of the features before fusion",
-    rich_epochs="richer, on stored features: passes over the pairs", rich_lr="its peak rate, AdamW", rich_decay="its weight decay",
-    target="what the light one copies: richer, or as controls self (the teacher's features without fusion), centroid (its person's mean)",
-    affinity="weight: the same neighbours (KL of softmaxed cosines)", kd_tau="its temperature", pair="share of the pair itself in its target",
-    features="weight: the same features (the paper's)", relations="weight: the same image-text cosines (the paper's)",
-    warm="the light one starts from the teacher's encoders instead of where plain started")
-KEYS = tbps.SDM_KEYS | {key: (LCR2S[key], text) for key, text in HELP.items()}
+CHOICES = tbps.CHOICES | dict(fusion=["attention", "self", "mean"], target=["teacher", "self", "centroid"])
+STAGES = ["baseline", "teacher", "student"]
 
 
 # ---- support sets ---------------------------------------------------------------------------------------------------
 
-def others(pids, contents, images=None):
-    """Who else there is of each one's person: (N, K) numbers of samples, padded with -1. Copies, samples of equal `contents`, are no
-    others; with `images`, neither are samples of the same image."""
-    of = collections.defaultdict(list)
+def support_candidates(pids, contents, images=None):
+    """What each sample's support set is drawn from: (N, K) indices, padded with -1. These are the samples of the same
+    person but for copies (equal `contents`) and, if `images` is given, samples of the same image. Lists of N items."""
+    of_person = collections.defaultdict(list)
     for i, pid in enumerate(pids):
-        of[pid].append(i)
-    rows = [[j for j in of[pid] if contents[j] != contents[i] and (images is None or images[j] != images[i])] for i, pid in enumerate(pids)]
+        of_person[pid].append(i)
+
+    def differ(i, j):
+        return contents[j] != contents[i] and (images is None or images[j] != images[i])
+    rows = [[j for j in of_person[pid] if differ(i, j)] for i, pid in enumerate(pids)]
     K = max(1, *map(len, rows))
     return torch.tensor([row + [-1] * (K - len(row)) for row in rows])
 
 
 def members(label):
-    """The samples of each of P classes, from labels (N,) in 0 ... P-1: (P, K) numbers, padded with -1."""
-    return nn.utils.rnn.pad_sequence(label.argsort(stable=True).split(label.bincount().tolist()), batch_first=True, padding_value=-1)
+    """The samples of each of P persons, from labels (N,) in 0 ... P-1: (P, K) indices, padded with -1."""
+    rows = label.argsort(stable=True).split(label.bincount().tolist())
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def draw(candidates, able, size, drop=0.0):
-    """Supports: of each row of candidates (B, K) up to `size` of those that are `able` (B, K), none twice, each then left out with chance
-    `drop`. -> their numbers (B, S), seen (B, S) bool. What is not seen is padding."""
-    chance = torch.rand(candidates.shape, device=candidates.device).masked_fill(~able, -1)
+def draw_support(candidates, allowed, size, drop=0.0):
+    """From each row of candidates (B, K) draw up to `size` that are `allowed` (B, K), none twice, then leave out each
+    with probability `drop` -> indices (B, S), key_mask (B, S) bool, where False is padding."""
+    chance = torch.rand(candidates.shape, device=candidates.device).masked_fill(~allowed, -1)
     best = chance.topk(min(size, candidates.shape[1]), dim=1)
-    return candidates.gather(1, best.indices).clamp(min=0), (best.values >= 0) & (torch.rand_like(best.values) >= drop)
+    key_mask = (best.values >= 0) & (torch.rand_like(best.values) >= drop)
+    return candidates.gather(1, best.indices).clamp(min=0), key_mask
 
 
-def fused(fuse, features, rows, table, able, size, drop=0.0):
-    """Samples `rows` (B,) of a set's features (N, D), each with supports from its row of table (B, K) -> (B, D)."""
-    support, seen = draw(table, able, size, drop)
-    return fuse(features[rows], features[support], seen)
+def fuse_rows(fusion, features, rows, candidates, allowed, size, drop=0.0):
+    """Samples `rows` (B,) of features (N, D), each fused with a support set drawn from candidates (B, K) -> (B, D)."""
+    support, key_mask = draw_support(candidates, allowed, size, drop)
+    return fusion(features[rows], features[support], key_mask)
 
 
-class Bank:
-    """The features of a set without fusion, of unit length, image (N, D), text (M, D); own (M,), the image of each caption; and the
-    others of each: image_others (N, K), text_others (M, K)."""
+class FeatureBank:
+    """The features of a split before fusion, and the candidates for each support set: image (N, D), text (M, D), of
+    unit length; pid (N,); source (M,), the image of each caption; image_candidates (N, K), text_candidates (M, K)."""
 
     def __init__(self, image, text, records, siblings=True, device="cpu"):
-        images = [i for i, r in enumerate(records) for _ in r["captions"]]
-        pids = [r["pid"] for r in records]
-        inside = [hashlib.sha256(r["image"].read_bytes() if isinstance(r["image"], Path) else r["image"].tobytes()).digest() for r in records]
-        self.image, self.text, self.own, self.pid = image.to(device), text.to(device), torch.tensor(images, device=device), torch.tensor(pids, device=device)
-        self.image_others = others(pids, inside).to(device)
-        self.text_others = others([pids[i] for i in images], [c for r in records for c in r["captions"]], None if siblings else images).to(device)
+        captions = [c for r in records for c in r["captions"]]
+        source = [i for i, r in enumerate(records) for _ in r["captions"]]
+        pids, images = [r["pid"] for r in records], [r["image"] for r in records]
+        contents = [hashlib.sha256(x.read_bytes() if isinstance(x, Path) else x.tobytes()).digest() for x in images]
+        self.image_candidates = support_candidates(pids, contents).to(device)
+        text_pids = [pids[i] for i in source]
+        self.text_candidates = support_candidates(text_pids, captions, None if siblings else source).to(device)
+        self.image, self.text = image.to(device), text.to(device)
+        self.source, self.pid = torch.tensor(source, device=device), torch.tensor(pids, device=device)
+        self.person = self.pid.unique(return_inverse=True)[1]                                           # (N,), 0 to P-1
 
-    @classmethod
-    def of(cls, model, tokenizer, preprocessing, records, recipe, args):
-        """With the encoders of a model, in eval mode."""
-        images, tokens, *_ = evaluation.evaluation_set(records, preprocessing, tokenizer)
-        features = evaluation.embed(model, images, tokens, args.device, args.workers)
-        return cls(*features, records, recipe["siblings"], args.device)
+    def fuse(self, heads, item, size, drop=0.0):
+        """Captions `item` (B,) and their images, fused with their support sets -> image (B, D), text (B, D)."""
+        source = self.source[item]
+        images, texts = self.image_candidates[source], self.text_candidates[item]                       # (B, K) each
+        return (fuse_rows(heads["fuse_image"], self.image, source, images, images >= 0, size, drop),
+                fuse_rows(heads["fuse_text"], self.text, item, texts, texts >= 0, size, drop))
 
-    def enrich(self, heads, item, size, drop=0.0):
-        """Captions by number (B,) and their images, each fused with supports drawn from its others -> image (B, D), text (B, D)."""
-        own = self.own[item]
-        images, texts = self.image_others[own], self.text_others[item]                                  # (B, K) each
-        return (fused(heads["fuse_image"], self.image, own, images, images >= 0, size, drop),
-                fused(heads["fuse_text"], self.text, item, texts, texts >= 0, size, drop))
+    def has_support(self, item):
+        """Whether the images of captions `item` (B,), and the captions, have any candidates: (B,) bool each."""
+        images, texts = self.image_candidates[self.source[item]], self.text_candidates[item]
+        return (images >= 0).any(dim=1), (texts >= 0).any(dim=1)
+
+
+def make_bank(model, tokenizer, preprocessing, records, recipe, args):
+    """The FeatureBank of records by the encoders of a model."""
+    images, tokens, *_ = evaluation.evaluation_set(records, preprocessing, tokenizer)
+    features = evaluation.embed(model, images, tokens, args.device, args.workers)
+    return FeatureBank(*features, records, recipe["siblings"], args.device)
 
 
 # ---- fusion ---------------------------------------------------------------------------------------------------------
 
 class Fusion(nn.Module):
-    """A sample and its supports -> one richer feature: pre-norm cross-attention and an MLP, with the sample among the keys, so that it is
-    defined for no supports at all and does not depend on their order. Starts as the identity: the last layers of both branches are 0."""
+    """A sample and its support set -> one feature, by pre-norm cross-attention and an MLP. The sample is among the
+    keys, so the support set may be empty. The last layers start at 0, so training starts from the identity."""
 
     def __init__(self, width, head_width, kind="attention"):
         super().__init__()
         self.kind, self.heads = kind, width // head_width
-        if kind != "mean":
-            self.ln_query, self.ln_key, self.ln_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-            self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-            self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-            for layer in (self.proj, self.fc2):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        if kind == "mean":
+            return
+        self.ln_query, self.ln_key, self.ln_mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for layer in (self.proj, self.fc2):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, anchor, support, seen, look=False):
-        """anchor (B, D), support (B, S, D), seen (B, S) bool -> (B, D), not normalised. With look=True also how much of its attention
-        the anchor gives to itself and to each support, (B, 1+S), the mean over heads."""
-        rows = torch.cat([anchor[:, None], support], dim=1)                                             # (B, 1+S, D)
-        rows = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=2)
-        seen = F.pad(seen, (1, 0), value=True)                                                          # (B, 1+S)
-        share = (seen / seen.sum(dim=1, keepdim=True)).to(rows.dtype)[..., None]                        # (B, 1+S, 1)
+    def forward(self, sample, support, key_mask, return_attention=False):
+        """sample (B, D), support (B, S, D), key_mask (B, S) bool -> (B, D), not normalised; with return_attention also
+        (B, 1+S), the attention weights of the sample and its support, averaged over heads."""
+        x = torch.cat([sample[:, None], support], dim=1)                                                # (B, 1+S, D)
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=2)
+        key_mask = F.pad(key_mask, (1, 0), value=True)                                                  # (B, 1+S)
+        uniform = (key_mask / key_mask.sum(dim=1, keepdim=True)).to(x.dtype)                            # (B, 1+S)
         if self.kind == "mean":
-            return ((share * rows).sum(dim=1), share[..., 0]) if look else (share * rows).sum(dim=1)
-        B, T, D = rows.shape
-        x = rows if self.kind == "self" else rows[:, :1]                                                # (B, X, D): who looks
+            x, attention = (uniform[..., None] * x).sum(dim=1), uniform
+        else:
+            x, attention = self.attend(x if self.kind == "self" else x[:, :1], x, key_mask)             # (B, X, D)
+            x = x + self.fc2(F.gelu(self.fc1(self.ln_mlp(x))))
+            x = (uniform[..., None] * x).sum(dim=1) if self.kind == "self" else x[:, 0]
+        return (x, attention) if return_attention else x
+
+    def attend(self, x, keys, key_mask):
+        """x (B, X, D) attends to keys (B, T, D) -> (B, X, D); attention of the first of x, (B, T)."""
+        B, T, D = keys.shape
         q = self.q(self.ln_query(x)).view(B, -1, self.heads, D // self.heads).transpose(1, 2)           # (B, H, X, D/H)
-        k, v = self.kv(self.ln_key(rows)).view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        logits = (q @ k.transpose(2, 3) * (D // self.heads) ** -0.5).masked_fill(~seen[:, None, None], -torch.inf)
-        weight = logits.softmax(dim=3)                                                                  # (B, H, X, 1+S)
-        x = x + self.proj((weight @ v).transpose(1, 2).reshape(B, -1, D))
-        x = x + self.fc2(F.gelu(self.fc1(self.ln_mlp(x))))
-        x = (share * x).sum(dim=1) if self.kind == "self" else x[:, 0]
-        return (x, weight[:, :, 0].mean(dim=1)) if look else x
+        k, v = self.kv(self.ln_key(keys)).view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(2, 3) * (D // self.heads) ** -0.5                                      # (B, H, X, T)
+        weight = logits.masked_fill(~key_mask[:, None, None], -torch.inf).softmax(dim=3)
+        attended = (weight @ v).transpose(1, 2).reshape(B, -1, D)
+        return x + self.proj(attended), weight[:, :, 0].mean(dim=1)
 
 
-def richer_heads(recipe, model, persons):
-    fusions = {name: Fusion(model.arch["embed"], model.arch["head_width"], recipe["fusion"]) for name in ("fuse_image", "fuse_text")}
+def teacher_heads(recipe, model, persons):
+    """The fusion of each side, and the classifier of persons."""
+    sizes = model.arch["embed"], model.arch["head_width"]
+    fusions = {name: Fusion(*sizes, recipe["fusion"]) for name in ("fuse_image", "fuse_text")}
     return fusions | tbps.id_heads(recipe, model, persons)
 
 
 # ---- losses of a step -----------------------------------------------------------------------------------------------
 
-def richer_losses(image, text, batch, model, recipe, autocast):
-    """End to end, the paper's way: encoders and fusion together, each sample fused with what the batch holds of its person (the sampler
-    "views" sees to it that there is something). `aux` keeps the encoders able to tell people from one view. image, text (B, D) without
-    fusion."""
+def encode(model, batch, autocast):
+    """The features of a batch of pairs before fusion: image (B, D), text (B, D)."""
+    with autocast():
+        return model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])
+
+
+def teacher_losses(recipe, model, batch, epoch, autocast):
+    """A step of a teacher trained end to end, the paper's way. Support sets are drawn from the batch, where the sampler
+    "views" puts several images of a person. `aux` keeps the encoders able to tell persons apart without support."""
+    r, (image, text) = recipe, encode(model, batch, autocast)
     pid, image, text = map(losses.gather, (batch["pid"], image, text))
-    tokens, image_of = (losses.gather(x.to(pid.device)) for x in (batch["tokens"][0], batch["image"]))
-    same = pid[:, None] == pid[None, :]
-    copies = (tokens[:, None] == tokens[None, :]).all(dim=2)
-    everyone, rich = torch.arange(len(pid), device=pid.device).expand(len(pid), -1), []
-    for fuse, features, able in ((model.heads["fuse_image"], image, same & (image_of[:, None] != image_of[None, :])), (model.heads["fuse_text"], text, same & ~copies)):
-        support, seen = draw(everyone, able, recipe["support"], recipe["support_drop"])
-        rich.append(fuse(features, features[support], seen))
-    out = tbps.pair_losses(*rich, pid, model.scale(), model.heads, recipe, autocast)
-    if recipe["aux"]:
-        out["aux"] = recipe["aux"] * losses.sdm(image, text, pid, model.scale())
+    tokens, image_id = (losses.gather(x.to(pid.device)) for x in (batch["tokens"][0], batch["image"]))
+    same_person = pid[:, None] == pid[None, :]                                                          # (B, B)
+    same_image = image_id[:, None] == image_id[None, :]
+    same_caption = (tokens[:, None] == tokens[None, :]).all(dim=2)
+    everyone, fused = torch.arange(len(pid), device=pid.device), []
+    for name, features, same in (("fuse_image", image, same_image), ("fuse_text", text, same_caption)):
+        candidates, allowed = everyone.expand(len(pid), -1), same_person & ~same
+        support, key_mask = draw_support(candidates, allowed, r["support"], r["support_drop"])
+        fused.append(model.heads[name](features, features[support], key_mask))
+    out = tbps.pair_losses(*fused, pid, model.scale(), model.heads, r, autocast)
+    if r["aux"]:
+        out["aux"] = r["aux"] * losses.sdm(image, text, pid, model.scale())
     return out
 
 
-def copy_losses(image, text, rich_image, rich_text, has_image, has_text, recipe):
-    """What a light model loses by not copying its teacher. All features (B, D); which samples had supports (B,)."""
-    out = {}
-    if recipe["affinity"]:
-        out["affinity"] = recipe["affinity"] * losses.distil_affinity(image, text, rich_image, rich_text, recipe["kd_tau"], recipe["pair"])
-    if recipe["features"]:
-        out["features"] = recipe["features"] * (losses.distil_features(image, rich_image, has_image) + losses.distil_features(text, rich_text, has_text))
-    if recipe["relations"]:
-        out["relations"] = recipe["relations"] * losses.distil_relations(image, text, rich_image, rich_text)
+def encoder_losses(recipe, targets, model, batch, epoch, autocast):
+    """A step of a baseline or, with targets(item) -> what distillation_losses takes, of a student."""
+    image, text, pid = map(losses.gather, (*encode(model, batch, autocast), batch["pid"]))
+    out = tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, autocast)
+    if targets:
+        item = losses.gather(batch["item"].to(pid.device))
+        out |= distillation_losses(image, text, *targets(item), recipe)
+    return out
+
+
+def distillation_losses(image, text, target_image, target_text, has_image, has_text, recipe):
+    """The losses by which a student copies its target: features (B, D); has_image, has_text (B,): who had support."""
+    r, out = recipe, {}
+    if r["affinity"]:
+        affinity = losses.distil_affinity(image, text, target_image, target_text, r["kd_tau"], r["pair"])
+        out["affinity"] = r["affinity"] * affinity
+    if r["features"]:
+        out["features"] = r["features"] * (losses.distil_features(image, target_image, has_image) +
+                                           losses.distil_features(text, target_text, has_text))
+    if r["relations"]:
+        out["relations"] = r["relations"] * losses.distil_relations(image, text, target_image, target_text)
     return out
 
 
 @torch.no_grad()
-def targets(bank, heads, target, size, item):
-    """What a student copies, for captions by number (B,): `richer`, or one of the controls that tell what supports and fusion are worth."""
-    item = item.to(bank.own.device)
-    own = bank.own[item]
-    has_image, has_text = (bank.image_others[own] >= 0).any(dim=1), (bank.text_others[item] >= 0).any(dim=1)
-    if target == "richer":
-        return *bank.enrich(heads, item, size), has_image, has_text
-    if target == "self":
-        return bank.image[own], bank.text[item], has_image, has_text
-    person = bank.pid.unique(return_inverse=True)[1]                                                    # (N,)
-    means = [torch.zeros(len(bank.image), features.shape[1], device=features.device).index_add_(0, who, features)
-             for who, features in ((person, bank.image), (person[bank.own], bank.text))]                # sums, of which only the direction counts
-    return means[0][person[own]], means[1][person[own]], has_image, has_text
+def distillation_targets(bank, heads, target, size, item):
+    """What a student copies for captions `item` (B,): image (B, D), text (B, D), who had support (B,), (B,).
+
+    target: "teacher", or a control: "self" is the teacher before fusion, "centroid" the mean of the person."""
+    item = item.to(bank.source.device)
+    source = bank.source[item]
+    if target == "teacher":
+        image, text = bank.fuse(heads, item, size)
+    elif target == "self":
+        image, text = bank.image[source], bank.text[item]
+    else:                                                               # sums: only their direction is used
+        zeros, person = torch.zeros_like(bank.image), bank.person
+        image = zeros.index_add(0, person, bank.image)[person[source]]
+        text = zeros.index_add(0, person[bank.source], bank.text)[person[source]]
+    return image, text, *bank.has_support(item)
 
 
-# ---- the richer model on stored features ----------------------------------------------------------------------------
+# ---- a teacher on stored features -----------------------------------------------------------------------------------
 
 def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=()):
-    """Trains the fusion and a classifier on features that do not change: minutes, and no supports need to be loaded with a batch. Batches
-    hold several images of a person, each with one of its captions: among strangers alone, whoever brings supports of the right person wins,
-    and the fusion learns to look at nothing else. Writes last.pt and log.jsonl, as tbps.train does; resumes exactly."""
-    images, pid, label = bank.own.tolist(), bank.pid[bank.own].tolist(), bank.pid.unique(return_inverse=True)[1][bank.own]         # of each caption
-    N, epochs = len(bank.image), recipe["rich_epochs"] if recipe["fusion"] != "mean" else 0
-    no_amp = functools.partial(torch.autocast, bank.image.device.type, enabled=False)
+    """Train fusion and classifier on features that do not change: minutes. Saves, logs and resumes as tbps.train."""
+    epochs = recipe["teacher_epochs"] if recipe["fusion"] != "mean" else 0      # a mean has nothing to learn
     model.to(args.device).requires_grad_(False)
     heads = model.heads.requires_grad_(True)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["rich_lr"], weight_decay=recipe["rich_decay"])
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["teacher_lr"], weight_decay=recipe["teacher_decay"])
+    optimizers, scaler = [optimizer], torch.amp.GradScaler("cpu", enabled=False)
     state, saved_at = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0), time.time()
     if args.resume:
-        saved = tbps.read_file(out / "last.pt")
-        model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state |= {k: saved[k] for k in state if k in saved}
-    bar = data.progress_bar(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", desc="fusion", disable=losses.ranks()[0] > 0)
-    started = time.time() - 60 * state["minutes"]
+        state |= tbps.restore_training(out / "last.pt", model, optimizers, scaler, state)
+    save = functools.partial(tbps.save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler,
+                             state, out, time.time() - 60 * state["minutes"])
+    N = len(bank.image)
+    bar = data.progress_bar(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", desc="fusion",
+                            disable=losses.ranks()[0] > 0)
     while True:
-        stopping = tbps.any_rank(stop, args.device)                     # looked at once: what is said to be saved is saved
-        if state["epoch"] == epochs or stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
-            state["minutes"] = (time.time() - started) / 60
-            tbps.save(out / "last.pt", tbps.checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads=True) | state | dict(optimizer=optimizer.state_dict()))
+        stopping, done = tbps.any_rank(stop, args.device), state["epoch"] == epochs      # stop: read once
+        if done or stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
+            save("last.pt")
             saved_at = time.time()
-        if stopping:
-            raise KeyboardInterrupt(f"stopped after epoch {state['epoch']} of the richer model; {out}/last.pt is saved. Go on with the same command and --resume")
-        if state["epoch"] == epochs:
+        tbps.stop_here(stopping, bar, f"after epoch {state['epoch']} of the teacher", out)
+        if done:
             break
-        torch.manual_seed(data.derive_seed(args.seed, state["epoch"], 1))
-        order = data.batches("views", pid, recipe["batch"], data.derive_seed(args.seed, state["epoch"], 1), images, drop_last=False)
-        total, began = 0, time.time()
-        for i, item in enumerate(order):
-            item, done = torch.tensor(item, device=args.device), (state["epoch"] + i / len(order)) / epochs
-            optimizer.param_groups[0]["lr"] = lr = recipe["rich_lr"] * (1 + math.cos(math.pi * done)) / 2
-            image, text = bank.enrich(heads, item, recipe["support"], recipe["support_drop"])           # (B, D) each
-            parts = tbps.pair_losses(image, text, label[item], model.scale(), heads, recipe, no_amp)
-            loss = sum(parts.values())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            bar.update(len(item))
-            total = total + torch.stack([loss, *parts.values()]).detach()
-        mean = (total / len(order)).tolist()
-        if not math.isfinite(mean[0]):
-            raise FloatingPointError(f"the loss of the richer model is not finite in epoch {state['epoch'] + 1}; try a lower --set rich_lr= (now {recipe['rich_lr']:g})")
-        state |= dict(epoch=state["epoch"] + 1)
-        tbps.write_log(out, at=[state["epoch"], 0], epoch=state["epoch"], lr=lr, scale=model.scale().item(), loss=mean[0], **dict(zip(parts, mean[1:])))
-        line = f"epoch {state['epoch']:3d}/{epochs}  " + "  ".join(f"{k} {v:.3f}" for k, v in zip(["loss", *parts], mean)) + f"  {N / (time.time() - began):.0f} pairs/s"
-        tbps.print_above(bar, line)
+        began = time.time()
+        means, lr = train_fusion_epoch(args, recipe, model, bank, optimizer, state["epoch"], epochs, bar)
+        state["epoch"] += 1
+        tbps.write_log(out, at=[state["epoch"], 0], epoch=state["epoch"], lr=lr, scale=model.scale().item(), **means)
+        speed = f"{N / (time.time() - began):.0f} pairs/s"
+        tbps.print_above(bar, f"epoch {state['epoch']:3d}/{epochs}  {tbps.format_losses(means)}  {speed}")
     bar.close()
 
 
-# ---- what the richer model knows ------------------------------------------------------------------------------------
+def train_fusion_epoch(args, recipe, model, bank, optimizer, epoch, epochs, bar):
+    """One pass over the images, each with one of its captions -> mean losses by name, the last learning rate.
+
+    A batch holds several images of each person ("views"). Among strangers, only a sample's own support would show the
+    right person, and the fusion would learn to look at nothing else."""
+    source, label = bank.source.tolist(), bank.person[bank.source]                                      # (M,) each
+    no_amp = functools.partial(torch.autocast, bank.image.device.type, enabled=False)
+    seed = data.derive_seed(args.seed, epoch, 1)
+    torch.manual_seed(seed)
+    order = data.batches("views", bank.pid[bank.source].tolist(), recipe["batch"], seed, source, drop_last=False)
+    total = 0
+    for i, item in enumerate(order):
+        item, done = torch.tensor(item, device=args.device), (epoch + i / len(order)) / epochs
+        optimizer.param_groups[0]["lr"] = lr = recipe["teacher_lr"] * (1 + math.cos(math.pi * done)) / 2
+        image, text = bank.fuse(model.heads, item, recipe["support"], recipe["support_drop"])           # (B, D) each
+        parts = tbps.pair_losses(image, text, label[item], model.scale(), model.heads, recipe, no_amp)
+        loss = sum(parts.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        bar.update(len(item))
+        total = total + torch.stack([loss, *parts.values()]).detach()
+    means = dict(zip(["loss", *parts], (total / len(order)).tolist()))
+    if not math.isfinite(means["loss"]):
+        raise FloatingPointError(f"the loss of the teacher is not finite in epoch {epoch + 1}; try a lower "
+                                 f"--set teacher_lr= (now {recipe['teacher_lr']:g})")
+    return means, lr
+
+
+# ---- evaluation of a teacher ----------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def judge(heads, bank, size, seed=0):
-    """Scores of the richer model on a test set, {what: scores}. With the person's other images at hand a search is easy for a reason that
-    does not count: supports tell who it is, and may contain the very image that is asked for. Hence
+def evaluate_teacher(heads, bank, size, seed=0):
+    """Scores of a teacher on a test set, {name: scores}. With a person's other images at hand, search is easy for a
+    reason that does not count: the support tells who it is, and may hold the very image that is searched for. Hence:
 
-    held-out view  for each k, queries are the captions of everyone's k-th image, as they are; the gallery are all other images, each fused
-                   with supports among them. All queries of all k together; the one score to judge a teacher by
-    wrong donors   the same, but supports come from one other person: what is left if they only mark who it is
-    both sides     queries fused as well, nothing held out: leaks, shown with supports of one wrong person on both sides, and of two"""
-    torch.manual_seed(seed)                                                                             # the same supports for every caller
-    pid, own, device = bank.pid, bank.own, bank.image.device
-    persons, person = pid.unique(return_inverse=True)
-    P, images, texts = len(persons), members(person), members(person[own])                      # (P, K) each
-    view = (images[person] == torch.arange(len(pid), device=device)[:, None]).int().argmax(dim=1)       # (N,): which of its person's it is
+    held-out view   Queries are the captions of each person's k-th image, without fusion; the gallery is all other
+                    images, fused with support among them; the mean over all k. Judge a teacher by this score.
+    wrong person    The same with support of another person: what is left if support only marks identity.
+    both sides      Queries are fused too, nothing is held out: leaks identity, as wrong support shows."""
+    torch.manual_seed(seed)                                             # the same support sets for every caller
+    person, source, P = bank.person, bank.source, 1 + int(bank.person.max())
+    images, texts = members(person), members(person[source])                                            # (P, K) each
+    fuse_image, fuse_text, mean = heads["fuse_image"], heads["fuse_text"], Fusion(bank.image.shape[1], 1, "mean")
+    nobody, stranger = torch.full_like(bank.image_candidates, -1), images[(person + 1) % P]
+    cases = [("single images", mean, nobody), ("teacher", fuse_image, bank.image_candidates),
+             ("mean instead of fusion", mean, bank.image_candidates),
+             ("support of a wrong person", fuse_image, stranger), ("no support", fuse_image, nobody)]
+    rows = {f"held-out view: {name}": held_out_scores(bank, images, *case, size) for name, *case in cases}
 
-    def held_out(fuse, table):
-        """The mean over the queries of all views. table (N, K): from where each image has its supports."""
-        total = collections.Counter()
-        for k in range(images.shape[1]):
-            rows = (view != k).nonzero()[:, 0]
-            asked = ((view[own] == k) & torch.isin(person[own], person[rows])).nonzero()[:, 0]          # of those who have another image
-            if len(asked):
-                able = (table[rows] >= 0) & (view[table[rows]] != k)
-                scores = evaluation.retrieval_metrics(bank.text[asked], fused(fuse, bank.image, rows, table[rows], able, size), pid[own[asked]], pid[rows])
-                total.update({name: value * len(asked) for name, value in scores.items()} | {"n": len(asked)})
-        return {name: value / total["n"] for name, value in total.items() if name != "n"}
+    def fuse_all(fusion, features, candidates):
+        everyone = torch.arange(len(features), device=features.device)
+        return fuse_rows(fusion, features, everyone, candidates, candidates >= 0, size)
+    wrong = fuse_all(fuse_image, bank.image, stranger)
+    sides = {"leaks identity": (fuse_all(fuse_text, bank.text, bank.text_candidates),
+                                fuse_all(fuse_image, bank.image, bank.image_candidates)),
+             "support of one wrong person": (fuse_all(fuse_text, bank.text, texts[(person[source] + 1) % P]), wrong),
+             "support of two wrong persons": (fuse_all(fuse_text, bank.text, texts[(person[source] + 2) % P]), wrong)}
+    for name, (text, image) in sides.items():
+        rows[f"both sides: {name}"] = evaluation.retrieval_metrics(text, image, bank.pid[source], bank.pid)
+    return rows
 
-    def side(fuse, features, table):
-        return fused(fuse, features, torch.arange(len(features), device=device), table, table >= 0, size)
 
-    nobody, mean, fuse_image, fuse_text = torch.full_like(bank.image_others, -1), Fusion(bank.image.shape[1], 1, "mean"), heads["fuse_image"], heads["fuse_text"]
-    rows = {"held-out view: single images": held_out(mean, nobody),
-            "held-out view: richer": held_out(fuse_image, bank.image_others),
-            "held-out view: mean instead of fusion": held_out(mean, bank.image_others),
-            "held-out view: wrong donors": held_out(fuse_image, images[(person + 1) % P]),
-            "held-out view: no supports": held_out(fuse_image, nobody)}
-    wrong = side(fuse_image, bank.image, images[(person + 1) % P])
-    sides = {"both sides: leaks who it is": (side(fuse_text, bank.text, bank.text_others), side(fuse_image, bank.image, bank.image_others)),
-             "both sides, one wrong person's supports": (side(fuse_text, bank.text, texts[(person[own] + 1) % P]), wrong),
-             "both sides, two wrong persons' supports": (side(fuse_text, bank.text, texts[(person[own] + 2) % P]), wrong)}
-    return rows | {name: evaluation.retrieval_metrics(text, image, pid[own], pid) for name, (text, image) in sides.items()}
+def held_out_scores(bank, images, fusion, candidates, size):
+    """The held-out view scores of evaluate_teacher over all queries. images (P, K): those of each person; candidates
+    (N, K): what the support of each image is drawn from."""
+    pid, person, source, total = bank.pid, bank.person, bank.source, collections.Counter()
+    view = (images[person] == torch.arange(len(pid), device=pid.device)[:, None]).int().argmax(dim=1)   # (N,): which of
+    for k in range(images.shape[1]):                                                                    # its person's
+        rows = (view != k).nonzero()[:, 0]
+        findable = torch.isin(person[source], person[rows])             # those whose person has another image
+        asked = ((view[source] == k) & findable).nonzero()[:, 0]
+        if len(asked):
+            allowed = (candidates[rows] >= 0) & (view[candidates[rows]] != k)
+            gallery = fuse_rows(fusion, bank.image, rows, candidates[rows], allowed, size)
+            scores = evaluation.retrieval_metrics(bank.text[asked], gallery, pid[source[asked]], pid[rows])
+            total.update({name: value * len(asked) for name, value in scores.items()} | {"queries": len(asked)})
+    return {name: value / total["queries"] for name, value in total.items() if name != "queries"}
 
 
 @torch.no_grad()
-def attention_pictures(heads, bank, records, size, number=6):
-    """HTML: of some persons an image and a caption, and how much of its attention each gives to itself and to each support."""
-    def look(fuse, features, table, row):
-        """The sample and what it is fused with, [(number, share of attention)]."""
-        support, seen = draw(table[[row]], table[[row]] >= 0, size)
-        share = fuse(features[[row]], features[support], seen, look=True)[1][0].tolist()
-        return [(row, share[0])] + [(j, w) for j, w, there in zip(support[0].tolist(), share[1:], seen[0].tolist()) if there]
+def attention_html(heads, bank, records, size, number=6):
+    """Some images and captions with their support sets and attention weights, as HTML."""
+    def attention(fusion, features, candidates, row):
+        """The sample `row` and its support set: [(index, attention weight in percent)]."""
+        support, key_mask = draw_support(candidates[[row]], candidates[[row]] >= 0, size)
+        weight = 100 * fusion(features[[row]], features[support], key_mask, return_attention=True)[1][0]
+        index, there = [row, *support[0].tolist()], [True, *key_mask[0].tolist()]
+        return [(j, f"{w:.0f} %") for j, w, real in zip(index, weight.tolist(), there) if real]
 
-    captions, out = [c for r in records for c in r["captions"]], []
-    able = ((bank.image_others[bank.own] >= 0).any(dim=1) & (bank.text_others >= 0).any(dim=1)).nonzero()[:, 0].tolist()
+    captions, out = [c for r in records for c in r["captions"]], ["<p>Each row: a sample, then its support set.</p>"]
+    has_image, has_text = bank.has_support(torch.arange(len(captions), device=bank.source.device))
+    able = (has_image & has_text).nonzero()[:, 0].tolist()
     for m in able[::max(1, len(able) // number)][:number]:
-        shown = "".join(evaluation.figure(data.load_image(records[j]["image"]), f"{'support' if n else 'the image itself'}, {100 * w:.0f} %", f"{100 * w:.0f} %")
-                        for n, (j, w) in enumerate(look(heads["fuse_image"], bank.image, bank.image_others, int(bank.own[m]))))
-        said = "".join(f"<li><b>{100 * w:.0f} %</b> {html.escape(captions[j])}</li>" for j, w in look(heads["fuse_text"], bank.text, bank.text_others, m))
-        out.append(f"<div class=row>{shown}<ul>{said}</ul></div>")
-    return "<p>First the sample itself, then its supports; the share of attention is the mean over heads.</p>" + "".join(out)
+        out.append("<div class=row>")
+        images = attention(heads["fuse_image"], bank.image, bank.image_candidates, int(bank.source[m]))
+        for n, (j, share) in enumerate(images):
+            role = "support image" if n else "the image itself"
+            out.append(evaluation.figure(data.load_image(records[j]["image"]), f"{role}, {share}", share))
+        texts = attention(heads["fuse_text"], bank.text, bank.text_candidates, m)
+        items = "".join(f"<li><b>{share}</b> {html.escape(captions[j])}</li>" for j, share in texts)
+        out.append(f"<ul>{items}</ul></div>")
+    return "".join(out)
 
 
-# ---- students -------------------------------------------------------------------------------------------------------
+# ---- smaller students -----------------------------------------------------------------------------------------------
 
-SHRUNK = ["half", "narrow"]
+def halve_depth(model):
+    """A DualEncoder of every second block of both towers, the last one included."""
+    small = copy.deepcopy(model)
+    small.heads = nn.ModuleDict()
+    for name in ("image", "text"):
+        tower = getattr(small, name)
+        tower.blocks = tower.blocks[1 - len(tower.blocks) % 2::2]
+        small.arch[f"{name}_layers"] = len(tower.blocks)
+    return small
 
 
-def shrink(model, kind):
-    """A smaller dual encoder out of a trained one. "half": every second block of both towers, the last one included; "narrow": every second
-    channel, head and hidden unit. It has to learn again, but starts from something."""
-    arch, weights = dict(model.arch), {n: w for n, w in model.state_dict().items() if not n.startswith("heads.")}
-    if kind == "half":
-        kept = {tower: list(range(1 - arch[f"{tower}_layers"] % 2, arch[f"{tower}_layers"], 2)) for tower in ("image", "text")}
-        for tower in kept:
-            new = {f"{tower}.blocks.{old}.": f"{tower}.blocks.{n}." for n, old in enumerate(kept[tower])}
-            arch[f"{tower}_layers"] = len(new)
-            weights = {next((n.replace(old, to) for old, to in new.items() if n.startswith(old)), n): w for n, w in weights.items()
-                       if not n.startswith(f"{tower}.blocks.") or n.startswith(tuple(new))}
-    else:
-        for tower in ("image", "text"):
-            C = arch[f"{tower}_width"]
-            if C % (2 * arch["head_width"]):
-                raise ValueError(f"the {tower} tower is {C} wide, with heads of {arch['head_width']}: that cannot be halved")
-            arch[f"{tower}_width"] = C // 2
-            heads = torch.arange(C).view(-1, arch["head_width"])[::2].flatten()
-            for n in [n for n in weights if n.startswith(f"{tower}.")]:
-                rows, columns = torch.arange(0, C, 2), slice(None)
-                if ".qkv." in n:
-                    rows, columns = torch.cat([heads, heads + C, heads + 2 * C]), rows
-                elif n.endswith("attn.proj.weight"):
-                    columns = heads
-                elif ".fc1." in n:
-                    rows, columns = torch.arange(0, 4 * C, 2), rows
-                elif n.endswith("fc2.weight"):
-                    columns = torch.arange(0, 4 * C, 2)
-                elif n in (f"{tower}.pos", f"{tower}.tok.weight"):
-                    rows, columns = slice(None), rows
-                weights[n] = weights[n][rows][:, columns] if weights[n].ndim == 2 else weights[n][rows]
+def halve_width(model):
+    """A DualEncoder of every second channel, head and hidden unit. ValueError if the heads cannot be halved."""
+    arch, head_width = dict(model.arch), model.arch["head_width"]
+    weights = {n: w for n, w in model.state_dict().items() if not n.startswith("heads.")}
+    for tower in ("image", "text"):
+        C = arch[f"{tower}_width"]
+        if C % (2 * head_width):
+            raise ValueError(f"the {tower} tower is {C} wide, with heads of {head_width}: that cannot be halved")
+        arch[f"{tower}_width"] = C // 2
+        channels, hidden, everything = torch.arange(0, C, 2), torch.arange(0, 4 * C, 2), slice(None)
+        heads = torch.arange(C).view(-1, head_width)[::2].flatten()     # the channels of every second head
+        table = [  # what the name of a tensor contains -> rows, columns to keep
+            (r"\.qkv\.", torch.cat([heads, heads + C, heads + 2 * C]), channels),
+            (r"attn\.proj\.weight", channels, heads),
+            (r"\.fc1\.", hidden, channels),
+            (r"\.fc2\.weight", channels, hidden),
+            (r"\.(pos|tok\.weight)$", everything, channels),
+            (r"", channels, everything)]                                # norms, biases, patches, final projection
+        for name in [n for n in weights if n.startswith(f"{tower}.")]:
+            rows, columns = next(keep for pattern, *keep in table if re.search(pattern, name))
+            w = weights[name][rows]
+            weights[name] = w[:, columns] if w.ndim == 2 else w
     small = tbps.DualEncoder(**arch)
     small.load_state_dict(weights)
     return small
 
 
+SMALLER = {"half": halve_depth, "narrow": halve_width}                  # --student: made of the teacher's encoders
+
+
 @torch.no_grad()
-def cost(model, tokens, batch=32, times=5):
-    """Of a search: parameters, and milliseconds per image and per caption, in batches, the median of some."""
+def measure_cost(model, tokenizer, batch=32, times=5):
+    """The cost of a search with a model: parameters, and milliseconds per image and per caption, median of `times`."""
     model.eval()
-    pixels, device = torch.rand(batch, 3, *model.arch["image_size"]), model.logit_scale.device
-    out = [sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads."))]
-    for encode, inputs in ((model.encode_image, pixels.to(device)), (model.encode_text, tokens[:batch])):
+    pixels = torch.rand(batch, 3, *model.arch["image_size"], device=model.logit_scale.device)
+    tokens = tokenizer(["a man"] * batch)
+    out = {"parameters": sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads."))}
+    for name, encoder, x in (("image", model.encode_image, pixels), ("caption", model.encode_text, tokens)):
         spent = []
         for _ in range(1 + times):
             began = time.perf_counter()
-            encode(inputs).sum().item()                                                                 # waits for a GPU
-            spent.append(1000 * (time.perf_counter() - began) / len(inputs))
-        out.append(statistics.median(spent[1:]))
-    return dict(zip(("parameters", "ms per image", "ms per caption"), out))
+            encoder(x).sum().item()                                     # .item() waits for a GPU
+            spent.append(1000 * (time.perf_counter() - began) / len(x))
+        out[f"ms per {name}"] = statistics.median(spent[1:])            # the first one warms up
+    return out
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+def train_encoder(args, recipe, splits, folder, clip, targets=None, costs=()):
+    """A baseline or, with `targets` as encoder_losses takes them, a student; from the weights `clip`. costs: what its
+    own cost is shown beside, {name: cost}."""
+    start = argparse.Namespace(**vars(args) | dict(clip=str(clip)))
+    model, tokenizer, pairs, preprocessing = tbps.prepare(start, recipe, splits["train"], tbps.id_heads)
+    tbps.open_run(args, folder)
+    step_losses = functools.partial(encoder_losses, recipe, targets)
+    tbps.train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), folder, step_losses)
+    costs = dict(costs) | {f"the {args.trains}": measure_cost(model, tokenizer)}
+    for name, c in costs.items():
+        print(f"{name:24}{c['parameters']:,} parameters, {c['ms per image']:.2f} ms per image, "
+              f"{c['ms per caption']:.2f} ms per caption")
+    tbps.score_run(args, recipe, splits["test"], folder, ("Cost of a search", evaluation.table(costs)))
+
+
+def train_teacher(args, recipe, splits, folder, baseline):
+    """A teacher, end to end or on the frozen encoders of the checkpoint `baseline`, and its report."""
+    if recipe["end_to_end"]:
+        model, tokenizer, pairs, preprocessing = tbps.prepare(args, recipe, splits["train"], teacher_heads)
+        tbps.open_run(args, folder)
+        step_losses = functools.partial(teacher_losses, recipe)
+        tbps.train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), folder, step_losses)
+    else:
+        model, tokenizer, preprocessing = tbps.load_checkpoint(baseline, args.device)
+        bank = make_bank(model, tokenizer, preprocessing, splits["train"], recipe, args)
+        torch.manual_seed(data.derive_seed(args.seed, 2))
+        for name, head in teacher_heads(recipe, model, 1 + int(bank.person.max())).items():
+            model.heads[name] = head
+        tbps.open_run(args, folder)
+        with tbps.stop_on_signal() as stop:
+            train_fusion(args, recipe, model, tokenizer, preprocessing, bank, folder, stop)
+    report_teacher(args, recipe, splits["test"], folder)
+
+
+def report_teacher(args, recipe, records, folder):
+    """Score a teacher on the test split, print and log the scores, write report.html."""
+    model, tokenizer, preprocessing = load_teacher(folder / "last.pt", args)
+    bank, rows = make_bank(model, tokenizer, preprocessing, records, recipe, args), {}
+    if max(collections.Counter(bank.pid.tolist()).values()) > 1:
+        rows = evaluate_teacher(model.heads, bank, recipe["support"])
+    else:
+        print("no person of the test split has two images: the teacher cannot be evaluated on it")
+    for name, scores in rows.items():
+        print(f"{name:44}{evaluation.format_scores(scores)}")
+    if losses.ranks()[0]:
+        return                                                          # the first process writes
+    steps = [line for line in tbps.read_log(folder) if "loss" in line]
+    names = [k for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")]
+    curves = {k: [(line["epoch"], line[k]) for line in steps] for k in names}
+    evaluation.write_page(folder / "report.html", f"teacher of {args.method} on {args.dataset}, seed {args.seed}", [
+        ("Test scores, %", evaluation.table(rows)),
+        ("Attention of the fusion", attention_html(model.heads, bank, records, recipe["support"])),
+        ("Curves", evaluation.curve("losses", curves))])
+    tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)
+    minutes = tbps.read_file(folder / "last.pt")["minutes"]
+    print(f"the teacher was trained in {minutes:.1f} minutes; report: {folder / 'report.html'}", flush=True)
+
+
+def load_teacher(path, args):
+    """-> model with heads, tokenizer, preprocessing. ValueError if the checkpoint is no teacher."""
+    saved = tbps.read_checkpoint(path)["args"]
+    is_teacher = saved.get("trains") == "teacher" or saved.get("stage") == "richer"     # "richer": first edition
+    tbps.require(is_teacher, f"{path} is no teacher: name the teacher/last.pt of a run of distill.py")
+    return tbps.load_checkpoint(path, args.device, teacher_heads)
+
+
+def distills(recipe):
+    """Whether a student copies a teacher at all."""
+    return any(recipe[k] for k in ("affinity", "features", "relations"))
+
+
+def distill_student(args, recipe, splits, folder, teacher):
+    """A student, from a frozen teacher in the file `teacher`."""
+    targets, costs, clip = None, {}, args.student
+    if clip == "same":
+        clip = teacher if recipe["warm"] else args.clip
+    elif clip == "ViT-B/32":
+        clip = "openai/clip-vit-base-patch32"
+    if distills(recipe) or args.student in SMALLER:
+        model, tokenizer, preprocessing = load_teacher(teacher, args)
+        costs["the teacher's encoders"] = measure_cost(model, tokenizer)
+    if distills(recipe):
+        bank = make_bank(model, tokenizer, preprocessing, splits["train"], recipe, args)
+        targets = functools.partial(distillation_targets, bank, model.heads, recipe["target"], recipe["support"])
+    if args.student in SMALLER:                                         # a file like any other weights
+        clip = folder.parent / f"{args.student}.pt"
+        clip.parent.mkdir(parents=True, exist_ok=True)
+        small, saved = SMALLER[args.student](model), tbps.read_checkpoint(teacher)
+        content = tbps.checkpoint_dict(args, recipe, small, tokenizer, preprocessing, heads=False)
+        tbps.save(clip, content | {k: saved[k] for k in ("epoch", "step", "best", "scores")})
+    train_encoder(args, recipe, splits, folder, clip, targets, costs)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
 
 def default_method(dataset):
     return "lcr2s"
 
 
 def parse_args(argv=None):
+    """-> args, recipe. ValueError for options that exclude each other."""
     p = tbps.training_options(__doc__, RECIPES, KEYS, default_method, argv)
     g = p.add_argument_group("stages")
-    g.add_argument("--stage", choices=["richer", "light"], help="richer: end with the richer model; light: only the light one, from the richer one there (default: all)")
-    g.add_argument("--plain", metavar="FILE", help="a checkpoint whose encoders to put the fusion on, instead of training plain ones")
-    g.add_argument("--teacher", metavar="FILE", help="richer/last.pt of another run: only the light model is trained")
-    g.add_argument("--student", default="same", help="the light model: same (as the plain one), half (its depth) or narrow (half its width), both from the "
-                   "teacher's layers; ViT-B/32, or any CLIP weights as --clip takes them (default: same)")
-    args, recipe = tbps.parse_options(p, RECIPES, argv, [f"{stage}/last.pt" for stage in ("light", "richer", "plain")], default_method)
-    recipe = tbps.resolve_recipe(args, recipe, KEYS, CHOICES)
-    if recipe["end_to_end"] and recipe["sampler"] != "views" and not args.teacher and args.stage != "light":
-        raise ValueError("end to end, supports come from the batch, which must hold several images of a person: sampler=views")
-    if zero := [k for k in ("support", "rich_lr", "kd_tau") if recipe[k] <= 0]:
-        raise ValueError(f"{zero[0]}={recipe[zero[0]]} must be above 0")
-    if over := [k for k in ("support_drop", "pair") if recipe[k] > 1]:
-        raise ValueError(f"{over[0]}={recipe[over[0]]} must be a share from 0 to 1")
-    if args.plain and (args.teacher or args.stage == "light" or recipe["end_to_end"]):
-        raise ValueError("--plain names encoders to put a new fusion on; with --teacher, --stage light or end_to_end=1 there is none to put on")
-    if recipe["warm"] and args.student != "same":
-        raise ValueError(f"warm=1 starts the light model from the teacher's encoders, --student {args.student} from others: take one of them")
-    if args.teacher and args.stage == "richer":
-        raise ValueError("--teacher names a richer model, so there is none to train: leave out --stage richer")
+    g.add_argument("--stage", choices=["teacher", "student"], help="teacher: end with the teacher; student: train only "
+                   "the student, from the teacher in the run folder (default: all)")
+    g.add_argument("--baseline", metavar="FILE", help="a checkpoint to use as the baseline, instead of training one")
+    g.add_argument("--teacher", metavar="FILE", help="teacher/last.pt of another run: train only the student")
+    g.add_argument("--student", default="same", help="same (as the baseline), half (its depth) or narrow (half its "
+                   "width), both from the teacher's layers, ViT-B/32, or weights as --clip takes them (default: same)")
+    checkpoints = [f"{stage}/last.pt" for stage in reversed(STAGES)]
+    args, recipe = tbps.parse_options(p, RECIPES, argv, checkpoints, default_method)
+    r = recipe = tbps.resolve_recipe(args, recipe, KEYS, CHOICES)
+    new_teacher = not args.teacher and args.stage != "student"
+    for key in ("support", "teacher_lr", "kd_tau"):
+        tbps.require(r[key] > 0, f"{key}={r[key]} must be above 0")
+    for key in ("support_drop", "pair"):
+        tbps.require(r[key] <= 1, f"{key}={r[key]} must be a fraction from 0 to 1")
+    tbps.require(not (r["end_to_end"] and new_teacher) or r["sampler"] == "views",
+                 "end_to_end=1 draws support sets from the batch; sampler=views puts several images of a person there")
+    tbps.require(not args.baseline or new_teacher and not r["end_to_end"],
+                 "--baseline is for a new teacher; --teacher, --stage student and end_to_end=1 use no baseline")
+    tbps.require(not r["warm"] or args.student == "same", f"warm=1 starts the student from the teacher's encoders, "
+                 f"--student {args.student} from other weights: choose one")
+    tbps.require(not (args.teacher and args.stage == "teacher"), "--teacher names a trained one; omit --stage teacher")
     return args, recipe
+
+
+def stages_to_train(args, recipe):
+    """The names of the stages that the options ask for, in order."""
+    if args.teacher or args.stage == "student":
+        return ["student"]
+    stages = ["teacher"] if args.baseline or recipe["end_to_end"] else ["baseline", "teacher"]
+    return stages if args.stage == "teacher" else stages + ["student"]
+
+
+def check_files(args, recipe, stages, baseline, teacher):
+    """Read what the options name before the data are read, so that a mistake is reported at once."""
+    if args.baseline:
+        tbps.read_checkpoint(baseline)
+    if "teacher" not in stages:
+        if distills(recipe) or recipe["warm"] or args.student in SMALLER:
+            data.need(teacher, "the teacher", "train it with --stage teacher, or name one with --teacher")
+        if teacher.exists():
+            load_teacher(teacher, args)
+    if args.student not in ("same", "ViT-B/32", *SMALLER):
+        tbps.read_file(tbps.find_weights(args.student))
+
+
+def check_support(records):
+    """Print how many samples have no candidates for support; ValueError if none has any."""
+    images = collections.Counter(r["pid"] for r in records)
+    captions = collections.Counter(r["pid"] for r in records for _ in r["captions"])
+    i, c = (sum(n == 1 for n in counts.values()) for counts in (images, captions))
+    print(f"without support: {i:,} of {images.total():,} images, {c:,} of {captions.total():,} captions, each the only "
+          "one of its person")
+    tbps.require(i < images.total() or c < captions.total(), "every training person has one image and one caption: "
+                 "there is nothing to draw support from")
 
 
 def main():
     args, recipe = parse_args()
-    out = Path(args.out)
+    out, stages = Path(args.out), stages_to_train(args, recipe)
     tbps.join_ranks(args)
-    stages = [] if args.plain or recipe["end_to_end"] else ["plain"]
-    stages = {None: stages + ["richer", "light"], "richer": stages + ["richer"], "light": ["light"]}["light" if args.teacher else args.stage]
-    plain = Path(args.plain) if args.plain else out / "plain/best.pt"
-    teacher = Path(args.teacher) if args.teacher else out / "richer/last.pt"
-    if "richer" not in stages and (distils(recipe) or recipe["warm"] or args.student in SHRUNK):
-        data.need(teacher, "the richer model", "train it with --stage richer, or name one with --teacher")
-    if args.plain:
-        tbps.read_checkpoint(plain)                                     # now, and not after the data are read: what is wrong is said at once
-    if "richer" not in stages and teacher.exists():
-        load_teacher(teacher, args)
-    if args.student not in ("same", *SHRUNK, "ViT-B/32"):
-        try:
-            tbps.read_file(tbps.find_weights(args.student))
-        except (FileNotFoundError, ValueError) as e:
-            raise ValueError(f"--student {args.student} is none of same, {', '.join(SHRUNK)}, ViT-B/32, so it should be CLIP weights:\n  {e}") from None
+    baseline = Path(args.baseline or out / "baseline/best.pt")
+    teacher = Path(args.teacher or out / "teacher/last.pt")
+    check_files(args, recipe, stages, baseline, teacher)
     todo = []
     for stage in stages:
-        folder, here = out / stage, copy.copy(args)
-        here.trains, here.resume = stage, args.resume and (folder / "last.pt").exists()
-        tbps.check_run(here, recipe, folder)
-        if here.resume and any("test" in line for line in tbps.read_log(folder)):
+        folder, stage_args = out / stage, copy.copy(args)
+        stage_args.trains, stage_args.resume = stage, args.resume and (folder / "last.pt").exists()
+        tbps.check_run(stage_args, recipe, folder)
+        if stage_args.resume and any("test" in line for line in tbps.read_log(folder)):
             print(f"{folder} is done: {folder / 'report.html'}")
         else:
-            todo.append((stage, here, folder))
+            todo.append((stage, stage_args, folder))
     if not todo:
         return
+    print(tbps.format_recipe(args, recipe, RECIPES[args.method]))
     splits = tbps.load_data(args)
-    images, texts = [r["pid"] for r in splits["train"]], [r["pid"] for r in splits["train"] for _ in r["captions"]]
-    alone = [sum(n == 1 for n in collections.Counter(pids).values()) for pids in (images, texts)]
-    print(f"supports: {alone[0]:,} of {len(images):,} images and {alone[1]:,} of {len(texts):,} captions have no others of their person")
-    if alone == [len(images), len(texts)]:
-        raise ValueError("every training person has one image and one caption: there is nothing to fuse them with")
-    for stage, here, folder in todo:
+    check_support(splits["train"])
+    for stage, stage_args, folder in todo:
         print(f"\n{stage}")
-        if stage == "plain":
-            train_light(here, recipe, splits, folder, args.clip)
-        elif stage == "richer":
-            train_richer(here, recipe, splits, folder, plain)
+        if stage == "baseline":
+            train_encoder(stage_args, recipe, splits, folder, args.clip)
+        elif stage == "teacher":
+            train_teacher(stage_args, recipe, splits, folder, baseline)
         else:
-            teach(here, recipe, splits, folder, teacher)
-
-
-def train_light(args, recipe, splits, folder, clip, target=None, rows=()):
-    """A dual encoder from the weights `clip`, and its scores: by itself or, with target(item) -> what `copy_losses` takes, as the copy of
-    a richer one. rows: what its cost is shown beside, {name: cost}."""
-    model, tokenizer, pairs, preprocessing = tbps.prepare(argparse.Namespace(**vars(args) | dict(clip=str(clip))), recipe, splits["train"], tbps.id_heads)
-    tbps.open_run(args, folder)
-
-    def step_losses(model, batch, epoch, autocast):
-        with autocast():
-            image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])        # (B, D)
-        image, text, pid = map(losses.gather, (image, text, batch["pid"]))                               # of all processes
-        parts = tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, autocast)
-        if target:
-            parts |= copy_losses(image, text, *target(losses.gather(batch["item"].to(pid.device))), recipe)
-        return parts
-
-    tbps.train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), folder, step_losses)
-    rows = dict(rows) | {f"the {args.trains} model": cost(model, tokenizer(["a man"] * 32))}
-    for name, row in rows.items():
-        print(f"{name:24}{row['parameters']:,} parameters, {row['ms per image']:.2f} ms per image, {row['ms per caption']:.2f} ms per caption")
-    tbps.score_run(args, recipe, splits["test"], folder, ("Cost of a search", evaluation.table(rows)))
-
-
-def train_richer(args, recipe, splits, folder, plain):
-    if recipe["end_to_end"]:
-        model, tokenizer, pairs, preprocessing = tbps.prepare(args, recipe, splits["train"], richer_heads)
-        tbps.open_run(args, folder)
-
-        def step_losses(model, batch, epoch, autocast):
-            with autocast():
-                image, text = model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0])    # (B, D)
-            return richer_losses(image, text, batch, model, recipe, autocast)
-
-        tbps.train(args, recipe, model, tokenizer, preprocessing, pairs, splits.get("val"), folder, step_losses)
-    else:
-        model, tokenizer, preprocessing = tbps.load_checkpoint(plain, args.device)
-        bank = Bank.of(model, tokenizer, preprocessing, splits["train"], recipe, args)
-        torch.manual_seed(data.derive_seed(args.seed, 2))
-        for name, head in richer_heads(recipe, model, len(bank.pid.unique())).items():
-            model.heads[name] = head
-        tbps.open_run(args, folder)
-        with tbps.stop_on_signal() as stop:
-            train_fusion(args, recipe, model, tokenizer, preprocessing, bank, folder, stop)
-    model, tokenizer, preprocessing = load_teacher(folder / "last.pt", args)
-    bank = Bank.of(model, tokenizer, preprocessing, splits["test"], recipe, args)
-    several = max(collections.Counter(bank.pid.tolist()).values()) > 1
-    rows = judge(model.heads, bank, recipe["support"]) if several else {}
-    if not several:
-        print("no person of the test split has two images: the richer model cannot be judged on it")
-    for name, scores in rows.items():
-        print(f"{name:44}{evaluation.format_scores(scores)}")
-    steps = [x for x in tbps.read_log(folder) if "loss" in x]
-    curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")})
-    if losses.ranks()[0]:
-        return                                                          # the first process writes
-    evaluation.write_page(folder / "report.html", f"the richer model of {args.method} on {args.dataset}, seed {args.seed}", [("Test scores, %", evaluation.table(rows)),
-                          ("Where the fusion looks", attention_pictures(model.heads, bank, splits["test"], recipe["support"])), ("Curves", curves)])
-    tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)
-    print(f"the richer model took {tbps.read_file(folder / 'last.pt')['minutes']:.1f} minutes; report: {folder / 'report.html'}", flush=True)
-
-
-def load_teacher(path, args):
-    """-> model with its heads, tokenizer, preprocessing."""
-    saved = tbps.read_checkpoint(path)["args"]
-    if saved.get("trains", saved.get("stage")) != "richer":
-        raise ValueError(f"{path} is no richer model: name the richer/last.pt of a run of distill.py")
-    return tbps.load_checkpoint(path, args.device, richer_heads)
-
-
-def teach(args, recipe, splits, folder, teacher):
-    """The light model, from a frozen richer one in the file `teacher`."""
-    target, rows = None, {}
-    if distils(recipe) or args.student in SHRUNK:
-        model, tokenizer, preprocessing = load_teacher(teacher, args)
-        rows["the teacher's encoders"] = cost(model, tokenizer(["a man"] * 32))
-    if distils(recipe):
-        bank = Bank.of(model, tokenizer, preprocessing, splits["train"], recipe, args)
-        target = functools.partial(targets, bank, model.heads, recipe["target"], recipe["support"])
-    clip = {"same": teacher if recipe["warm"] else args.clip, "ViT-B/32": "openai/clip-vit-base-patch32"}.get(args.student, args.student)
-    if args.student in SHRUNK:                                          # a file like any other weights: sizes and dropout are the recipe's
-        clip = folder.parent / f"{args.student}.pt"
-        clip.parent.mkdir(parents=True, exist_ok=True)
-        saved, small = tbps.read_checkpoint(teacher), shrink(model, args.student)
-        state = {k: saved[k] for k in ("epoch", "step", "best", "scores")}
-        tbps.save(clip, tbps.checkpoint_dict(args, recipe, small, tokenizer, preprocessing, heads=False) | state)
-    train_light(args, recipe, splits, folder, clip, target, rows)
-
-
-def distils(recipe):
-    return any(recipe[k] for k in ("affinity", "features", "relations"))
+            distill_student(stage_args, recipe, splits, folder, teacher)
 
 
 if __name__ == "__main__":

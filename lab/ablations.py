@@ -44,7 +44,7 @@ def result(path):
     """{what: test scores} of the last stage of a finished run; {} for generated pairs; None if not finished."""
     if (path / "pairs.jsonl").exists():
         return {}
-    for stage in ("light", "richer", "."):
+    for stage in ("student", "teacher", "."):
         log = path / stage / "log.jsonl"
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines()

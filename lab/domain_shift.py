@@ -61,8 +61,8 @@ def train(name, options):
 
 
 def run_name(checkpoint):
-    """What the seeds of a run have in common: runs/A/B-0/light/best.pt -> B."""
-    folder = next(part for part in reversed(checkpoint.parent.parts) if part not in ("light", "richer"))
+    """What the seeds of a run have in common: runs/A/B-0/student/best.pt -> B."""
+    folder = next(part for part in reversed(checkpoint.parent.parts) if part not in ("student", "teacher"))
     return re.sub(r"-\d+$", "", folder)
 
 

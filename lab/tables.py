@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 T2I = "best.pt, text to image"
 EXCLUDED = "best.pt, text to image, excluding the source image"
 COLUMNS = {"R@1": (T2I, "R@1"), "mAP": (T2I, "mAP"), "mAP, source image excluded": (EXCLUDED, "mAP")}
-TEACHER = "held-out view: richer"                                       # a score that only runs of a teacher have
+TEACHER = "held-out view: teacher"                                      # a score that only runs of a teacher have
 
 
 def recorded():
@@ -166,7 +166,7 @@ def rows_of(runs, name, columns, published, smallest):
 
 
 def teacher_table(runs):
-    """Markdown: R@1 and mAP of each score of `distill.judge`, a column per teacher."""
+    """Markdown: R@1 and mAP of each score of `distill.evaluate_teacher`, a column per teacher."""
     rows = [[f"{runs.group}: R@1, mAP", *runs.teachers]]
     for what in next(iter(runs.scores[runs.teachers[0]].values())):
         rows.append([what] + [", ".join(mean_std(runs.values(row, what, metric).values()) for metric in ("R@1", "mAP"))

@@ -172,35 +172,6 @@ def test_a_finished_run_keeps_its_training_time(copied):
     assert 12.3 < torch.load(copied / "last.pt", weights_only=True)["minutes"] < 13
 
 
-def distil(*options, stops=(), code=0):
-    """Run distill.py; in each of its stages it is asked to stop after a number of looks (None: never)."""
-    stops = iter([() if looks is None else StopAfter(looks) for looks in stops])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tbps, "stop_on_signal", lambda: contextlib.nullcontext(next(stops, ())))
-        return run("distill.py", *options, code=code)
-
-
-def test_distillation_resumes_without_other_options(cuhk, tmp_path):
-    """Also a student made of another's layers, where only the student's stage was asked for."""
-    options = ["--dataset", "cuhk", "--data-root", cuhk, *SMALL, "rich_epochs=2"]
-    distil(*options, "--out", tmp_path / "a", "--stage", "richer", stops=[None, 0], code=130)
-    said = distil("--out", tmp_path / "a", "--resume")
-    assert f"{tmp_path / 'a/plain'} is done" in said and not (tmp_path / "a/light").exists()
-    again = distil("--out", tmp_path / "a", "--resume", "--set", "rich_epochs=2")
-    assert again.count(" is done: ") == 2 and len(again.splitlines()) == 2
-    said = error("distill.py", "--out", tmp_path / "a", "--resume", "--set", "rich_epochs=3")
-    assert "rich_epochs: 2 then, 3 now" in said
-    said = error("distill.py", "--out", tmp_path / "a", "--resume", "--epochs", "3")
-    assert "depends on the number of epochs" in said and f"--clip {tmp_path / 'a/plain/last.pt'}" in said
-    student = [*options, "--stage", "light", "--student", "half"]
-    distil(*student, "--out", tmp_path / "a", stops=[3], code=130)
-    resumed = distil("--out", tmp_path / "a", "--resume").splitlines()[-1]
-    shutil.copytree(tmp_path / "a/richer", tmp_path / "b/richer")
-    assert resumed == distil(*student, "--out", tmp_path / "b").splitlines()[-1] and resumed.startswith("test R@1")
-    a, b = (torch.load(tmp_path / x / "light/last.pt", weights_only=True)["weights"] for x in "ab")
-    assert all(torch.equal(a[n], b[n]) for n in b)
-
-
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["tbps.py", "distill.py"])

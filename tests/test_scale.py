@@ -20,7 +20,7 @@ import losses
 import tbps
 from conftest import ROOT, error
 from lab.people import draw
-from test_distill import TINY
+from test_distill_command import TINY
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
 STEPS = {  # name: (recipe, heads, losses of a step)
@@ -32,27 +32,22 @@ STEPS = {  # name: (recipe, heads, losses of a step)
     "irra, masked everywhere": (tbps.IRRA | dict(mask_all=True, cmpm=1.0), *tbps.METHODS["irra"][1:]),
     "ctlg, person": (tbps.CTLG | dict(same="person"), *tbps.METHODS["ctlg"][1:]),
     "ctlg, image": (tbps.CTLG | dict(same="image"), *tbps.METHODS["ctlg"][1:]),
-    "lcr2s": (
-        distill.LCR2S,
-        tbps.id_heads,
-        lambda model, batch, recipe, epoch, autocast: light_step(model, batch, recipe),
-    ),
 }
 B = 8
 
 
-def light_step(model, batch, recipe):
-    """What distill.train_light does in a step, with made-up teachers by item."""
-    image, text, pid, item = map(
-        losses.gather,
-        (model.encode_image(batch["pixels"][0]), model.encode_text(batch["tokens"][0]), batch["pid"], batch["item"]),
-    )
+def student_step(model, batch, recipe, epoch, autocast):
+    """A step of a student, with made-up targets by item."""
     g = torch.Generator().manual_seed(5)
-    rich = torch.randn(2, 1000, image.shape[1], generator=g, dtype=torch.float64)
+    made_up = torch.randn(2, 1000, model.arch["embed"], generator=g, dtype=torch.float64)
+
+    def targets(item):
+        return made_up[0, item], made_up[1, item], item >= 0, item > 2
     recipe = recipe | dict(features=0.5, relations=0.2)
-    return tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, NO_AMP) | distill.copy_losses(
-        image, text, rich[0, item], rich[1, item], item >= 0, item > 2, recipe
-    )
+    return distill.encoder_losses(recipe, targets, model, batch, epoch, autocast)
+
+
+STEPS["lcr2s"] = distill.LCR2S, tbps.id_heads, student_step
 
 
 def sample(name, people):
@@ -302,7 +297,7 @@ def test_distillation_on_two_processes_is_that_on_one(cuhk, tmp_path):
         for run in runs
     )
     assert [run.returncode for run in runs] == [0, 0] and one == two and len(one) > 8
-    a, b = (torch.load(tmp_path / f"{n}/light/last.pt", weights_only=True)["weights"] for n in "12")
+    a, b = (torch.load(tmp_path / f"{n}/student/last.pt", weights_only=True)["weights"] for n in "12")
     assert all(torch.allclose(a[n], b[n], atol=1e-3) for n in a)
 
 
@@ -310,7 +305,7 @@ def test_distillation_on_two_processes_is_that_on_one(cuhk, tmp_path):
     "script, options, log",
     [
         ("tbps.py", [*RUN, "epochs=500"], "log.jsonl"),
-        ("distill.py", ["--dataset", "cuhk", *TINY, "rich_epochs=5000"], "richer/log.jsonl"),
+        ("distill.py", ["--dataset", "cuhk", *TINY, "teacher_epochs=5000"], "teacher/log.jsonl"),
     ],
 )
 def test_one_that_wants_to_stop_stops_all(cuhk, tmp_path, script, options, log):
