@@ -16,7 +16,6 @@ import torch
 import data
 import distill
 import eval as evaluation
-import losses
 import tbps
 from conftest import ROOT, error
 from lab.people import draw
