@@ -72,8 +72,8 @@ STAGES = ["baseline", "teacher", "student"]
 # ---- support sets ---------------------------------------------------------------------------------------------------
 
 def support_candidates(pids, contents, images=None):
-    """What each sample's support set is drawn from: (N, K) indices, padded with -1. These are the samples of the same
-    person but for copies (equal `contents`) and, if `images` is given, samples of the same image. Lists of N items."""
+    """The samples that each sample's support set is drawn from: (N, K) indices, padded with -1. They show the same
+    person, and are no copies (equal `contents`) nor, if `images` is given, of the same image. Lists of N items."""
     of_person = collections.defaultdict(list)
     for i, pid in enumerate(pids):
         of_person[pid].append(i)
@@ -202,8 +202,8 @@ def encode(model, batch, autocast):
 
 
 def teacher_losses(recipe, model, batch, epoch, autocast):
-    """A step of a teacher trained end to end, the paper's way. Support sets are drawn from the batch, where the sampler
-    "views" puts several images of a person. `aux` keeps the encoders able to tell persons apart without support."""
+    """The losses of a step of a teacher trained end to end, as in the paper. Support sets are drawn from the batch; the
+    sampler "views" puts several images of a person into it. `aux` trains the encoders without support, too."""
     r, (image, text) = recipe, encode(model, batch, autocast)
     pid, image, text = map(losses.gather, (batch["pid"], image, text))
     tokens, image_id = (losses.gather(x.to(pid.device)) for x in (batch["tokens"][0], batch["image"]))
@@ -222,7 +222,7 @@ def teacher_losses(recipe, model, batch, epoch, autocast):
 
 
 def encoder_losses(recipe, targets, model, batch, epoch, autocast):
-    """A step of a baseline or, with targets(item) -> what distillation_losses takes, of a student."""
+    """The losses of a step of a baseline. A student has targets(item) -> the arguments of distillation_losses."""
     image, text, pid = map(losses.gather, (*encode(model, batch, autocast), batch["pid"]))
     out = tbps.pair_losses(image, text, pid, model.scale(), model.heads, recipe, autocast)
     if targets:
@@ -232,7 +232,9 @@ def encoder_losses(recipe, targets, model, batch, epoch, autocast):
 
 
 def distillation_losses(image, text, target_image, target_text, has_image, has_text, recipe):
-    """The losses by which a student copies its target: features (B, D); has_image, has_text (B,): who had support."""
+    """The losses by which a student copies its target. Features (B, D); has_image, has_text (B,): with support or not.
+
+    Only features with support are copied one by one: the others are those of a single view."""
     r, out = recipe, {}
     if r["affinity"]:
         affinity = losses.distil_affinity(image, text, target_image, target_text, r["kd_tau"], r["pair"])
@@ -247,7 +249,7 @@ def distillation_losses(image, text, target_image, target_text, has_image, has_t
 
 @torch.no_grad()
 def distillation_targets(bank, heads, target, size, item):
-    """What a student copies for captions `item` (B,): image (B, D), text (B, D), who had support (B,), (B,).
+    """What a student copies for captions `item` (B,): image, text (B, D) each, and which have support, (B,) bool each.
 
     target: "teacher", or a control: "self" is the teacher before fusion, "centroid" the mean of the person."""
     item = item.to(bank.source.device)
@@ -266,7 +268,7 @@ def distillation_targets(bank, heads, target, size, item):
 # ---- a teacher on stored features -----------------------------------------------------------------------------------
 
 def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=()):
-    """Train fusion and classifier on features that do not change: minutes. Saves, logs and resumes as tbps.train."""
+    """Train fusion and classifier on stored features, in minutes. Saves, logs and resumes as tbps.train does."""
     epochs = recipe["teacher_epochs"] if recipe["fusion"] != "mean" else 0      # a mean has nothing to learn
     model.to(args.device).requires_grad_(False)
     heads = model.heads.requires_grad_(True)
@@ -361,11 +363,12 @@ def evaluate_teacher(heads, bank, size, seed=0):
 
 
 def held_out_scores(bank, images, fusion, candidates, size):
-    """The held-out view scores of evaluate_teacher over all queries. images (P, K): those of each person; candidates
-    (N, K): what the support of each image is drawn from."""
+    """The held-out view scores of evaluate_teacher. images (P, K): those of each person; candidates (N, K): what the
+    support of each image is drawn from."""
     pid, person, source, total = bank.pid, bank.person, bank.source, collections.Counter()
-    view = (images[person] == torch.arange(len(pid), device=pid.device)[:, None]).int().argmax(dim=1)   # (N,): which of
-    for k in range(images.shape[1]):                                                                    # its person's
+    everyone = torch.arange(len(pid), device=pid.device)
+    view = (images[person] == everyone[:, None]).int().argmax(dim=1)    # (N,): it is its person's image number `view`
+    for k in range(images.shape[1]):
         rows = (view != k).nonzero()[:, 0]
         findable = torch.isin(person[source], person[rows])             # those whose person has another image
         asked = ((view[source] == k) & findable).nonzero()[:, 0]
@@ -465,8 +468,8 @@ def measure_cost(model, tokenizer, batch=32, times=5):
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 def train_encoder(args, recipe, splits, folder, clip, targets=None, costs=()):
-    """A baseline or, with `targets` as encoder_losses takes them, a student; from the weights `clip`. costs: what its
-    own cost is shown beside, {name: cost}."""
+    """Train and score a baseline, or with `targets` (see encoder_losses) a student, from the weights `clip`. costs:
+    {name: cost} of other models, to show beside its own."""
     start = argparse.Namespace(**vars(args) | dict(clip=str(clip)))
     model, tokenizer, pairs, preprocessing = tbps.prepare(start, recipe, splits["train"], tbps.id_heads)
     tbps.open_run(args, folder)
@@ -480,7 +483,7 @@ def train_encoder(args, recipe, splits, folder, clip, targets=None, costs=()):
 
 
 def train_teacher(args, recipe, splits, folder, baseline):
-    """A teacher, end to end or on the frozen encoders of the checkpoint `baseline`, and its report."""
+    """Train and score a teacher, end to end or on the frozen encoders of the checkpoint `baseline`."""
     if recipe["end_to_end"]:
         model, tokenizer, pairs, preprocessing = tbps.prepare(args, recipe, splits["train"], teacher_heads)
         tbps.open_run(args, folder)
@@ -508,18 +511,12 @@ def report_teacher(args, recipe, records, folder):
         print("no person of the test split has two images: the teacher cannot be evaluated on it")
     for name, scores in rows.items():
         print(f"{name:44}{evaluation.format_scores(scores)}")
-    if losses.ranks()[0]:
-        return                                                          # the first process writes
-    steps = [line for line in tbps.read_log(folder) if "loss" in line]
-    names = [k for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")]
-    curves = {k: [(line["epoch"], line[k]) for line in steps] for k in names}
-    evaluation.write_page(folder / "report.html", f"teacher of {args.method} on {args.dataset}, seed {args.seed}", [
-        ("Test scores, %", evaluation.table(rows)),
-        ("Attention of the fusion", attention_html(model.heads, bank, records, recipe["support"])),
-        ("Curves", evaluation.curve("losses", curves))])
-    tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)
-    minutes = tbps.read_file(folder / "last.pt")["minutes"]
-    print(f"the teacher was trained in {minutes:.1f} minutes; report: {folder / 'report.html'}", flush=True)
+    minutes = tbps.read_checkpoint(folder / "last.pt")["minutes"]
+    if losses.ranks()[0] == 0:
+        attention = attention_html(model.heads, bank, records, recipe["support"])
+        tbps.write_report(folder, args, recipe, rows, minutes, ("Attention of the fusion", attention))
+        tbps.write_log(folder, at=[recipe["epochs"], 1], test=rows)
+    print(f"teacher trained in {minutes:.1f} minutes; report: {folder / 'report.html'}", flush=True)
 
 
 def load_teacher(path, args):
@@ -536,7 +533,7 @@ def distills(recipe):
 
 
 def distill_student(args, recipe, splits, folder, teacher):
-    """A student, from a frozen teacher in the file `teacher`."""
+    """Train and score a student of the frozen teacher in the checkpoint `teacher`."""
     targets, costs, clip = None, {}, args.student
     if clip == "same":
         clip = teacher if recipe["warm"] else args.clip

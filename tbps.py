@@ -2023,18 +2023,19 @@ def score_run(args, recipe, records, out, *chapters):
         captions, pid, source = [c for r in records for c in r["captions"]], *inputs[2:]
         sheet = evaluation.retrieval_sheet(captions, text, image, pid, source,
                                            lambda j: data.load_image(records[j]["image"]))
-        write_report(out, args, recipe, rows, sheet, minutes, *chapters)
+        write_report(out, args, recipe, rows, minutes, ("Queries and their top 10 (best.pt, test split)", sheet),
+                     *chapters)
     print(f"trained in {minutes:.1f} minutes; report: {out / 'report.html'}")
     if other := rows.get(f"best.pt, {evaluation.EXCLUDED}"):
         print(f"test, excluding the source image of each caption: {evaluation.format_scores(other)}")
     print(f"test {evaluation.format_scores(rows['best.pt, text to image'])}", flush=True)
 
 
-def write_report(out, args, recipe, rows, sheet, minutes, *chapters):
-    """report.html: scores, curves, retrieval sheet, the method's own chapters, settings."""
+def write_report(out, args, recipe, rows, minutes, *chapters):
+    """report.html: scores, curves, chapters (heading, HTML), settings."""
     lines = read_log(out)
     steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
-    names = [k for k in steps[0] if k not in ("at", "epoch", "lr", "scale")]
+    names = [k for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")]
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in names})
     metrics = vals[0]["val"] if vals else []
     curves += evaluation.curve("validation, %", {k: [(x["epoch"], x["val"][k]) for x in vals] for k in metrics})
@@ -2042,8 +2043,7 @@ def write_report(out, args, recipe, rows, sheet, minutes, *chapters):
     curves += evaluation.curve("scale = 1 / temperature", {"scale": [(x["epoch"], x["scale"]) for x in steps]})
     settings = "".join(f"<div>{k} = {v}</div>" for k, v in sorted((saved_options(args) | recipe).items()))
     evaluation.write_page(out / "report.html", f"{args.method} on {args.dataset}, seed {args.seed}", [
-        ("Test scores, %", evaluation.table(rows)), ("Curves", curves),
-        ("Queries and their top 10 (best.pt, test split)", sheet), *chapters,
+        ("Test scores, %", evaluation.table(rows)), ("Curves", curves), *chapters,
         ("Settings", f"<p>trained in {minutes:.1f} minutes on {args.device}</p><div class=settings>{settings}</div>")])
 
 

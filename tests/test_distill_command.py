@@ -52,7 +52,7 @@ def test_a_run(distilled, lonely, tmp_path, distil):
     assert {f.name for f in out.iterdir()} == {"baseline", "teacher", "student"}
     page = (out / "teacher/report.html").read_text()
     assert page.count("<figcaption>") > 6 and "held-out view: support of a wrong person" in page
-    assert page.count("<polyline") == 3 and "Cost of a search" in (out / "student/report.html").read_text()
+    assert page.count("<polyline") == 5 and "Cost of a search" in (out / "student/report.html").read_text()
     assert not [n for n in weights(out / "student/last.pt") if "fuse" in n]
     assert [n for n in weights(out / "teacher/last.pt") if "fuse" in n]
     again = run("eval.py", "--checkpoint", out / "student/best.pt", "--data-root", lonely, "--workers", "0",
