@@ -282,20 +282,19 @@ def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=
     N = len(bank.image)
     bar = data.progress_bar(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", desc="fusion",
                             disable=losses.ranks()[0] > 0)
-    while True:
-        stopping, done = tbps.any_rank(stop, args.device), state["epoch"] == epochs      # stop: read once
-        if done or stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
+    for epoch in range(state["epoch"], epochs):
+        began = time.time()
+        means, lr = train_fusion_epoch(args, recipe, model, bank, optimizer, epoch, epochs, bar)
+        state["epoch"] = epoch + 1
+        tbps.write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, lr=lr, scale=model.scale().item(), **means)
+        speed = f"{N / (time.time() - began):.0f} pairs/s"
+        tbps.print_above(bar, f"epoch {epoch + 1:3d}/{epochs}  {tbps.format_losses(means)}  {speed}")
+        stopping = tbps.any_rank(stop, args.device)                     # read once, so that a stop is always saved
+        if stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
             save("last.pt")
             saved_at = time.time()
-        tbps.stop_here(stopping, bar, f"after epoch {state['epoch']} of the teacher", out)
-        if done:
-            break
-        began = time.time()
-        means, lr = train_fusion_epoch(args, recipe, model, bank, optimizer, state["epoch"], epochs, bar)
-        state["epoch"] += 1
-        tbps.write_log(out, at=[state["epoch"], 0], epoch=state["epoch"], lr=lr, scale=model.scale().item(), **means)
-        speed = f"{N / (time.time() - began):.0f} pairs/s"
-        tbps.print_above(bar, f"epoch {state['epoch']:3d}/{epochs}  {tbps.format_losses(means)}  {speed}")
+        tbps.stop_here(stopping, bar, f"after epoch {epoch + 1} of the teacher", out)
+    save("last.pt")
     bar.close()
 
 
