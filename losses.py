@@ -35,7 +35,8 @@ def full_precision(loss):
         values = [*args, *kwargs.values()]
         for x in values:
             if not (torch.is_tensor(x) or x is None or isinstance(x, (int, float))):
-                raise TypeError(f"{loss.__name__} takes tensors and numbers, not {type(x).__name__}; see torch.as_tensor")
+                kind = type(x).__name__
+                raise TypeError(f"{loss.__name__} takes tensors and numbers, not {kind}; see torch.as_tensor")
         device = next(x.device for x in values if torch.is_tensor(x))
         with torch.autocast(device.type, enabled=False):
             return loss(*map(converted, args), **{name: converted(x) for name, x in kwargs.items()})

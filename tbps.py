@@ -1994,7 +1994,8 @@ def restorations(model, tokenizer, preprocessing, records, recipe, number=8):
         for words in (caption, changed):
             tokens = tokenizer([preprocessing.text(words)])
             text = model.eval().text_tokens(tokens, trim=not recipe["official"])
-            restored, dropped = restore(model, pixels, text, None, recipe, torch.Generator(device).manual_seed(len(rows)))
+            generator = torch.Generator(device).manual_seed(len(rows))  # the same patches are dropped for both captions
+            restored, dropped = restore(model, pixels, text, None, recipe, generator)
             restored = patchify(unpatchify(restored, model.image.grid, patch) * std + mean, patch)
             painted.append(torch.where(dropped[..., None], restored, plain))
         seen = torch.where(dropped[..., None], plain.new_tensor([0.80, 0.75, 0.95]).repeat(patch ** 2), plain)
