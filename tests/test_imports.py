@@ -30,9 +30,7 @@ LONG = [
     "generate.py",
     "tbps.py",
 ]
-LONG_FUNCTIONS = [
-    "tbps.py",
-]
+LONG_FUNCTIONS = {"tbps.py: train"}
 
 
 def parse(name):
@@ -117,10 +115,9 @@ def length(function):
 
 @pytest.mark.parametrize("name", FILES)
 def test_functions_fit_on_a_screen(name):
-    if name in LONG_FUNCTIONS:
-        pytest.skip("does not keep the rule yet")
     functions = [node for node in ast.walk(parse(name)) if isinstance(node, ast.FunctionDef)]
-    assert {f"{name}: {f.name}": length(f) for f in functions if length(f) > FUNCTION} == {}
+    too_long = {f"{name}: {f.name}": length(f) for f in functions if length(f) > FUNCTION}
+    assert too_long.keys() <= LONG_FUNCTIONS, too_long
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("tests/")])
