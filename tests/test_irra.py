@@ -471,7 +471,7 @@ def test_colours_names_what_it_needs(tmp_path, cuhk):
         "tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "uit", "--out", tmp_path / "r", *SMALL,
         "epochs=1",
     )
-    assert "heads are in the last.pt" in error("lab/check_restoration.py", tmp_path / "r/best.pt")
+    assert "they are in the last.pt" in error("lab/check_restoration.py", tmp_path / "r/best.pt")
     assert "the checkpoint should be at" in error("lab/check_restoration.py", tmp_path / "none.pt")
     from lab import check_restoration
     loaded = check_restoration.with_heads(tmp_path / "r/last.pt")
