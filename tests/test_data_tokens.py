@@ -145,3 +145,11 @@ def test_masking_takes_one_at_least_but_never_start_or_end(people):
     assert masked[:3].tolist() == [tokenizer.sot, tokenizer.eot, 0] and not (targets >= 0).any()
     masked, _ = tokenizer.masked("a red hat " * 60, random.Random(0), content=1.0, other=1.0)
     assert masked[76] == tokenizer.eot and masked[0] == tokenizer.sot
+
+
+def test_odd_characters_as_ftfy_leaves_them():
+    """Line breaks of every kind are white space, control characters vanish; values are those of ftfy 6.3 and CLIP."""
+    for c in "\u2028\u2029\n\r\t\x0c\u3000\u00a0":
+        assert data.normalize_text(f"a man{c}in red") == "a man in red", hex(ord(c))
+    for c in "\x00\x08\x0b\x0e\x1c\x1f\x7f\u206a\ufeff\ufff9\ufffc":
+        assert data.normalize_text(f"a man{c}in red") == "a manin red", hex(ord(c))
