@@ -655,9 +655,8 @@ PLAIN = {ord(c): plain for plain, group in {
     "'": "\u2018\u2019\u201a\u201b\u02bc", '"': "\u201c\u201d\u201e\u201f", "ff": "\ufb00", "fi": "\ufb01",
     "fl": "\ufb02", "ffi": "\ufb03", "ffl": "\ufb04", "st": "\ufb05\ufb06", "ij": "\u0133"}.items() for c in group}
 PLAIN |= {code: chr(code - 0xfee0) for code in range(0xff01, 0xff5f)} | {0x3000: " "}
-# Control characters are removed, as by ftfy; line breaks of every kind are white space
-PLAIN |= dict.fromkeys([*range(0x09), 0x0b, *range(0x0e, 0x20), 0x7f, *range(0x206a, 0x2070), 0xfeff,
-                        *range(0xfff9, 0xfffd)])
+CONTROL = [*range(0x09), 0x0b, *range(0x0e, 0x20), 0x7f, *range(0x206a, 0x2070), 0xfeff, *range(0xfff9, 0xfffd)]
+PLAIN |= dict.fromkeys(CONTROL)                                         # removed, as by ftfy
 
 
 def normalize_text(text):

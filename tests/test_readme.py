@@ -5,12 +5,14 @@ import shlex
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import distill
 import generate
 import tbps
 from conftest import ROOT, run, start
+from gallery import checkpoint                                          # noqa: F401
 
 PAGES = ["README.md", *(p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("lab/*.md")))]
 PARSERS = {"tbps.py": tbps, "distill.py": distill, "generate.py": generate}
@@ -44,7 +46,9 @@ def test_commands_parse(page, command):
     """Each command names a script that exists and options that it has."""
     script, *options = shlex.split(command)
     assert (ROOT / script).exists(), script
-    if script in PARSERS:
+    if "--help" in options:
+        assert "usage:" in run(script, *options)
+    elif script in PARSERS:
         PARSERS[script].parse_args(options)
     else:
         source = read(script)
@@ -91,3 +95,22 @@ def test_out_of_memory_says_what_to_do(capsys):
 def test_help_of_experiments(script):
     said = run(f"lab/{script}", "--help")
     assert "usage:" in said and f"python lab/{script}" in said
+
+
+def test_readme_is_short():
+    text = read("README.md")
+    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2500
+
+
+def test_python_in_the_readme(checkpoint, people, tmp_path):
+    """The lines as they are written, on three images and captions."""
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for path, record in zip(paths, people):
+        Image.fromarray(record["image"]).save(path)
+    (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    names = dict(paths=paths, captions=["a man", "a woman in a red coat", "a person"])
+    exec(code.replace("runs/toy-tbps-clip-simplified-0/best.pt", str(checkpoint)), names)
+    alone = names["model"].encode_text(names["tokenizer"](["a man"]))
+    image = names["model"].encode_image(names["preprocessing"].image(people[1]["image"])[None])
+    expected = torch.nn.functional.cosine_similarity(alone, image)
+    assert names["cosine"].shape == (3, 3) and names["cosine"][0, 1].item() == pytest.approx(expected.item(), abs=1e-5)
