@@ -274,9 +274,7 @@ def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=
     heads = model.heads.requires_grad_(True)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["teacher_lr"], weight_decay=recipe["teacher_decay"])
     optimizers, scaler = [optimizer], torch.amp.GradScaler("cpu", enabled=False)
-    state, saved_at = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0), time.time()
-    if args.resume:
-        state |= tbps.restore_training(out / "last.pt", model, optimizers, scaler, state)
+    state, saved_at = tbps.initial_state(args, model, optimizers, scaler, out), time.time()
     save = functools.partial(tbps.save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler,
                              state, out, time.time() - 60 * state["minutes"])
     N = len(bank.image)
@@ -293,7 +291,7 @@ def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=
         if stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
             save("last.pt")
             saved_at = time.time()
-        tbps.stop_here(stopping, bar, f"after epoch {epoch + 1} of the teacher", out)
+        tbps.stop_here(stopping, f"after epoch {epoch + 1} of the teacher", out)
     save("last.pt")
     bar.close()
 

@@ -207,7 +207,7 @@ def embed_images(model, images, device="cpu", workers=0, batch=256, progress=Tru
 
 
 @torch.no_grad()
-def embed_texts(model, tokens, batch=128):
+def embed_texts(model, tokens, batch=128, progress=False):
     """(Q, T) ids -> (Q, D) fp32 features of unit length, on the CPU, in order.
 
     A batch holds captions of similar length: the text encoder costs as much as the longest needs."""
@@ -215,7 +215,8 @@ def embed_texts(model, tokens, batch=128):
     order = torch.argsort(tokens.argmax(dim=1), stable=True)
     if not len(tokens):                                                 # one of many processes may have none
         return torch.empty(0, 0)
-    features = [F.normalize(model.encode_text(tokens[rows]).float(), dim=1).cpu() for rows in order.split(batch)]
+    bar = progress_bar(order.split(batch), desc="captions", leave=False, disable=not progress)
+    features = [F.normalize(model.encode_text(tokens[rows]).float(), dim=1).cpu() for rows in bar]
     return torch.cat(features)[torch.argsort(order)]
 
 
@@ -226,7 +227,8 @@ def embed(model, images, tokens, device="cpu", workers=0, progress=True):
     rank, ranks = process()
     part = torch.utils.data.Subset(images, range(rank, len(images), ranks))
     image = embed_images(model, part, device, workers, progress=progress and rank == 0)
-    return all_gather_rows(image), all_gather_rows(embed_texts(model, tokens[rank::ranks]))
+    text = embed_texts(model, tokens[rank::ranks], progress=progress and rank == 0)
+    return all_gather_rows(image), all_gather_rows(text)
 
 
 def evaluate(model, images, tokens, pid, source, device="cpu", workers=0, progress=True):
@@ -904,6 +906,8 @@ def score_features(file):
         if values.dtype.kind not in kinds[name] or values.ndim != (2 if kinds[name] == "f" else 1):
             raise ValueError(f"{file}: {name} is {values.dtype} {values.shape}; features are floating-point (N, D), "
                              "ids whole numbers (N,)")
+        if kinds[name] == "f" and values.size and not values.any(axis=1).all():
+            raise ValueError(f"{file}: row {values.any(axis=1).argmin()} of {name} is all zeros, which is no direction")
         x[name] = values.astype("f4" if kinds[name] == "f" else "i8")   # torch takes only the byte order of the machine
     print(f"{len(x['query']):,} queries, {len(x['gallery']):,} gallery images, {x['gallery'].shape[1]} numbers each")
     own = x.pop("own", None)

@@ -347,12 +347,7 @@ HF_PREPROCESSING = ["preprocessor_config.json", "processor_config.json"]        
 
 def read_json(path):
     """The object in a JSON file; {} if the file does not exist."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))      # with or without a byte-order mark
-    except ValueError:
-        content = None
+    content = data.load_json(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object; remove it, or fetch it again")
     return content
@@ -758,9 +753,13 @@ def read_log(out, until=None):
 
 
 def is_checkpoint(path):
-    """Whether a weights file is a checkpoint of this program."""
-    saved = read_file(path)
-    return isinstance(saved, dict) and saved.get("format") == "tbps"
+    """Whether a file is a checkpoint of this program. Does not read its tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+            return pickled is not None and b"tbps" in archive.read(pickled)[:200]       # the value of "format"
+    except zipfile.BadZipFile:                                          # not a zip archive, or damaged: see read_file
+        return False
 
 
 def save(path, content):
@@ -1394,18 +1393,16 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     `epoch` counts the epochs done, with a fraction; encoders run under autocast(). pairs: data.Pairs; val: records of
     the validation split, or None. Ctrl-C and SIGTERM save last.pt and raise KeyboardInterrupt; --resume then
     continues bit for bit."""
-    device, (rank, W) = torch.device(args.device), losses.ranks()
+    device, rank = torch.device(args.device), losses.ranks()[0]
     autocast = prepare_model(args, model)
     optimizers = make_optimizers(model, recipe, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not recipe.get("half_weights"))
-    state = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0)    # step: batches done in this epoch
-    if args.resume:
-        state |= restore_training(out / "last.pt", model, optimizers, scaler, state)
+    state = initial_state(args, model, optimizers, scaler, out)         # epoch, step, best, scores, minutes
     save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state,
                              out, time.time() - 60 * state["minutes"])
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # samplers by person: epochs differ a little
-    bar = training_bar(recipe, state, n)
-    with stop_on_signal() as stop:
+    val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
+    with stop_on_signal() as stop, training_bar(recipe, state, n) as bar:
         for epoch in range(state["epoch"], recipe["epochs"]):
             batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
             history, saved_at = LossHistory(), time.time()
@@ -1413,8 +1410,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             for i, batch in enumerate(load_batches(args, recipe, tokenizer, pairs, batches, epoch, start), start):
                 it = epoch * n + i * n / len(batches)
                 lr = lr_at(it, n, recipe)
-                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                    group["lr"] = lr * group["factor"]
+                set_learning_rate(optimizers, lr)
                 batch |= {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}
                 torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
 
@@ -1426,42 +1422,36 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                 for optimizer in optimizers:
                     scaler.step(optimizer)                              # skips the step if fp16 overflowed
                 scaler.update()
-
                 state["step"] = i + 1
                 history.append(loss, parts)
                 bar.update(recipe["batch"])
                 last = i + 1 == len(batches)
                 log_now = i % args.log_every == 0 or last               # not at every step: reading waits for the GPU
-                save_now = bool(stop) or time.time() - saved_at > 60 * args.save_minutes
-                if W > 1:                                               # ranks agree, at logged steps
-                    save_now = log_now and any_rank(save_now, device)
+                save_now = wants_save(stop, saved_at, args, log_now)
                 if log_now or save_now:
-                    means = history.recent(log_now)
                     check_finite(history, start, pairs, batches, args, recipe, out)
                 if log_now:
+                    means = history.pop_means()
                     bar.set_postfix_str(format_losses(means), refresh=False)
                     write_log(out, at=[epoch, i + 1], epoch=epoch + (i + 1) / len(batches), lr=lr,
                               scale=model.scale().item(), **means)
                 if save_now and not last:
                     save("last.pt")
                     saved_at = time.time()
-                    stop_here(any_rank(stop, device), bar, f"in epoch {epoch + 1}, step {i + 1} of {len(batches)}", out)
+                    stop_here(any_rank(stop, device), f"in epoch {epoch + 1}, step {i + 1} of {len(batches)}", out)
 
             state |= dict(epoch=epoch + 1, step=0)
-            line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {format_losses(history.mean())}"
-            line += f"  {history.speed(recipe['batch']):.0f} pairs/s"
+            line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {history.summary(recipe['batch'])}"
             if val:
-                inputs = evaluation.evaluation_set(val, preprocessing, tokenizer)
-                state["scores"] = evaluation.evaluate(model, *inputs, device, args.workers)[0]["text to image"]
-                line += f"  val {evaluation.format_scores(state['scores'])}"
+                state["scores"] = evaluation.evaluate(model, *val_set, device, args.workers)[0]["text to image"]
                 write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
+                line += f"  val {evaluation.format_scores(state['scores'])}"
             print_above(bar, line)
             if not val or state["scores"]["R@1"] > state["best"]:       # without a validation split: the last epoch
                 state["best"] = state["scores"].get("R@1", -1.0)
                 save("best.pt")
             save("last.pt")
-            stop_here(any_rank(stop, device), bar, f"after epoch {epoch + 1}", out)
-    bar.close()
+            stop_here(any_rank(stop, device), f"after epoch {epoch + 1}", out)
 
 
 def prepare_model(args, model):
@@ -1505,15 +1495,13 @@ def load_batches(args, recipe, tokenizer, pairs, batches, epoch, start):
 
 
 def total_loss(parts):
-    """The sum of a step's losses {name: weighted loss}. Raises ValueError, for the author of the step, if it has no
-    gradient."""
-    for name, value in (parts or {}).items():
-        if not torch.is_tensor(value):
-            raise ValueError(f"the step's loss {name!r} is {value!r}, it must be a tensor with a gradient")
-    loss = sum((parts or {}).values())
-    if not parts or not loss.requires_grad:
-        raise ValueError(f"the step's losses ({', '.join(parts or []) or 'none'}) have no gradient: a step returns "
-                         "{name: weight * loss} for every loss whose weight in the recipe is above 0")
+    """The sum of a step's losses {name: weighted loss}. ValueError, for the author of a step, if it has no gradient."""
+    parts = parts or {}                                                 # None: the step forgot to return them
+    for name, value in parts.items():
+        require(torch.is_tensor(value), f"the step's loss {name!r} is {value!r}, it must be a tensor with a gradient")
+    loss = sum(parts.values())
+    require(parts and loss.requires_grad, f"the step's losses ({', '.join(parts) or 'none'}) have no gradient: a step "
+            "returns {name: weight * loss} for every loss whose weight in the recipe is above 0")
     return loss
 
 
@@ -1521,50 +1509,58 @@ class LossHistory:
     """The losses of an epoch's steps. Steps only append, since reading a number waits for the GPU."""
 
     def __init__(self):
-        self.names, self.rows, self.read, self.began = [], [], 0, time.time()
+        self.names, self.rows, self.logged, self.began = [], [], 0, time.time()
 
     def append(self, loss, parts):
         self.names = ["loss", *parts]
         self.rows.append(torch.stack([loss, *parts.values()]).detach())
 
-    def recent(self, mark_read):
-        """The mean of each loss since the last logged step, over all ranks: {name: value}."""
-        self.unread = torch.stack(self.rows[self.read:])                # (steps, losses)
-        average_over_ranks([self.unread])
-        self.first_unread = self.read
-        if mark_read:
-            self.read = len(self.rows)
-        return dict(zip(self.names, self.unread.mean(dim=0).tolist()))
+    def recent(self):
+        """The losses of the steps since the last logged one, mean over all ranks: (steps, losses)."""
+        rows = torch.stack(self.rows[self.logged:])
+        average_over_ranks([rows])
+        return rows
 
-    def first_bad(self):
-        """The number of the first recent step whose loss is not finite, or None."""
-        bad = (~self.unread.isfinite().all(dim=1)).nonzero()
-        return self.first_unread + int(bad[0]) if len(bad) else None
+    def pop_means(self):
+        """The mean of each recent loss, {name: value}. These steps are then logged."""
+        means = dict(zip(self.names, self.recent().mean(dim=0).tolist()))
+        self.logged = len(self.rows)
+        return means
 
-    def mean(self):
-        return dict(zip(self.names, torch.stack(self.rows).mean(dim=0).tolist()))
-
-    def speed(self, batch):
-        """Pairs per second."""
-        return len(self.rows) * batch / (time.time() - self.began)
+    def summary(self, batch):
+        """The mean losses of the epoch, and the speed."""
+        means = dict(zip(self.names, torch.stack(self.rows).mean(dim=0).tolist()))
+        return f"{format_losses(means)}  {len(self.rows) * batch / (time.time() - self.began):.0f} pairs/s"
 
 
 def format_losses(means):
     return "  ".join(f"{name} {value:.3f}" for name, value in means.items())
 
 
+def set_learning_rate(optimizers, lr):
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group["factor"]
+
+
+def wants_save(stop, saved_at, args, log_now):
+    """Whether to save within an epoch: on a signal, or after --save-minutes. Several ranks agree, at logged steps."""
+    wanted = bool(stop) or time.time() - saved_at > 60 * args.save_minutes
+    return wanted if losses.ranks()[1] == 1 else log_now and any_rank(wanted, args.device)
+
+
 def check_finite(history, start, pairs, batches, args, recipe, out):
     """Raises FloatingPointError, naming step and images, if a recent loss is not finite. start: number of the first
-    step."""
-    bad = history.first_bad()
-    if bad is None:
+    step of the history."""
+    bad = (~history.recent().isfinite().all(dim=1)).nonzero()
+    if not len(bad):
         return
-    paths = [str(pairs.items[j][0]["image"]) for j in batches[start + bad][:4]
-             if isinstance(pairs.items[j][0]["image"], Path)]
+    step = start + history.logged + int(bad[0])
+    images = [pairs.items[j][0]["image"] for j in batches[step][:4]]
+    paths = ", ".join(str(image) for image in images if isinstance(image, Path))
     raise FloatingPointError(
-        f"the loss is not finite in epoch {pairs.epoch + 1}, step {start + bad + 1}" +
-        f" (images {', '.join(paths)} ...)" * bool(paths) + f"\n  Try a lower --lr (now {recipe['lr']:g})" +
-        ", --amp bf16 or off" * (args.amp == "fp16") + f"; {out}/last.pt, if there, is from before")
+        f"the loss is not finite in epoch {pairs.epoch + 1}, step {step + 1}" + f" (images {paths} ...)" * bool(paths) +
+        f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
+        f"; {out}/last.pt, if there, is from before")
 
 
 def training_bar(recipe, state, n):
@@ -1590,14 +1586,18 @@ def save_checkpoints(args, recipe, model, tokenizer, preprocessing, optimizers, 
     save(out / name, contents)
 
 
-def restore_training(path, model, optimizers, scaler, state):
-    """Load what save_checkpoints wrote -> the entries of `state`."""
-    saved = read_file(path)
-    model.load_state_dict(saved["weights"])
-    for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(content)
-    scaler.load_state_dict(saved["scaler"])
-    return {k: saved[k] for k in state if k in saved}
+def initial_state(args, model, optimizers, scaler, out):
+    """Where training begins: epochs done, steps done in the next one, best and last scores, minutes spent. With
+    --resume what save_checkpoints wrote, and model, optimizers and scaler are as they were."""
+    state = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0)
+    if args.resume:
+        saved = read_file(out / "last.pt")
+        model.load_state_dict(saved["weights"])
+        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        scaler.load_state_dict(saved["scaler"])
+        state = {k: saved[k] for k in state}
+    return state
 
 
 @contextlib.contextmanager
@@ -1612,9 +1612,8 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def stop_here(wanted, bar, where, out):
+def stop_here(wanted, where, out):
     if wanted:
-        bar.close()
         raise KeyboardInterrupt(f"stopped {where}; {out}/last.pt is saved. Go on with the same command and --resume")
 
 
@@ -1644,7 +1643,7 @@ def training_options(description, recipes, keys, default_method, argv):
     first.add_argument("--dataset", choices=data.DATASETS, default="toy", help="default: toy, synthetic pedestrians")
     first.add_argument("--method", help=f"{', '.join(recipes)} (default: {default_method('cuhk')}; on synthetic "
                        f"pedestrians {default_method('toy')})")
-    chosen, _ = first.parse_known_args(argv if argv is None or "--dataset" in argv or "--method" in argv else [])
+    chosen, _ = first.parse_known_args(argv)
     method = chosen.method if chosen.method in recipes else default_method(chosen.dataset)
     p = argparse.ArgumentParser(
         usage="%(prog)s [options]", description=description, parents=[first],
@@ -1722,6 +1721,8 @@ def parse_options(p, recipes, argv, checkpoints=("last.pt",), default_method=def
         given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
         args = argparse.Namespace(**vars(args) | saved["args"] | given)
         if args.method == saved["method"]:
+            require(saved["recipe"].keys() == recipes[args.method].keys(), f"{found[0]} is of another version of this "
+                    f"program, whose runs cannot be resumed; --clip {found[0]} starts a new run from its weights")
             return args, saved["recipe"]
     if args.method not in recipes:
         raise ValueError(f"there is no method {args.method!r} here but {', '.join(recipes)}; lcr2s and lcr2s-paper are "
@@ -1744,8 +1745,7 @@ def given_keys(args):
 
 
 def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
-    """-> the recipe with the values of the command line, checked; completes args with defaults. Raises ValueError in
-    words."""
+    """-> the recipe with the values of the command line, checked. Completes args. Raises ValueError in words."""
     recipe, toy = dict(recipe), args.dataset.startswith("toy")
     for key, value in given_keys(args).items():
         if key not in recipe:
@@ -1913,8 +1913,7 @@ def load_data(args):
 
 
 def load_generated(args, folder, sources, first_pid):
-    """Generated pairs that pass --min-score, with new person ids; with --share those of the `sources` (pids) that are
-    trained."""
+    """Generated pairs that pass --min-score, with new person ids; with --share only those of `sources` (pids)."""
     pairs = data.read("pairs", folder, "train", hold_out=False)
     good = data.filter_by_score(pairs, args.min_score)
     if args.share < 1:
@@ -1960,8 +1959,7 @@ def prepare(args, recipe, records, make_heads):
 
 
 def build_model(args, recipe, tokenizer, persons, make_heads):
-    """The model of a run, with its method's heads. Raises ValueError if tokenizer and weights do not belong
-    together."""
+    """The model of a run, with its method's heads. ValueError if tokenizer and weights do not belong together."""
     torch.manual_seed(data.derive_seed(args.seed))
     options = dict(text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     size, stride = (recipe["height"], recipe["width"]), recipe["stride"]
@@ -1982,37 +1980,43 @@ def build_model(args, recipe, tokenizer, persons, make_heads):
 
 @torch.no_grad()
 def restorations(model, tokenizer, preprocessing, records, recipe, number=8):
-    """HTML: images as a restorer sees and paints them, with their own caption and with one whose first colour word is
-    another."""
-    able = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
-    device, patch, rows = model.logit_scale.device, model.arch["patch"], []
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
-    for record, caption, changed in able[::max(1, len(able) // number)][:number]:
-        pixels, painted = preprocessing.image(record["image"])[None].to(device), []
-        image = pixels * std + mean                                     # in [0, 1], to look at
-        plain = patchify(grey(image), patch)
-        for words in (caption, changed):
-            tokens = tokenizer([preprocessing.text(words)])
-            text = model.eval().text_tokens(tokens, trim=not recipe["official"])
-            generator = torch.Generator(device).manual_seed(len(rows))  # the same patches are dropped for both captions
-            restored, dropped = restore(model, pixels, text, None, recipe, generator)
-            restored = patchify(unpatchify(restored, model.image.grid, patch) * std + mean, patch)
-            painted.append(torch.where(dropped[..., None], restored, plain))
-        seen = torch.where(dropped[..., None], plain.new_tensor([0.80, 0.75, 0.95]).repeat(patch ** 2), plain)
-        shown = [grey(image), *(unpatchify(p, model.image.grid, patch) for p in (seen, *painted)), image]
-        names = ["grey image", "visible patches", "restored with caption 1", "restored with caption 2", "image"]
-        pictures = [data.load_image((255 * x[0].clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()) for x in shown]
-        figures = "".join(evaluation.figure(x, name, name, "large", 192) for name, x in zip(names, pictures))
-        rows.append(f"<div class=row><p>1: {html.escape(caption)}<br>2: {html.escape(changed)}</p>{figures}</div>")
+    """HTML: images that the restoration head completes with their caption, and with one of another first colour."""
+    examples = [(r, c, data.change_colour(c)) for r in records for c in r["captions"][:1] if data.change_colour(c)]
+    rows = []
+    for record, *captions in examples[::max(1, len(examples) // number)][:number]:
+        pictures = restored_pictures(model, tokenizer, preprocessing, record, captions, recipe, seed=len(rows))
+        figures = "".join(evaluation.figure(x, name, name, "large", 192) for name, x in pictures.items())
+        said = "<br>".join(f"{n}: {html.escape(caption)}" for n, caption in enumerate(captions, start=1))
+        rows.append(f"<div class=row><p>{said}</p>{figures}</div>")
     if not rows:
         return ""
     return ("<p class=legend>The grey image; its visible patches, with the dropped ones in violet; the dropped patches "
             "restored with caption 1; with caption 2, which names another first colour; the image.</p>" + "".join(rows))
 
 
+def restored_pictures(model, tokenizer, preprocessing, record, captions, recipe, seed):
+    """{name: PIL image}: how an image is restored with each of two captions, and what the head sees of it."""
+    device, patch = model.logit_scale.device, model.arch["patch"]
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    pixels = preprocessing.image(record["image"])[None].to(device)
+    image = pixels * std + mean                                         # in [0, 1]
+    grey_patches, restored = patchify(grey(image), patch), []           # (1, N, 3 patch^2)
+    for tokens in (tokenizer([preprocessing.text(caption)]) for caption in captions):
+        text = model.eval().text_tokens(tokens, trim=not recipe["official"])
+        generator = torch.Generator(device).manual_seed(seed)           # drops the same patches for both captions
+        patches, dropped = restore(model, pixels, text, None, recipe, generator)
+        patches = patchify(unpatchify(patches, model.image.grid, patch) * std + mean, patch)
+        restored.append(torch.where(dropped[..., None], patches, grey_patches))
+    violet = grey_patches.new_tensor([0.80, 0.75, 0.95]).repeat(patch ** 2)
+    visible = torch.where(dropped[..., None], violet, grey_patches)
+    names = ["grey image", "visible patches", "restored with caption 1", "restored with caption 2", "image"]
+    shown = [grey(image), *(unpatchify(p, model.image.grid, patch) for p in (visible, *restored)), image]
+    return {name: data.load_image((255 * x[0].clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy())
+            for name, x in zip(names, shown)}
+
+
 def score_run(args, recipe, records, out, *chapters):
-    """Score best.pt and last.pt on the test split, once; write report.html; print the result. chapters: (heading,
-    HTML)."""
+    """Score best.pt and last.pt on the test split, once; write report.html with more chapters (heading, HTML)."""
     rows, minutes = {}, read_file(out / "last.pt")["minutes"]           # of all parts of a run that was resumed
     for name in ("last.pt", "best.pt"):
         model, tokenizer, preprocessing = load_checkpoint(out / name, args.device)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import distill
 import tbps
-from conftest import cuhk_rows, error, run, write_cuhk
+from conftest import cuhk_rows, error, run, StopAfter, write_cuhk
 
 TINY = ["--clip", "none", "--size", "toy", "--workers", "0", "--log-every", "1",
         "--set", "height=96", "width=48", "batch=8", "epochs=2", "teacher_epochs=3", "warmup=0.5"]
@@ -70,17 +70,6 @@ def test_the_encoders_of_the_teacher_are_the_baselines(distilled):
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
-
-class StopAfter:
-    """Asks to stop, as Ctrl-C does, after it was looked at a number of times."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __bool__(self):
-        self.looks -= 1
-        return self.looks < 0
-
 
 @contextlib.contextmanager
 def stopping(*stops):

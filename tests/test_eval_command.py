@@ -77,6 +77,7 @@ CHANGES = {
     "floating-point (N, D)": lambda x: dict(query=np.float32(3)),
     "floating-point": lambda x: dict(query=x["query"] * 1j),
     "own must be rows of the gallery": lambda x: dict(own=x["own"] - 5),
+    "row 3 of gallery is all zeros": lambda x: dict(gallery=x["gallery"] * (np.arange(10) != 3)[:, None]),
     "0 numbers each": lambda x: dict(query=x["query"][:, :0], gallery=x["gallery"][:, :0]),
     "do not fit: [(20, 8), (9, 8), (9,), (9,)]": lambda x: {k: v[:9] for k, v in x.items() if k != "query"},
 }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm
 
 import eval as evaluation
 from eval import retrieval_metrics
@@ -119,3 +120,20 @@ def test_rows_of_all_processes_in_order(tmp_path):
     for rank in range(3):
         whole, few = torch.load(tmp_path / f"out{rank}")
         assert torch.equal(whole, torch.arange(8.0).view(4, 2)) and torch.equal(few, torch.ones(1, 2))
+
+
+def test_captions_show_progress_without_a_terminal(monkeypatch, capsys):
+    """Like images: embedding many captions on a CPU takes minutes."""
+    now, linear = [0], Linear()
+
+    def slow(tokens):
+        now[0] += 40
+        return Linear().encode_text(tokens)
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(linear, "encode_text", slow, raising=False)
+    tokens = torch.zeros(6, 8, dtype=torch.int64)
+    tokens[:, 1] = 99
+    evaluation.embed_texts(linear, tokens, batch=1)
+    assert capsys.readouterr().err == ""
+    evaluation.embed_texts(linear, tokens, batch=1, progress=True)
+    assert "captions: 2 of 6, 01:20 elapsed" in capsys.readouterr().err

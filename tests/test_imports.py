@@ -24,8 +24,7 @@ SCRIPTS = [name for name in FILES if "/" not in name]
 TESTS = [name for name in FILES if name.startswith("tests/")]
 
 # What is over its budget, and may not grow: lower a number when a file becomes shorter, drop it when it fits; add none.
-OVER_BUDGET = {"tbps": 2080, "generate": 1110, "data": 1170, "eval": 1070, "distill": 660}
-LONG_FUNCTIONS = {"tbps.py: train"}
+OVER_BUDGET = {"tbps": 2079, "generate": 1110, "data": 1170, "eval": 1070, "distill": 660}
 
 
 def parse(name):
@@ -110,8 +109,7 @@ def length(function):
 @pytest.mark.parametrize("name", FILES)
 def test_functions_fit_on_a_screen(name):
     functions = [node for node in ast.walk(parse(name)) if isinstance(node, ast.FunctionDef)]
-    too_long = {f"{name}: {f.name}": length(f) for f in functions if length(f) > FUNCTION}
-    assert too_long.keys() <= LONG_FUNCTIONS, too_long
+    assert {f"{name}: {f.name}": length(f) for f in functions if length(f) > FUNCTION} == {}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("tests/")])

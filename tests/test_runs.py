@@ -12,7 +12,7 @@ import data
 import losses
 import eval as evaluation
 import tbps
-from conftest import error, run
+from conftest import error, run, StopAfter
 from lab.people import draw
 
 SMALL = ["--size", "toy", "--clip", "none", "--workers", "0", "--log-every", "1",
@@ -37,17 +37,6 @@ def main(*options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tbps.py", *map(str, options)])
         tbps.main()
-
-
-class StopAfter:
-    """Asks to stop, as Ctrl-C does, when it was looked at a number of times."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __bool__(self):
-        self.looks -= 1
-        return self.looks < 0
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +243,11 @@ def test_a_step_without_losses_is_explained(returned, words, cuhk, tmp_path, mon
     add_method(monkeypatch, dict(siglip=1.0), lambda *_: returned)
     with pytest.raises(ValueError, match=words):
         main("--dataset", "cuhk", "--data-root", cuhk, "--method", "mine", *SMALL, "--out", tmp_path / "r")
+
+
+def test_a_run_of_another_version_is_not_resumed(copied):
+    """Its recipe has other keys; the sentence says how to use its weights."""
+    saved = torch.load(copied / "last.pt", weights_only=True)
+    torch.save(saved | dict(recipe=saved["recipe"] | dict(aware=False)), copied / "last.pt")
+    said = error("tbps.py", "--out", copied, "--resume")
+    assert "another version" in said and f"--clip {copied / 'last.pt'}" in said

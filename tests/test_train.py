@@ -96,7 +96,7 @@ def test_set_is_checked():
 def test_help_shows_the_keys_of_one_method(method, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
-        tbps.parse_args(["--method", method, "--help"])
+        tbps.parse_args([f"--method={method}", "--help"])
     said = capsys.readouterr().out
     keys = said.split("(other methods: --method M --help):\n")[1].split("\n\n")[0]
     shown = [line.split()[0] for line in keys.splitlines()]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import data
 import tbps
 from conftest import error
+from gallery import checkpoint                                          # noqa: F401
 from tiny_clip import (FORMATS, IMAGE, TEXT, TOKENS, assert_features, features, hugging_face, openai_tiny, write)
 
 
@@ -226,3 +227,11 @@ def test_without_network_a_run_says_how_to_fetch_the_weights(tmp_path, cuhk):
     assert f"no CLIP weights from {hub_id}: the hub cannot be reached" in said and "--clip none" in said
     assert "hf download openai/clip-vit-base-patch16" in said and "--local-dir clip-vit-base-patch16" in said
     assert "/ViT-B-16.pt" in said and data.OPENAI_VOCABULARY in said
+
+
+def test_checkpoints_are_told_without_reading_tensors(checkpoint, tmp_path, monkeypatch):
+    torch.save(dict(weight=torch.zeros(3)), tmp_path / "other.pt")
+    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    monkeypatch.setattr(torch, "load", None)
+    assert tbps.is_checkpoint(checkpoint)
+    assert not tbps.is_checkpoint(tmp_path / "other.pt") and not tbps.is_checkpoint(tmp_path / "cut.pt")
