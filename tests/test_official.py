@@ -72,6 +72,13 @@ def test_approximate_text_protects_no_words():
     assert lost[True] == 0 and lost[False] > 20
 
 
+@pytest.mark.parametrize("official", [0, 1])
+def test_official_reaches_the_captions_of_a_run(official, people):
+    args, recipe = tbps.parse_args(["--method", "ctlg", "--set", f"official={official}"])
+    _, _, pairs, _ = tbps.prepare(args, recipe, people, tbps.no_heads)
+    assert pairs.text["protect"] == (not official)
+
+
 @pytest.mark.parametrize("method", ["irra", "uit", "ctlg"])
 def test_the_last_small_batch_is_used(method, cuhk, tmp_path):
     """An epoch has one step more, unless its pairs fill the last batch."""
