@@ -38,7 +38,7 @@ from reprlib import repr as brief                                        # at mo
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFilter, PngImagePlugin
-from tokenizers import Regex, Tokenizer as BPETokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -724,6 +724,19 @@ class Tokenizer:
             if draw < 0.9:
                 tokens[i] = self.mask if draw < 0.8 else rng.randrange(1, self.mask)
         return tokens, targets
+
+
+    def save(self, path):
+        """Write the tokenizer.json that Hugging Face's libraries and load_tokenizer read."""
+        bpe = BPETokenizer(models.BPE(Tokenizer(self.merges).bpe.get_vocab(), self.merges, end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        bpe.pre_tokenizer = self.bpe.pre_tokenizer
+        bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+        bpe.post_processor = processors.TemplateProcessing(
+            "<|startoftext|> $A <|endoftext|>",
+            special_tokens=[("<|startoftext|>", self.sot), ("<|endoftext|>", self.eot)])
+        bpe.save(str(path))
 
 
 def check_merges(path, merges):

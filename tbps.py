@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -312,13 +312,11 @@ class DualEncoder(nn.Module):
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
                   "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt")
 
-OPENAI_NAMES = [  # OpenAI's and open_clip's name -> ours, applied in this order
-    (r"^visual\.", "image."),
-    (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
-    (r"transformer\.resblocks\.", "blocks."), (r"attn\.in_proj_", "attn.qkv."), (r"attn\.out_proj", "attn.proj"),
-    (r"\.ln_([12])\.", r".ln\1."), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"conv1\.", "patch."),
-    (r"class_embedding", "cls"), (r"token_embedding", "tok"), (r"positional_embedding", "pos"),
-    (r"text_projection", "proj"), (r"ln_final", "ln_post"),
+OPENAI_NAMES = [  # our name -> OpenAI's and open_clip's, applied in this order
+    (r"^image\.", "visual."), (r"^text\.ln_post", "ln_final"), (r"^text\.proj", "text_projection"), (r"^text\.", ""),
+    (r"blocks\.", "transformer.resblocks."), (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj", "attn.out_proj"),
+    (r"\.ln([12])\.", r".ln_\1."), (r"fc1", "mlp.c_fc"), (r"fc2", "mlp.c_proj"), (r"patch\.", "conv1."),
+    (r"cls$", "class_embedding"), (r"tok\.", "token_embedding."), (r"pos$", "positional_embedding"),
 ]
 HF_NAMES = [  # name in Hugging Face's CLIPModel -> OpenAI's; to_openai_names stacks q, k, v and transposes projections
     (r"^vision_model\.", "visual."), (r"^text_model\.", ""), (r"encoder\.layers\.", "transformer.resblocks."),
@@ -607,7 +605,7 @@ def to_openai_names(weights, source):
 
 
 def read_foreign_clip(saved, path, image_size, stride):
-    """What another program's file holds -> architecture, tensors with our names, names of what is left out."""
+    """What another program's file holds -> architecture, tensors with OpenAI's names, names of what is left out."""
     nested = next((saved[key] for key in ("model", "state_dict") if isinstance(saved.get(key), dict)), None)
     weights, left_out, config = {}, set(), read_config(path)
     for name, w in (saved if nested is None else nested).items():
@@ -632,7 +630,7 @@ def read_foreign_clip(saved, path, image_size, stride):
     if nested is not None:
         weights.setdefault("logit_scale", torch.tensor(math.log(50)))   # IRRA's temperature is fixed at 0.02
     arch = read_arch(weights, config, image_size, stride, path)
-    return arch, {rename(name, OPENAI_NAMES): w for name, w in weights.items()}, sorted(left_out)
+    return arch, weights, sorted(left_out)
 
 
 def resize_pos(pos, old, new):
@@ -643,24 +641,24 @@ def resize_pos(pos, old, new):
 
 
 @torch.no_grad()
-def copy_weights(model, weights, source, old_grid):
-    """Copy tensors with our names into `model`. Each is copied, or resized and copied; the model's heads are new.
-    Anything else is a ValueError that names the tensor."""
-    ours = {name: p for name, p in model.state_dict().items() if not name.startswith("heads.")}
+def copy_weights(model, weights, source, old_grid, names=()):
+    """Copy tensors into `model`: each is copied, or resized and copied; the model's heads are new. Anything else is a
+    ValueError that names the tensor. names: the table from our names to those of the tensors."""
+    places = {rename(name, names): p for name, p in model.state_dict().items() if not name.startswith("heads.")}
     resized = "none"
     for name, w in weights.items():
-        if name not in ours:
+        if name not in places:
             raise ValueError(f"{source} has a tensor {name} for which this model has no place")
-        if name == "image.pos" and old_grid != model.image.grid:
+        if name == rename("image.pos", names) and old_grid != model.image.grid:
             w = resize_pos(w, old_grid, model.image.grid)
             resized = "positions from {}x{} to {}x{}".format(*old_grid, *model.image.grid)
-        if w.shape != ours[name].shape or not w.is_floating_point():
+        if w.shape != places[name].shape or not w.is_floating_point():
             raise ValueError(f"{source}: tensor {name} is {tuple(w.shape)} {w.dtype}, "
-                             f"it should be {tuple(ours[name].shape)} of floating point")
-        ours[name].copy_(w)                                             # shares memory with the model; also casts fp16
-    if missing := sorted(ours.keys() - weights.keys()):
+                             f"it should be {tuple(places[name].shape)} of floating point")
+        places[name].copy_(w)                                           # shares memory with the model; also casts fp16
+    if missing := sorted(places.keys() - weights.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors, e.g. {', '.join(missing[:3])}")
-    print(f"clip: {len(ours)} tensors from {source}, resized: {resized}")
+    print(f"clip: {len(places)} tensors from {source}, resized: {resized}")
 
 
 def encoder_from_arch(arch, source, **options):
@@ -684,16 +682,39 @@ def load_clip(source, image_size=None, stride=None, **options):
     if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
         raise ValueError(f"{path} holds no dict of named tensors but a {type(saved).__name__}")
     if saved.get("format") == "tbps":
-        arch, left_out = saved["arch"], []
+        arch, left_out, names = saved["arch"], [], ()
         weights = {name: w for name, w in saved["weights"].items() if not name.startswith("heads.")}
     else:
+        names = OPENAI_NAMES
         arch, weights, left_out = read_foreign_clip(saved, path, image_size, stride)
     requested = {key: value for key, value in dict(image_size=image_size, stride=stride).items() if value is not None}
     model = encoder_from_arch(arch, path, **options | requested)
-    copy_weights(model, weights, path, old_grid=patch_grid(arch["image_size"], arch["patch"], arch["stride"]))
+    copy_weights(model, weights, path, patch_grid(arch["image_size"], arch["patch"], arch["stride"]), names)
     if left_out:
         print(f"clip: left out, for they are no encoders: {', '.join(left_out)}")
     return model
+
+
+def save_open_clip(model, tokenizer, preprocessing, folder):
+    """Write a model as a folder of open_clip, with weights in fp16: open_clip_config.json,
+    open_clip_model.safetensors, tokenizer.json. load_clip reads it. Raises ValueError if its patches overlap."""
+    arch, folder = model.arch, Path(folder)
+    require(arch["stride"] == arch["patch"], "open_clip has no overlapping patches")
+    config = dict(
+        model_cfg=dict(
+            embed_dim=arch["embed"], quick_gelu=arch["quick_gelu"],
+            vision_cfg=dict(image_size=arch["image_size"], patch_size=arch["patch"], width=arch["image_width"],
+                            layers=arch["image_layers"], head_width=arch["head_width"]),
+            text_cfg=dict(context_length=arch["context"], vocab_size=arch["vocab"], width=arch["text_width"],
+                          heads=arch["text_width"] // arch["text_head_width"], layers=arch["text_layers"])),
+        preprocess_cfg=dict(mean=preprocessing.mean, std=preprocessing.std, resize_mode="squash",
+                            interpolation=preprocessing.settings["resize"]))
+    weights = {rename(name, OPENAI_NAMES): w.half().contiguous() for name, w in model.state_dict().items()
+               if not name.startswith("heads.")}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.json")
 
 
 def tokenizer_for(source, vocabulary=None, mask=False):

@@ -24,7 +24,7 @@ LOSSES = {  # method: {official name: ours}
     "baseline": dict(nitc_loss="itc"),
     "irra": dict(sdm_loss="sdm", id_loss="id", mlm_loss="mlm"),
     "uit": dict(sdm_loss="sdm", id_loss="id", tri_loss="triplet", mae_loss="restoration")}
-HEADS = [  # official name of a head -> ours; blocks and towers follow by tbps.OPENAI_NAMES
+OUR_NAMES = [  # official name -> ours, applied in this order: heads, then towers and blocks
     (r"^simclr_mlp\.", "heads.ss."),
     (r"^classifier\.", "heads.id."),
     (r"^cross_attn\.out_proj", "heads.mlm.cross_encoder.cross.proj"),
@@ -44,7 +44,13 @@ HEADS = [  # official name of a head -> ours; blocks and towers follow by tbps.O
     (r"^norm_7", "heads.restoration.cross_encoder.ln_post"),
     (r"^decoder_pred", "heads.restoration.pixels"),
     (r"^cross_attn_Text\.out_proj", "heads.restoration.cross_encoder.cross.proj"),
-    (r"^cross_modal_transformer_mae\.res", "heads.restoration.cross_encoder.transformer.res")]
+    (r"^cross_modal_transformer_mae\.res", "heads.restoration.cross_encoder.transformer.res"),
+    (r"^visual\.", "image."),
+    (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)", r"text.\1"),
+    (r"transformer\.resblocks\.", "blocks."), (r"attn\.in_proj_", "attn.qkv."), (r"attn\.out_proj", "attn.proj"),
+    (r"\.ln_([12])\.", r".ln\1."), (r"mlp\.c_fc", "fc1"), (r"mlp\.c_proj", "fc2"), (r"conv1\.", "patch."),
+    (r"class_embedding", "cls"), (r"token_embedding", "tok"), (r"positional_embedding", "pos"),
+    (r"text_projection", "proj"), (r"ln_final", "ln_post")]
 
 
 def our_names(name):
@@ -52,9 +58,7 @@ def our_names(name):
     if found := re.match(r"cross_attn(_Text)?\.in_proj_(weight|bias)", name):
         cross = f"heads.{'restoration' if found[1] else 'mlm'}.cross_encoder.cross."
         return [f"{cross}q.{found[2]}", f"{cross}kv.{found[2]}"]
-    for pattern, replacement in [*HEADS, *tbps.OPENAI_NAMES]:
-        name = re.sub(pattern, replacement, name)
-    return [name]
+    return [tbps.rename(name, OUR_NAMES)]
 
 
 def golden_recipe(method, config):
