@@ -736,7 +736,7 @@ def checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads):
     """What a checkpoint holds besides the state of the training: all that a search needs, with or without the heads."""
     weights = {name: w for name, w in model.state_dict().items() if heads or not name.startswith("heads.")}
     return dict(format="tbps", version=VERSION, weights=weights, arch=model.arch, info=preprocessing.settings,
-                method=args.method, recipe=recipe, args=saved_options(args),
+                method=args.method, recipe=recipe, args=saved_options(args), argv=args.argv,
                 tokenizer=dict(merges=[" ".join(m) for m in tokenizer.merges], mask=tokenizer.mask is not None))
 
 
@@ -753,24 +753,9 @@ def write_log(out, **facts):
             f.write(json.dumps(facts) + "\n")
 
 
-def read_log(out, until=None):
-    """The lines of a run's log.jsonl as dicts; with `until` [epochs, steps] those up to a checkpoint.
-
-    A crash may leave the last lines damaged: half a line, or zero bytes. They are skipped. ValueError names a damaged
-    line that lines to be read follow."""
-    path, lines, damaged = out / "log.jsonl", [], None
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            wanted = until is None or line["at"] <= until
-        except (ValueError, TypeError, KeyError):
-            damaged = damaged or number
-            continue
-        if wanted and damaged:
-            raise ValueError(f"{path}, line {damaged} is damaged; remove this line, or start anew with --overwrite")
-        if wanted:
-            lines.append(line)
-    return lines
+def read_log(out):
+    """The lines of a run's log.jsonl as dicts."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def is_checkpoint(path):
@@ -1603,13 +1588,14 @@ def save_checkpoints(args, recipe, model, tokenizer, preprocessing, optimizers, 
     state["minutes"] = (time.time() - started) / 60
     contents = checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads=name == "last.pt") | state
     if name == "last.pt":
-        contents |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict())
+        contents |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+                         log=(out / "log.jsonl").read_text())
     save(out / name, contents)
 
 
 def initial_state(args, model, optimizers, scaler, out):
     """Where training begins: epochs done, steps done in the next one, best and last scores, minutes spent. With
-    --resume what save_checkpoints wrote, and model, optimizers and scaler are as they were."""
+    --resume what save_checkpoints wrote, and model, optimizers, scaler and log are as they were."""
     state = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0)
     if args.resume:
         saved = read_file(out / "last.pt")
@@ -1617,6 +1603,8 @@ def initial_state(args, model, optimizers, scaler, out):
         for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(content)
         scaler.load_state_dict(saved["scaler"])
+        if losses.ranks()[0] == 0:                                      # steps after the checkpoint are logged again
+            (out / "log.jsonl").write_text(saved["log"])
         state = {k: saved[k] for k in state}
     return state
 
@@ -1692,9 +1680,9 @@ def training_options(description, recipes, keys, default_method, argv):
     g = p.add_argument_group("recipe")
     g.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                    help="change keys of the recipe, listed below")
-    g.add_argument("--epochs", type=int, help="short for --set epochs=")
-    g.add_argument("--batch", type=int, help="short for --set batch=")
-    g.add_argument("--lr", type=float, help="short for --set lr=")
+    for key in ("epochs", "batch", "lr"):
+        g.add_argument(f"--{key}", dest="set", action="append", type=f"{key}={{}}".format, metavar=key.upper(),
+                       help=f"short for --set {key}=")
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
     g.add_argument("--out", help="the run folder (default: runs/DATASET-METHOD-SEED)")
@@ -1730,21 +1718,21 @@ def format_keys(recipe, keys):
 
 
 def parse_options(p, recipes, argv, checkpoints=("last.pt",), default_method=default_method):
-    """-> args, the recipe without --set. With --resume, options that are not given come from the first of
-    `checkpoints` (names in the run folder) that exists; check_run compares those that are given."""
-    args = p.parse_args(argv)
-    args.method = args.method or default_method(args.dataset)
-    args.out = f"runs/{args.dataset}-{args.method}-{args.seed}" if args.out is None else args.out
+    """-> args, the recipe without --set. With --resume the options of the run come first, those of `argv` after them;
+    check_run compares both. The former are in the first of `checkpoints` (names in the run folder) that exists."""
+    def parse(argv):
+        args = p.parse_args(argv)
+        args.method, args.min_score = args.method or default_method(args.dataset), list(dict.fromkeys(args.min_score))
+        args.out = f"runs/{args.dataset}-{args.method}-{args.seed}" if args.out is None else args.out
+        return args
+
+    argv = sys.argv[1:] if argv is None else [str(text) for text in argv]
+    args = parse(argv)
     found = [Path(args.out, name) for name in checkpoints if args.resume and Path(args.out, name).exists()]
     if found:
-        saved = read_file(found[0])
-        p.set_defaults(**dict.fromkeys(vars(args)))                     # now None is an option that is not given
-        given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-        args = argparse.Namespace(**vars(args) | saved["args"] | given)
-        if args.method == saved["method"]:
-            require(saved["recipe"].keys() == recipes[args.method].keys(), f"{found[0]} is of another version of this "
-                    f"program, whose runs cannot be resumed; --clip {found[0]} starts a new run from its weights")
-            return args, saved["recipe"]
+        argv = read_file(found[0]).get("argv", []) + argv
+        args = parse(argv)
+    args.argv = [text for text in argv if text not in ("--resume", "--overwrite")]
     if args.method not in recipes:
         raise ValueError(f"there is no method {args.method!r} here but {', '.join(recipes)}; lcr2s and lcr2s-paper are "
                          "trained by distill.py, all others by tbps.py")
@@ -1761,8 +1749,7 @@ def toy_values(args, recipe):
 
 def given_keys(args):
     """The keys of the recipe on the command line: {key: text of its value}."""
-    short = [f"{k}={getattr(args, k)}" for k in ("epochs", "batch", "lr") if getattr(args, k) is not None]
-    return {key: value for key, _, value in (text.partition("=") for text in short + args.set)}
+    return {key: value for key, _, value in (text.partition("=") for text in args.set)}
 
 
 def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
@@ -1863,9 +1850,8 @@ FREE_OPTIONS = ["device", "workers", "save_minutes", "log_every", "micro_batch",
 
 
 def saved_options(args):
-    """The options that a checkpoint holds for --resume. --set and its short forms are in the recipe."""
-    elsewhere = ("resume", "overwrite", "out", "set", "epochs", "batch", "lr")
-    return {k: v for k, v in vars(args).items() if k not in elsewhere}
+    """The options that --resume compares. --set is in the recipe."""
+    return {k: v for k, v in vars(args).items() if k not in ("argv", "resume", "overwrite", "out", "set")}
 
 
 def check_run(args, recipe, out):
@@ -1879,6 +1865,8 @@ def check_run(args, recipe, out):
         require(not out.exists() or is_run or is_empty, f"{out} exists and is not a run; name another --out")
         return
     saved = read_file(data.need(last, "the checkpoint to resume from", "start the run without --resume"))
+    require(args.method != saved["method"] or recipe.keys() == saved["recipe"].keys(), f"{last} is of another version "
+            f"of this program, whose runs cannot be resumed; --clip {last} starts a new run from its weights")
     before, now = saved["args"] | saved["recipe"], saved_options(args) | recipe
     differ = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k not in FREE_OPTIONS]
     changed = "".join(f"\n  {k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in differ)
@@ -1887,18 +1875,12 @@ def check_run(args, recipe, out):
                     "the first step on.")
     require(not differ, f"{last} was made with other options, so going on would not be the same run:{changed}\n"
             f"  --clip {last} with another --out starts a new run from these weights")
-    read_log(out, [saved["epoch"], saved["step"]])                      # a damaged log is an error now, not later
 
 
 def open_run(args, out):
-    """Prepare the run folder, when all is ready to start: empty it, or cut its log back to the checkpoint."""
+    """Prepare the folder of a new run, when all is ready to start: remove an old run, copy the scripts."""
     barrier()                                                           # all ranks have checked it
-    if losses.ranks()[0] == 0 and args.resume:
-        saved = read_file(out / "last.pt")
-        lines = read_log(out, [saved["epoch"], saved["step"]])          # later steps will be done, and logged, again
-        (out / "log.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(out / "log.part", out / "log.jsonl")
-    elif losses.ranks()[0] == 0:
+    if losses.ranks()[0] == 0 and not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         for path in (out / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

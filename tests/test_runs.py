@@ -91,25 +91,14 @@ def test_more_processes_than_images(people, tmp_path):
 
 # ---- the log --------------------------------------------------------------------------------------------------------
 
-TORN = [b'{"at": [1, 3], "epo', b"\0" * 40, b"7\n",
-        b'{"at": [1, 3], "loss": \0\0\0\n', b'{"at": [1, 3\n{"at": [1, 4]}\n']
-
-
-def test_damaged_lines_after_the_checkpoint_do_not_matter(interrupted):
-    log, whole = interrupted / "log.jsonl", (interrupted / "log.jsonl").read_bytes()
-    lines = tbps.read_log(interrupted)
-    for tail in TORN:
-        log.write_bytes(whole + tail)
-        assert tbps.read_log(interrupted, until=lines[-1]["at"]) == lines
+@pytest.mark.parametrize("damage", [b'{"at": [1, 3], "epo', b"\0" * 40, b"7\n", b""])
+def test_a_damaged_log_does_not_matter(damage, trained, interrupted):
+    """A crash may leave half a line or zero bytes. The checkpoint holds the log of all steps before it."""
+    log = interrupted / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:200] + damage)
     assert run("tbps.py", "--out", interrupted, "--resume").splitlines()[-1].startswith("test R@1")
-    assert len(tbps.read_log(interrupted)) == log.read_bytes().count(b"\n") == 11    # 8 steps, 2 validations, the test
-
-
-def test_a_damaged_line_before_the_checkpoint_is_named(copied):
-    lines = (copied / "log.jsonl").read_text().splitlines()
-    (copied / "log.jsonl").write_text("\n".join([*lines[:2], lines[2][:20], *lines[3:]]) + "\n")
-    assert f"{copied / 'log.jsonl'}, line 3 is damaged" in error("tbps.py", "--out", copied, "--resume")
-    assert len((copied / "log.jsonl").read_text().splitlines()) == len(lines)
+    assert tbps.read_log(interrupted) == tbps.read_log(trained)
+    assert len(tbps.read_log(trained)) == 11                            # 8 steps, 2 validations, the test
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -131,16 +120,14 @@ def test_options_given_at_resuming_must_agree(copied, cuhk):
     assert "method: 'baseline' then, 'irra' now" in error("tbps.py", "--out", copied, "--resume", "--method", "irra")
 
 
-def test_lists_given_at_resuming_replace_the_saved_ones(copied):
-    """Also those that collect several --extra or --min-score on a command line."""
+def test_lists_given_again_at_resuming_count_once(copied):
     saved = torch.load(copied / "last.pt", weights_only=True)
-    saved["args"] |= dict(extra=["a"], min_score=["words=0.5"])
-    torch.save(saved, copied / "last.pt")
+    lists = ["--extra", "a", "--min-score", "words=0.5"]
+    torch.save(saved | dict(argv=saved["argv"] + lists), copied / "last.pt")
     options = ["--out", str(copied), "--resume"]
-    for more in ([], ["--extra", "a", "--min-score", "words=0.5"]):
+    for more in ([], lists):
         args, recipe = tbps.parse_args(options + more)
         assert args.extra == ["a"] and args.min_score == ["words=0.5"] and recipe == saved["recipe"]
-    assert tbps.parse_args(options + ["--min-score", "words=1"])[0].min_score == ["words=1"]
 
 
 def test_more_epochs_are_another_run(copied):
