@@ -928,8 +928,8 @@ def derive_seed(*numbers):
 class Pairs(torch.utils.data.Dataset):
     """Training items, one (image, caption) pair each: an image with two captions is two items.
 
-    Set `epoch` before each pass. All random draws for item i are functions of (seed, epoch, i), in whatever process,
-    so that a resumed run continues exactly.
+    pairs[epoch, i] is item i as it looks in this epoch. All random draws are functions of (seed, epoch, i), in whatever
+    process, so that a resumed run continues exactly.
 
     views, self_views   number of TrainViews and SelfViews of the image, which is decoded once
     texts, self_texts   number of augmented captions;  text: rates for augment_caption
@@ -950,13 +950,14 @@ class Pairs(torch.utils.data.Dataset):
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
         self.texts, self.back_translation, self.text = texts + self_texts, back_translation, text or {}
-        self.seed, self.epoch, self.mixup = seed, 0, mixup
+        self.seed, self.mixup = seed, mixup
 
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, i):
-        seed = derive_seed(self.seed, self.epoch, i)
+    def __getitem__(self, place):
+        epoch, i = place
+        seed = derive_seed(self.seed, epoch, i)
         torch.default_generator.manual_seed(seed)       # torch.manual_seed would take 0.3 ms to look for GPUs
         rng = random.Random(seed)
         captions, pixels = self.augment(i, rng)
@@ -975,19 +976,29 @@ class Pairs(torch.utils.data.Dataset):
         return captions, torch.stack([view(image) for view in self.views])
 
 
-def collate(tokenizer, items, mask=None):
-    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, 77), and pid, image (record) and item, each (B,).
+def trim_padding(tokens):
+    """ids (B, 77) -> ids up to the longest caption of the batch, (B, T)."""
+    return tokens[:, :int(tokens.argmax(dim=1).max()) + 1].contiguous()
 
-    mask = (content, other), the rates of Tokenizer.masked, adds masked and targets (B, 77), the masked first caption of
-    each item and its targets."""
+
+def collate(tokenizer, items, mask=None, trim=True):
+    """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, T), and pid, image (record) and item, each (B,). T is the
+    length of the longest caption, or 77 without trim. All that needs a look at the tokens is done here, on the CPU.
+
+    mask = (content, other), the rates of Tokenizer.masked, adds masked (B, T), the masked first caption of each item;
+    positions (M,), the places of the masked tokens in it, flattened; and targets (M,), the ids of these tokens."""
     tokens = tokenizer([c for item in items for c in item["captions"]])
+    tokens = trim_padding(tokens) if trim else tokens
+    T = tokens.shape[1]
     batch = dict(pixels=torch.stack([item["pixels"] for item in items], dim=1),
-                 tokens=tokens.view(len(items), -1, CONTEXT).transpose(0, 1))
+                 tokens=tokens.view(len(items), -1, T).transpose(0, 1).contiguous())
     for key in ("pid", "image", "item"):
         batch[key] = torch.tensor([item[key] for item in items])
     if mask:
         rows = [tokenizer.masked(item["captions"][0], random.Random(item["seed"] + 1), *mask) for item in items]
-        batch["masked"], batch["targets"] = (torch.stack(column) for column in zip(*rows))
+        masked, targets = (torch.stack(column)[:, :T].contiguous() for column in zip(*rows))
+        positions = (targets.flatten() >= 0).nonzero()[:, 0]
+        batch |= dict(masked=masked, positions=positions, targets=targets.flatten()[positions])
     return batch
 
 

@@ -262,23 +262,36 @@ def ranks():
     return 0, 1
 
 
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks, in rank order. Backward sums the gradients that all ranks have for these rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(ranks()[1])]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad, (rank, W) = grad.contiguous(), ranks()
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(W)[rank]
+
+
 def gather(x, dim=0):
-    """The rows of all ranks along `dim`, in rank order, with gradient: backward sums the gradients that all ranks
-    have for these rows. All ranks must have the same number of rows. Without several processes, x itself."""
+    """The rows of all ranks along `dim`, in rank order, with gradient. All ranks must have the same number of rows.
+    Without several processes, x itself."""
     if ranks()[1] == 1:
         return x
-    from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x.contiguous()), dim=dim)
+    return GatherRows.apply(x.transpose(0, dim)).transpose(0, dim)
 
 
-def rank_weight(n):
-    """The weight of a mean over this rank's n rows in the mean over the rows of all ranks: W n / sum of n; 1 with one
-    process."""
+def rank_weight(rows):
+    """The weight of a mean over this rank's rows in the mean over the rows of all ranks: W n / sum of n, where n is
+    len(rows); 1 with one process."""
     W = ranks()[1]
     if W == 1:
         return 1.0
-    total = torch.as_tensor(float(n))
-    if torch.distributed.get_backend() == "nccl":
-        total = total.cuda()
+    total = torch.full((), float(len(rows)), device=rows.device)
     torch.distributed.all_reduce(total)
-    return W * n / max(1.0, total.item())
+    return W * len(rows) / total.clamp(min=1)

@@ -20,6 +20,7 @@ import collections
 import contextlib
 import functools
 import html
+import itertools
 import json
 import math
 import os
@@ -254,17 +255,18 @@ class DualEncoder(nn.Module):
         return encode(pixels) if mixup else self.micro_batched(encode, pixels)
 
     def encode_text(self, tokens, mixup=None):
-        """(B, 77) ids -> features (B, D), not normalised, from the EOT token, which has the largest id. Tokens may be
+        """(B, T) ids -> features (B, D), not normalised, from the EOT token, which has the largest id. Tokens may be
         on the CPU. With mixup, interpolate the features at both EOT positions with the mixup weight."""
+        tokens = self.trim_padding(tokens)
         if mixup:
-            tokens, eot = self.trim_padding(tokens)
-            x, (weight, partner) = self.text(tokens, mixup=mixup), mixup                    # (B, T, C)
+            eot, (weight, partner) = tokens.argmax(dim=1), mixup
+            x = self.text(tokens, mixup=mixup)                                              # (B, T, C)
             x = weight * pick(x, eot)[:, 0] + (1 - weight) * pick(x, eot[partner])[:, 0]
             return self.text.ln_post(x) @ self.text.proj
 
         def encode(tokens):
-            tokens, eot = self.trim_padding(tokens)
-            return self.text.ln_post(self.text(tokens, token_index=eot)[:, 0]) @ self.text.proj
+            x = self.text(tokens, token_index=tokens.argmax(dim=1))[:, 0]                   # (B, C)
+            return self.text.ln_post(x) @ self.text.proj
         return self.micro_batched(encode, tokens)
 
     def image_tokens(self, pixels, patch_ids=None):
@@ -275,18 +277,18 @@ class DualEncoder(nn.Module):
         return self.micro_batched(encode, pixels, *([] if patch_ids is None else [patch_ids]))
 
     def text_tokens(self, tokens, trim=True):
-        """(B, 77) ids -> (B, T, D), T the length of the longest caption in the batch, or 77 with trim=False."""
-        tokens = self.trim_padding(tokens)[0] if trim else tokens.to(self.logit_scale.device, non_blocking=True)
+        """(B, T) ids -> (B, T, D), T the length of the longest caption in the batch; trim=False keeps the padding."""
+        tokens = self.trim_padding(tokens) if trim else tokens.to(self.logit_scale.device)
         return self.micro_batched(lambda part: self.text.ln_post(self.text(part)) @ self.text.proj, tokens)
 
     def trim_padding(self, tokens):
-        """(B, 77) ids -> ids up to the longest caption (B, T) and EOT positions (B,), on the model's device.
+        """ids (B, 77) from the CPU -> ids up to the longest caption (B, T), on the model's device. Those that are on
+        another device stay as they are: data.collate has trimmed them, and to look for EOT here would wait for a GPU.
 
         The tower is causal, so trimming changes the cost and nothing else: captions have about 30 tokens of 77."""
-        eot = tokens.argmax(dim=1)
-        tokens = tokens[:, :int(eot.max()) + 1]
-        device = self.logit_scale.device
-        return tokens.to(device, non_blocking=True), eot.to(device, non_blocking=True)
+        if tokens.device.type == "cpu":
+            tokens = data.trim_padding(tokens)
+        return tokens.to(self.logit_scale.device)
 
     def micro_batched(self, encode, x, *more):
         """encode(x, ...) in parts of `micro_batch` rows, of which only the results are kept. Backward recomputes each
@@ -1055,9 +1057,9 @@ class MLMHead(nn.Module):
         nn.init.normal_(self.fc.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(self.out.weight, std=(2 * depth * width) ** -0.5)
 
-    def forward(self, text, image, is_masked, key_mask=None):
-        """text (B, T, D), image (B, S, D), is_masked (B, T) bool -> logits (M, vocab) of the M masked tokens."""
-        x = self.cross_encoder(text, image, query_mask=key_mask)[is_masked]
+    def forward(self, text, image, positions, key_mask=None):
+        """text (B, T, D), image (B, S, D), positions (M,) of the masked tokens among B T -> logits (M, vocab)."""
+        x = self.cross_encoder(text, image, query_mask=key_mask).flatten(0, 1)[positions]
         return self.out(self.ln(F.silu(1.702 * self.fc(x)) / 1.702))
 
 
@@ -1177,33 +1179,34 @@ def irra_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of IRRA (arXiv 2303.12501) or UIT (arXiv 2307.09059), which differ in their
     recipes.
 
-    batch: pixels (1, B, 3, H, W), tokens (1, B, 77), and where captions are masked also masked, targets (B, 77): the
-    masked captions, and the ids of the masked tokens with -1 elsewhere."""
+    batch: pixels (1, B, 3, H, W), tokens (1, B, T), and where captions are masked also the masked captions, masked
+    (B, T), the positions (M,) of masked tokens in the flattened captions, and their ids, targets (M,)."""
     r, pid, pixels = recipe, batch["pid"], batch["pixels"][0]
-    mlm, restoration, mask_all, trim = r["mlm"] > 0, r["restoration"] > 0, masks_all_losses(r), not r["official"]
+    mlm, restoration, mask_all = r["mlm"] > 0, r["restoration"] > 0, masks_all_losses(r)
     tokens = batch["masked"] if mask_all else batch["tokens"][0]
     eot = tokens.argmax(dim=1)                                          # the same in masked captions
-    key_mask = (torch.arange(int(eot.max()) + 1) <= eot[:, None]).to(pid.device) if trim else None      # (B, T)
+    key_mask = torch.arange(tokens.shape[1], device=eot.device) <= eot[:, None]                         # (B, T)
+    if r["official"]:
+        key_mask = None
     with autocast():
         if mlm:
             image_tokens = model.image_tokens(pixels)                                                   # (B, S, D)
         else:
             image_tokens = model.encode_image(pixels)[:, None]                                          # (B, 1, D)
         if restoration or mlm and mask_all:
-            text_tokens = model.text_tokens(tokens, trim)                                               # (B, T, D)
-            text = pick(text_tokens, eot.to(pid.device))[:, 0]
+            text_tokens = model.text_tokens(tokens, trim=False)                                         # (B, T, D)
+            text = pick(text_tokens, eot)[:, 0]
         else:
             text = model.encode_text(tokens)
         image = image_tokens[:, 0]                                                                      # (B, D)
         if mlm:
-            masked_tokens = text_tokens if mask_all else model.text_tokens(batch["masked"], trim)
-            target = batch["targets"][:, :masked_tokens.shape[1]].to(pid.device)
-            logits = model.heads["mlm"](masked_tokens, image_tokens, target >= 0, key_mask)             # (M, vocab)
+            masked_tokens = text_tokens if mask_all else model.text_tokens(batch["masked"], trim=False)
+            logits = model.heads["mlm"](masked_tokens, image_tokens, batch["positions"], key_mask)      # (M, vocab)
         if restoration:
             restored, dropped = restore(model, pixels, text_tokens, key_mask, r)
     out = pair_losses(*map(losses.gather, (image, text, pid)), model.scale(), model.heads, r, autocast)
     if mlm:
-        out["mlm"] = r["mlm"] * losses.mlm(logits, target[target >= 0]) * losses.rank_weight(len(logits))
+        out["mlm"] = r["mlm"] * losses.mlm(logits, batch["targets"]) * losses.rank_weight(logits)
     if restoration:
         patches = patchify(pixels, model.arch["patch"])
         out["restoration"] = r["restoration"] * losses.restoration(restored, patches, dropped)
@@ -1235,14 +1238,14 @@ def ctlg_losses(model, batch, recipe, epoch, autocast):
     if recipe["feature_mixup"]:
         alpha = torch.tensor(recipe["feature_mixup"])
         weight = float(torch.distributions.Beta(alpha, alpha).sample())
-        mixup = weight, torch.randperm(B).to(batch["pid"].device)
+        mixup = weight, torch.randperm(B, device=batch["pid"].device)
     with autocast():
         image = model.encode_image(batch["pixels"][0], mixup)                                           # (B, D)
         text = model.encode_text(batch["tokens"][0], mixup)
     image, text = losses.gather(image), losses.gather(text)
     label = torch.arange(len(image), device=image.device)               # pairs with the same label are positives
     if recipe["positives"] != "pair":
-        label = losses.gather(batch["image" if recipe["positives"] == "image" else "pid"].to(image.device))
+        label = losses.gather(batch["image" if recipe["positives"] == "image" else "pid"])
     return {"itc": recipe["itc"] * losses.nitc(image, text, label, model.scale())}      # N-ITC of unique labels is ITC
 
 
@@ -1407,17 +1410,17 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state,
                              out, time.time() - 60 * state["minutes"])
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # samplers by person: epochs differ a little
+    loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
     with stop_on_signal() as stop, training_bar(recipe, state, n) as bar:
         for epoch in range(state["epoch"], recipe["epochs"]):
             batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
             history, saved_at = LossHistory(), time.time()
             model.train()
-            for i, batch in enumerate(load_batches(args, recipe, tokenizer, pairs, batches, epoch, start), start):
+            for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):
                 it = epoch * n + i * n / len(batches)
                 lr = lr_at(it, n, recipe)
                 set_learning_rate(optimizers, lr)
-                batch |= {k: batch[k].to(device, non_blocking=True) for k in ("pixels", "pid")}
                 torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
 
                 parts = step_losses(model, batch, it / n, autocast)
@@ -1435,7 +1438,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                 log_now = i % args.log_every == 0 or last               # not at every step: reading waits for the GPU
                 save_now = wants_save(stop, saved_at, args, log_now)
                 if log_now or save_now:
-                    check_finite(history, start, pairs, batches, args, recipe, out)
+                    check_finite(history, epoch, start, pairs, batches, args, recipe, out)
                 if log_now:
                     means = history.pop_means()
                     bar.set_postfix_str(format_losses(means), refresh=False)
@@ -1485,19 +1488,45 @@ def epoch_batches(args, recipe, pairs, epoch):
     if not batches:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {size}; lower it with --batch")
     one_person = sum(len({pairs.pids[j] for j in items}) == 1 for items in batches)
-    if recipe.get("triplet") and one_person:
+    if recipe.get("triplet") and one_person and epoch == 0:
         print(f"{one_person} of {len(batches)} batches show one person only; the triplet loss is 0 there")
     return batches
 
 
-def load_batches(args, recipe, tokenizer, pairs, batches, epoch, start):
-    """A loader of this rank's part of the batches from number `start` on."""
+def load_batches(args, recipe, tokenizer, pairs, epoch, step):
+    """A loader of this rank's part of all batches, from a step of an epoch to the end of training, so that its
+    processes are started once."""
     rank, W = losses.ranks()
-    pairs.epoch = epoch
-    parts = [items[rank * (len(items) // W):(rank + 1) * (len(items) // W)] for items in batches[start:]]
-    collate = functools.partial(data.collate, tokenizer, mask=mask_rates(recipe))
-    return torch.utils.data.DataLoader(pairs, batch_sampler=parts, num_workers=args.workers, collate_fn=collate,
+
+    def parts():
+        for e in range(epoch, recipe["epochs"]):
+            for items in epoch_batches(args, recipe, pairs, e)[step if e == epoch else 0:]:
+                yield [(e, item) for item in items[rank * (len(items) // W):(rank + 1) * (len(items) // W)]]
+
+    collate = functools.partial(data.collate, tokenizer, mask=mask_rates(recipe), trim=not recipe.get("official"))
+    return torch.utils.data.DataLoader(pairs, batch_sampler=parts(), num_workers=args.workers, collate_fn=collate,
                                        worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
+
+
+def copy_to_device(batches, device):
+    """Yield batches with their tensors on the device. On CUDA each is copied, on a side stream, while the step before
+    is computed."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield {name: x.to(device) for name, x in batch.items()}
+        return
+    side, ready = torch.cuda.Stream(device), None
+    for batch in itertools.chain(batches, [None]):
+        torch.cuda.current_stream(device).wait_stream(side)             # for the copy of `ready`, not for the next one
+        following = None
+        if batch:
+            with torch.cuda.stream(side):
+                following = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+        if ready:
+            for x in ready.values():                                    # its memory is free after the step, not before
+                x.record_stream(torch.cuda.current_stream(device))
+            yield ready
+        ready = following
 
 
 def total_loss(parts):
@@ -1554,7 +1583,7 @@ def wants_save(stop, saved_at, args, log_now):
     return wanted if losses.ranks()[1] == 1 else log_now and any_rank(wanted, args.device)
 
 
-def check_finite(history, start, pairs, batches, args, recipe, out):
+def check_finite(history, epoch, start, pairs, batches, args, recipe, out):
     """Raises FloatingPointError, naming step and images, if a recent loss is not finite. start: number of the first
     step of the history."""
     bad = (~history.recent().isfinite().all(dim=1)).nonzero()
@@ -1564,7 +1593,7 @@ def check_finite(history, start, pairs, batches, args, recipe, out):
     images = [pairs.items[j][0]["image"] for j in batches[step][:4]]
     paths = ", ".join(str(image) for image in images if isinstance(image, Path))
     raise FloatingPointError(
-        f"the loss is not finite in epoch {pairs.epoch + 1}, step {step + 1}" + f" (images {paths} ...)" * bool(paths) +
+        f"the loss is not finite in epoch {epoch + 1}, step {step + 1}" + f" (images {paths} ...)" * bool(paths) +
         f"\n  Try a lower --lr (now {recipe['lr']:g})" + ", --amp bf16 or off" * (args.amp == "fp16") +
         f"; {out}/last.pt, if there, is from before")
 
@@ -1765,7 +1794,7 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
     args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
     check_options(args, recipe)
     if args.amp == "auto":
-        fp16 = recipe.get("half_weights") or not torch.cuda.is_bf16_supported()
+        fp16 = recipe.get("half_weights") or not torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = ("fp16" if fp16 else "bf16") if args.device.startswith("cuda") else "off"
     return recipe
 

@@ -211,7 +211,7 @@ def toy_step():
     tokenizer = data.train_tokenizer([caption for r in people for caption in r["captions"]])
     recipe = tbps.SIMPLIFIED | tbps.TOY | tbps.FROM_SCRATCH
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
-    sample = data.collate(tokenizer, [pairs[i] for i in range(recipe["batch"])])
+    sample = data.collate(tokenizer, [pairs[0, i] for i in range(recipe["batch"])])
     options = dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | options)
     optimizers = tbps.make_optimizers(model, recipe, fused=False)
@@ -253,7 +253,7 @@ def pipeline(passes, size=(224, 224), photo=(128, 384), number=200):
         small.resize(photo, Image.Resampling.BICUBIC).save(path, quality=92)
         records.append(dict(image=path, captions=[caption], pid=n))
     datasets = [data.Pairs(records, size, text=dict(deletion=0.05), **options) for options in passes]
-    return lambda: [pairs[i] for pairs in datasets for i in range(number)]
+    return lambda: [pairs[0, i] for pairs in datasets for i in range(number)]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def checkpoint(tmp_path_factory, people):
     torch.manual_seed(0)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab))
-    args = argparse.Namespace(dataset="toy", data_root="data", method="baseline")
+    args = argparse.Namespace(dataset="toy", data_root="data", method="baseline", argv=[])
     preprocessing = data.Preprocessing((96, 48))
     content = tbps.checkpoint_dict(args, tbps.BASELINE, model, tokenizer, preprocessing, heads=False)
     path = tmp_path_factory.mktemp("run") / "best.pt"

@@ -19,8 +19,8 @@ def tokenizer_of(people, **options):
 def test_pairs(people):
     pairs = data.Pairs(people, SIZE, views=2, self_views=2, texts=2, text=dict(deletion=0.05))
     assert len(pairs) == 48 and pairs.persons == 6
-    batch = data.collate(tokenizer_of(people, vocab=700), [pairs[i] for i in (3, 40)])
-    assert batch["pixels"].shape == (4, 2, 3, 96, 48) and batch["tokens"].shape == (2, 2, 77)
+    batch = data.collate(tokenizer_of(people, vocab=700), [pairs[0, i] for i in (3, 40)])
+    assert batch["pixels"].shape == (4, 2, 3, 96, 48) and batch["tokens"].shape[:2] == (2, 2)
     assert batch["item"].tolist() == [3, 40] and batch["image"].tolist() == [1, 20]
     assert batch["pid"].tolist() == [pairs.pids[3], pairs.pids[40]] == [0, 5]
 
@@ -29,9 +29,9 @@ def test_draws_depend_on_seed_epoch_and_item_alone(people):
     one, other = (data.Pairs(people, SIZE, seed=5, text=dict(deletion=0.3)) for _ in range(2))
     for i in (7, 3, 7):
         torch.manual_seed(i)                                            # whatever happened before
-        assert torch.equal(one[i]["pixels"], other[i]["pixels"]) and one[i]["captions"] == other[i]["captions"]
-    other.epoch = 1
-    assert not torch.equal(one[7]["pixels"], other[7]["pixels"])
+        a, b = one[0, i], other[0, i]
+        assert torch.equal(a["pixels"], b["pixels"]) and a["captions"] == b["captions"]
+    assert not torch.equal(one[0, 7]["pixels"], one[1, 7]["pixels"])
     assert len({data.derive_seed(s, e, i) for s in range(10) for e in range(10) for i in range(10)}) == 1000
 
 
@@ -39,8 +39,8 @@ def test_an_image_is_decoded_once_and_only_the_views_asked_for_are_made(people, 
     loads = []
     load = data.load_image
     monkeypatch.setattr(data, "load_image", lambda image: loads.append(1) or load(image))
-    assert data.Pairs(people, SIZE)[0]["pixels"].shape[0] == 1
-    assert data.Pairs(people, SIZE, views=2, self_views=2)[0]["pixels"].shape[0] == 4
+    assert data.Pairs(people, SIZE)[0, 0]["pixels"].shape[0] == 1
+    assert data.Pairs(people, SIZE, views=2, self_views=2)[0, 0]["pixels"].shape[0] == 4
     assert len(loads) == 2
 
 
@@ -50,8 +50,8 @@ def test_back_translation(people):
                people[2] | dict(captions=["one"])]
     pairs = data.Pairs(records, SIZE, back_translation=0.5)
     seen = []
-    for pairs.epoch in range(300):
-        seen.append([pairs[i]["captions"][0] for i in range(3)])
+    for epoch in range(300):
+        seen.append([pairs[epoch, i]["captions"][0] for i in range(3)])
     seen = np.array(seen)
     assert np.mean(seen[:, 0] == "two") == pytest.approx(0.5, abs=0.1)
     assert (seen[:, 1:] == "one").all()
@@ -61,13 +61,27 @@ def test_masked_captions_are_functions_of_the_item(people):
     tokenizer = tokenizer_of(people, vocab=600, mask=True)
     pairs = data.Pairs(people, SIZE, text=dict(prune=0.2))
 
-    def collate(*items):
-        return data.collate(tokenizer, [pairs[i] for i in items], mask=(0.3, 0.05))
+    def collate(*items, epoch=0):
+        return data.collate(tokenizer, [pairs[epoch, i] for i in items], mask=(0.3, 0.05), trim=False)
     one, other = collate(3, 8), collate(8, 5)
-    assert torch.equal(one["masked"][1], other["masked"][0]) and torch.equal(one["targets"][1], other["targets"][0])
-    pairs.epoch = 1
-    assert not torch.equal(collate(8)["masked"][0], other["masked"][0])
-    assert "masked" not in data.collate(tokenizer, [pairs[8]])
+    assert torch.equal(one["masked"][1], other["masked"][0])
+    assert not torch.equal(collate(8, epoch=1)["masked"][0], other["masked"][0])
+    assert "masked" not in data.collate(tokenizer, [pairs[0, 8]])
+
+
+def test_what_is_masked_is_found_again(people):
+    """positions and targets put the words back; without trim all is the same but for more padding."""
+    tokenizer = tokenizer_of(people, vocab=600, mask=True)
+    pairs = data.Pairs(people, SIZE, text=dict(deletion=0.0))
+    items = [pairs[0, i] for i in range(8)]
+    batch, whole = (data.collate(tokenizer, items, mask=(0.3, 0.3), trim=trim) for trim in (True, False))
+    for b in (batch, whole):
+        assert (b["masked"] != b["tokens"][0]).any() and len(b["positions"]) == len(b["targets"])
+        assert torch.equal(b["masked"].flatten().scatter(0, b["positions"], b["targets"]), b["tokens"][0].flatten())
+    T = batch["tokens"].shape[2]
+    assert T == (whole["tokens"] > 0).any(dim=(0, 1)).sum() < 77 == whole["tokens"].shape[2]
+    assert torch.equal(whole["tokens"][:, :, :T], batch["tokens"]) and torch.equal(whole["targets"], batch["targets"])
+    assert all(x.is_contiguous() for x in batch.values())
 
 
 # ---- samplers -------------------------------------------------------------------------------------------------------
@@ -117,6 +131,6 @@ def test_mixup_takes_the_mean_of_two_images_and_both_captions(people):
     rng.random()                                                        # back-translation
     rng.random()                                                        # whether to mix
     partner = rng.randrange(48)
-    a, b, item = plain[7], plain[partner], mixed[7]
+    a, b, item = plain[0, 7], plain[0, partner], mixed[0, 7]
     assert torch.equal(item["pixels"], (a["pixels"] + b["pixels"]) / 2)
     assert item["captions"] == list(zip(a["captions"], b["captions"])) and item["pid"] == a["pid"]

@@ -147,7 +147,7 @@ def test_end_to_end_support_comes_from_the_batch(people):
     """Two persons with three images and one; then two captions of one image."""
     model, tokenizer = tiny_model(distill.PAPER, distill.teacher_heads, people)
     pairs = data.Pairs(people[:5], (96, 48), image_aug="none")
-    batch = data.collate(tokenizer, [pairs[i] for i in (0, 2, 4, 8)])
+    batch = data.collate(tokenizer, [pairs[0, i] for i in (0, 2, 4, 8)])
 
     def parts(batch, **changes):
         return distill.teacher_losses(distill.PAPER | changes, model, batch, 0.0, NO_AMP)
@@ -158,7 +158,7 @@ def test_end_to_end_support_comes_from_the_batch(people):
     parts(batch, support_drop=0.0)
     assert masks[0].sum(dim=1).tolist() == [2, 2, 2, 0]
     # two captions of one image: it is not its own support
-    parts(data.collate(tokenizer, [pairs[i] for i in (0, 1, 2)]), support_drop=0.0)
+    parts(data.collate(tokenizer, [pairs[0, i] for i in (0, 1, 2)]), support_drop=0.0)
     assert masks[1].sum(dim=1).tolist() == [1, 1, 2]
 
 
@@ -298,7 +298,7 @@ def test_steps_at_full_size(people, tmp_path):
     """ViT-B/16, 384 x 128, 11,003 persons: finite gradients exactly where they belong, in each stage."""
     tokenizer = data.Tokenizer([m.split() for m in made_up_merges(48894)])
     pairs = data.Pairs(people[:8], (384, 128), image_aug="reid", norm="clip", clean=False)
-    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 16, 2)])
+    batch = data.collate(tokenizer, [pairs[0, i] for i in range(0, 16, 2)])
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=(384, 128)))
     model.logit_scale.data.fill_(math.log(50))
     model.logit_scale.requires_grad_(False)
@@ -328,7 +328,7 @@ def test_steps_at_full_size(people, tmp_path):
     model.heads = nn.ModuleDict(distill.teacher_heads(recipe, model, 11003))
     model.zero_grad(set_to_none=True)
     frozen = {n: p.clone() for n, p in model.named_parameters()}
-    args = argparse.Namespace(device="cpu", resume=False, save_minutes=10, seed=0, method="lcr2s")
+    args = argparse.Namespace(device="cpu", resume=False, save_minutes=10, seed=0, method="lcr2s", argv=[])
     distill.train_fusion(args, recipe, model, tokenizer, data.Preprocessing((384, 128)), bank, tmp_path)
     for n, p in model.named_parameters():
         assert n.startswith("heads.") == (p.grad is not None) == (not torch.equal(p, frozen[n])), n

@@ -101,7 +101,7 @@ def train_teacher(baseline, people, tmp_path):
     bank, recipe = bank_of(baseline, people), distill.LCR2S
     for name, head in distill.teacher_heads(recipe, baseline, int(people[2].max()) + 1).items():
         baseline.heads[name] = head
-    args = argparse.Namespace(device="cpu", resume=False, save_minutes=10, seed=0, method="lcr2s")
+    args = argparse.Namespace(device="cpu", resume=False, save_minutes=10, seed=0, method="lcr2s", argv=[])
     preprocessing = data.Preprocessing((8, 8))
     distill.train_fusion(args, recipe, baseline, data.Tokenizer([("a", "b")]), preprocessing, bank, tmp_path)
     return baseline.heads, bank

@@ -112,8 +112,10 @@ def golden_model(method, recipe):
 def golden_batch(method, step, recipe):
     given = {name: torch.from_numpy(x) for name, x in inputs.batch(method, step).items()}
     views = 4 if recipe.get("ss") else 2 if recipe.get("mvs") else 1
+    labels = given["labels"].flatten()
+    positions = (labels > 0).nonzero()[:, 0]
     return dict(pixels=given["pixels"][:views], tokens=given["tokens"][None], masked=given["masked"], pid=given["pid"],
-                targets=torch.where(given["labels"] > 0, given["labels"], -1)), given["order"]
+                positions=positions, targets=labels[positions]), given["order"]
 
 
 def check_groups(model, optimizer, golden):

@@ -36,7 +36,7 @@ def setting(people):
     recipe = tbps.UIT | dict(mlm=1.0, itc=0.5, cmpm=0.5, depth=1, tau=0.02)
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, image_layers=1, text_layers=2))
     pairs = data.Pairs(people, (96, 48), image_aug="reid", norm="clip")
-    batch = data.collate(tokenizer, [pairs[i] for i in (0, 1, 9, 20, 30, 40)], mask=(0.3, 0.05))
+    batch = data.collate(tokenizer, [pairs[0, i] for i in (0, 1, 9, 20, 30, 40)], mask=(0.3, 0.05))
     model.logit_scale.data.fill_(math.log(50))
     return with_heads(model, recipe, pairs.persons).double(), recipe, batch | dict(pixels=batch["pixels"].double())
 
@@ -165,10 +165,10 @@ def test_a_step_by_its_parts(setting):
         id=losses.id_loss(model.heads["id"](image), model.heads["id"](text), pid),
         triplet=10 * losses.triplet(image, text, pid),
     )
-    tokens, T = model.text_tokens(masked), int(masked.argmax(1).max()) + 1
-    seen = torch.arange(T) <= masked.argmax(1)[:, None]
-    logits = model.heads["mlm"](tokens, model.image_tokens(pixels), batch["targets"][:, :T] >= 0, seen)
-    want["mlm"] = F.cross_entropy(logits, batch["targets"][batch["targets"] >= 0])
+    tokens = model.text_tokens(masked)
+    seen = torch.arange(tokens.shape[1]) <= masked.argmax(1)[:, None]
+    logits = model.heads["mlm"](tokens, model.image_tokens(pixels), batch["positions"], seen)
+    want["mlm"] = F.cross_entropy(logits, batch["targets"])
     torch.manual_seed(1)
     restored, dropped = tbps.restore(model, pixels, tokens, seen, recipe)
     want["restoration"] = 10 * (restored - tbps.patchify(pixels, 8))[dropped].square().mean()
@@ -198,22 +198,26 @@ def test_padding_counts_for_nothing_unless_asked(setting, monkeypatch):
     model, recipe, batch = setting
     pixels, tokens = batch["pixels"][0][:1], batch["masked"][:1]
     length = int(tokens.argmax(1)) + 1
-    seen = torch.arange(77) < length
+    seen = torch.arange(tokens.shape[1]) < length
     order = torch.Generator().manual_seed(0)
     short = tbps.restore(model, pixels, model.text_tokens(tokens), None, recipe, order)[0]
     long = tbps.restore(
         model, pixels, model.text_tokens(tokens, trim=False), seen[None], recipe, torch.Generator().manual_seed(0)
     )[0]
     torch.testing.assert_close(short, long)
-    calls = []
     monkeypatch.setattr(tbps, "restore", functools.partial(restore_without_official_drop, tbps.restore))
-    for official in (False, True):
+
+    def values(batch, official):
         torch.manual_seed(1)
-        calls.append(tbps.irra_losses(model, batch, recipe | dict(official=official), 0.0, NO_AMP))
-    for k in calls[0]:
-        assert (calls[0][k] != calls[1][k]) == (k in ("mlm", "restoration")) or calls[0][k].item() == pytest.approx(
-            calls[1][k].item(), rel=1e-9
-        ), k
+        parts = tbps.irra_losses(model, batch, recipe | dict(official=official), 0.0, NO_AMP)
+        return {name: value.item() for name, value in parts.items()}
+
+    T, at = batch["masked"].shape[1], batch["positions"]
+    padded = batch | {k: F.pad(batch[k], (0, 77 - T)) for k in ("masked", "tokens")}
+    padded["positions"] = at // T * 77 + at % T
+    want, found = values(batch, False), values(padded, True)
+    assert values(padded, False) == pytest.approx(want, rel=1e-9)
+    assert {k for k in want if found[k] != pytest.approx(want[k], rel=1e-9)} == {"mlm", "restoration"}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_gradients(method, people):
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600, mask=True)
     recipe = tbps.METHODS[method][0] | dict(depth=2)
     pairs = data.Pairs(people, (96, 48), image_aug="reid", norm="clip")
-    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 48, 4)], mask=tbps.mask_rates(recipe))
+    batch = data.collate(tokenizer, [pairs[0, i] for i in range(0, 48, 4)], mask=tbps.mask_rates(recipe))
     model = with_heads(
         tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab)), recipe, pairs.persons, method
     )
@@ -274,7 +278,7 @@ def test_a_step_at_full_size(method, parameters, people):
     optimizer, = tbps.make_optimizers(model, recipe, fused=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     gradients_are_where_they_should_be(
-        model, recipe, data.collate(tokenizer, [pairs[i] for i in range(0, 48, 6)], mask=tbps.mask_rates(recipe))
+        model, recipe, data.collate(tokenizer, [pairs[0, i] for i in range(0, 48, 6)], mask=tbps.mask_rates(recipe))
     )
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

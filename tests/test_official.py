@@ -45,7 +45,7 @@ def test_irra_masks_the_captions_of_all_losses(people):
     torch.manual_seed(0)
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600, mask=True)
     pairs = data.Pairs(people, (96, 48), image_aug="none")
-    batch = data.collate(tokenizer, [pairs[i] for i in range(6)], mask=(0.15, 0.15))
+    batch = data.collate(tokenizer, [pairs[0, i] for i in range(6)], mask=(0.15, 0.15))
     recipe = tbps.IRRA | dict(depth=1)
     model = with_heads(recipe, "irra", tokenizer.vocab).eval()
     no_amp = lambda: torch.autocast("cpu", enabled=False)               # noqa: E731

@@ -59,7 +59,7 @@ def sample(name, people):
     pairs = data.Pairs(people, (32, 16), **more, text=dict(deletion=0.3))
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700, mask=True)
     mask = (0.5, 0.3) if "mlm" in recipe else None
-    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 3 * B, 3)], mask=mask)
+    batch = data.collate(tokenizer, [pairs[0, i] for i in range(0, 3 * B, 3)], mask=mask)
     batch["pixels"] = batch["pixels"].double()
     torch.manual_seed(0)
     model = tbps.DualEncoder(64, (32, 16), 8, 64, 2, 64, 2, tokenizer.vocab, head_width=32).double()
@@ -72,8 +72,13 @@ def sample(name, people):
 
 def share_of(batch, rank, ranks):
     """The rows of a rank, as tbps.train loads them."""
-    rows = slice(rank * (B // ranks), (rank + 1) * (B // ranks))
-    return {k: x[:, rows] if k in ("pixels", "tokens") else x[rows] for k, x in batch.items()}
+    n, T = B // ranks, batch["tokens"].shape[2]
+    rows = slice(rank * n, (rank + 1) * n)
+    mine = {k: x[:, rows] if k in ("pixels", "tokens") else x[rows] for k, x in batch.items()}
+    if "masked" in batch:
+        here = batch["positions"] // (n * T) == rank
+        mine |= dict(positions=batch["positions"][here] - rank * n * T, targets=batch["targets"][here])
+    return mine
 
 
 def gradients(model, parts):
@@ -132,6 +137,24 @@ def test_micro_batched_dropout_is_replayed():
         w -= 2 * step
         down = loss()
     assert ((up - down) / 2e-6).item() == pytest.approx(g.norm().item(), rel=1e-5)
+
+
+def test_what_is_checkpointed_is_on_the_device_of_the_model(monkeypatch):
+    """checkpoint() saves the random state of its inputs' devices only. Captions that come from the CPU must be moved
+    first, or backward would draw other dropout masks on a GPU."""
+    devices = []
+
+    def checkpoint(encode, *inputs, **_):
+        devices.extend(x.device.type for x in inputs)
+        return encode(*inputs)
+
+    monkeypatch.setattr(tbps, "checkpoint", checkpoint)
+    model = tbps.DualEncoder(16, (16, 16), 8, 32, 2, 32, 2, 100, head_width=16, text_dropout=0.5).to("meta").train()
+    model.micro_batch = 2
+    tokens = torch.randint(1, 98, (6, 77)).index_fill(1, torch.tensor([9]), 99)
+    for encode in (model.encode_text, model.text_tokens):
+        assert encode(tokens).device.type == "meta"
+    assert devices == ["meta"] * 6
 
 
 def test_in_parts_less_is_kept(people):
@@ -222,10 +245,11 @@ def test_two_processes_make_the_same_step(people, tmp_path, micro, monkeypatch):
         model, batch, step = sample(name, people)
         parts = step(batch)
         want, (seen, grads) = gradients(model, parts), found[name]
-        assert seen.keys() == parts.keys() and all(torch.allclose(seen[k], parts[k], rtol=1e-9) for k in parts), name
+        rtol = 1e-6 if "mlm" in parts else 1e-9                         # losses.rank_weight is computed in fp32
+        assert seen.keys() == parts.keys() and all(torch.allclose(seen[k], parts[k], rtol=rtol) for k in parts), name
         assert grads.keys() == want.keys()
         for n in want:
-            assert torch.allclose(grads[n], want[n], rtol=1e-9, atol=1e-11), (name, n)
+            assert torch.allclose(grads[n], want[n], rtol=rtol, atol=rtol / 100), (name, n)
 
 
 RUN = [

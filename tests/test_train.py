@@ -129,7 +129,7 @@ def setting(people):
     for name, head in tbps.tbps_clip_heads(recipe, model, 3).items():
         model.heads[name] = head
     pairs = data.Pairs(people, (96, 48), views=2, self_views=2, texts=2, self_texts=2, text=dict(deletion=0.1))
-    return model.double(), recipe, data.collate(tokenizer, [pairs[i] for i in (0, 1, 9, 20, 30, 40)])
+    return model.double(), recipe, data.collate(tokenizer, [pairs[0, i] for i in (0, 1, 9, 20, 30, 40)])
 
 
 def one_by_one(model, batch, recipe, alpha):
@@ -243,7 +243,7 @@ def test_what_the_objective_learns():
     tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=600)
     recipe = tbps.TBPS_CLIP | dict(lr=1e-3)
     pairs = data.Pairs(people, (96, 48), views=2, self_views=2)
-    batch = data.collate(tokenizer, [pairs[i] for i in range(0, 24, 2)])
+    batch = data.collate(tokenizer, [pairs[0, i] for i in range(0, 24, 2)])
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab, image_layers=1, text_layers=1))
     for name, head in tbps.tbps_clip_heads(recipe, model, 3).items():
         model.heads[name] = head
