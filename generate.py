@@ -357,20 +357,16 @@ class Diffusion:
         x = z if self.vae is None else self.vae.decode(z / self.vae.config.scaling_factor).sample
         return ((x + 1) / 2).clamp(0, 1)
 
-    def alpha(self, t):
-        """Power of the signal at time t; below 0 that at 0."""
-        return self.alphas[max(t, 0)]
-
     def predict_noise(self, z, t, text):
         self.evaluations += len(z)
         out = self.unet(z, t, encoder_hidden_states=text).sample
         if self.prediction_type == "v_prediction":
-            return self.alpha(t) ** 0.5 * out + (1 - self.alpha(t)) ** 0.5 * z
+            return self.alphas[t] ** 0.5 * out + (1 - self.alphas[t]) ** 0.5 * z
         return out
 
     def ddim_step(self, z, noise, start, to):
         """From time `start` to time `to`, in either direction (arXiv 2010.02502, eq. 12 with sigma = 0)."""
-        a, b = self.alpha(start), self.alpha(to)
+        a, b = (self.alphas[max(t, 0)] for t in (start, to))            # the power of the signal
         return b ** 0.5 * (z - (1 - a) ** 0.5 * noise) / a ** 0.5 + (1 - b) ** 0.5 * noise
 
     @torch.no_grad()
@@ -702,8 +698,8 @@ def trained_model(args, recipe, records, model=None):
 # ---- a batch of pairs -----------------------------------------------------------------------------------------------
 
 def plan(records, tokenizer, seed, count, per_source, garments):
-    """Which pairs to make: [(index of the record, [edit, ...]), ...], `count` edits, at most per_source of a record and
-    as far as possible of different garments. A function of the seed."""
+    """Which pairs to make: [(number of the first pair, index of the record, [edit, ...]), ...], `count` edits, at most
+    per_source of a record and as far as possible of different garments. A function of the seed."""
     out, left = [], count
     order = list(range(len(records)))
     random.Random(data.derive_seed(seed, 0)).shuffle(order)
@@ -719,7 +715,7 @@ def plan(records, tokenizer, seed, count, per_source, garments):
         rounds = range(max(map(len, shuffled), default=0))
         chosen = [site[k] for k in rounds for site in shuffled if k < len(site)][:min(per_source, left)]
         if chosen:
-            out.append((i, chosen))
+            out.append((count - left, i, chosen))
             left -= len(chosen)
         if not left:
             break
@@ -771,15 +767,16 @@ def score_edit(pixels, old, new, mask):
 def generate_batch(model, records, batch, recipe, judge=None):
     """Make the pairs of a part of the plan -> [(panels, entry), ...] in its order. Nothing is random here.
     panels: {source, reconstruction, edit, mask: PIL image};  entry: captions, edit, scores as in pairs.jsonl."""
-    size, sources = (recipe["height"], recipe["width"]), [data.load_image(records[i]["image"]) for i, _ in batch]
+    size = recipe["height"], recipe["width"]
+    sources, edited = [data.load_image(records[i]["image"]) for _, i, _ in batch], [chosen for *_, chosen in batch]
     pixels = torch.stack([data.Scale(size, "bicubic")(source) for source in sources])
-    text = model.encode_text([chosen[0]["source"] for _, chosen in batch])
+    text = model.encode_text([chosen[0]["source"] for chosen in edited])
     zs = model.invert(model.encode(pixels), text)                       # all edits of a source share its inversion
     nulls = model.null_text(zs, text, recipe["guidance"], recipe["rounds"]) if recipe["inversion"] == "null" else None
     made = {}
-    for k in range(max(len(chosen) for _, chosen in batch)):            # the k-th edit of each source that has one
-        rows = [n for n, (_, chosen) in enumerate(batch) if k < len(chosen)]
-        chosen = [batch[n][1][k] for n in rows]
+    for k in range(max(map(len, edited))):                              # the k-th edit of each source that has one
+        rows = [n for n, chosen in enumerate(edited) if k < len(chosen)]
+        chosen = [edited[n][k] for n in rows]
         options = {key: recipe[key] for key in CONTROL}
         control = Control([e["tokens"] for e in chosen], [e["blend"] for e in chosen], **options)
         target = model.encode_text([e["caption"] for e in chosen])
@@ -805,8 +802,8 @@ def generate_batch(model, records, batch, recipe, judge=None):
 
 # ---- the folder of pairs --------------------------------------------------------------------------------------------
 
-LEGEND = ("From left to right: the source, its reconstruction after inversion and denoising, the edit, and the mask: the "
-          "reconstruction, dark where the edit may change nothing.")
+LEGEND = ("From left to right: the source, its reconstruction after inversion and denoising, the edit, and the mask, "
+          "which is the reconstruction, dark where the edit may change nothing.")
 SCORES = {
     "psnr": "peak signal-to-noise ratio of the reconstruction against the source, in dB. Higher is closer.",
     "changed": "mean change from reconstruction to edit inside the mask, from 0 to 1. 0: the edit does nothing.",
@@ -839,20 +836,20 @@ def write_file(path, text):
 
 
 def count_pairs(batch):
-    return sum(len(chosen) for _, chosen in batch)
+    return sum(len(chosen) for *_, chosen in batch)
 
 
-def read_part(out, first, batch):
-    """The entries of a batch from its file in parts/; None if the batch is not complete."""
-    file = out / f"parts/{first:06d}.jsonl"
+def read_part(out, batch):
+    """The entries of a batch, a part of the plan, from its file in parts/; None if the batch is not complete."""
+    file = out / f"parts/{batch[0][0]:06d}.jsonl"
     entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     complete = len(entries) == count_pairs(batch) and all((out / "imgs" / e["image"]).exists() for e in entries)
     return entries if complete else None
 
 
-def write_part(out, first, batch, pairs, records, args):
+def write_part(out, batch, pairs, records, args):
     """Write the images of a batch, then its file in parts/, which says that the batch is complete."""
-    lines, indices = [], [i for i, chosen in batch for _ in chosen]
+    lines, first, indices = [], batch[0][0], [i for _, i, chosen in batch for _ in chosen]
     for number, (i, (panels, entry)) in enumerate(zip(indices, pairs), first):
         name, image = f"{number:06d}.png", records[i]["image"]
         panels["edit"].save(out / "imgs" / name)
@@ -865,13 +862,13 @@ def write_part(out, first, batch, pairs, records, args):
 
 
 def generate_all(out, model, records, batches, recipe, judge, args):
-    """Make the batches that are not complete. batches: {number of its first pair: batch}."""
-    bar = data.progress_bar(total=sum(map(count_pairs, batches.values())), unit=" pairs", desc="pairs")
+    """Make the batches that are not complete."""
+    bar = data.progress_bar(total=sum(map(count_pairs, batches)), unit=" pairs", desc="pairs")
     began, fresh = time.time(), 0
-    for first, batch in batches.items():
-        if read_part(out, first, batch) is None:
+    for batch in batches:
+        if read_part(out, batch) is None:
             pairs = generate_batch(model, records, batch, recipe, judge)
-            write_part(out, first, batch, pairs, records, args)
+            write_part(out, batch, pairs, records, args)
             fresh += len(pairs)
         bar.update(count_pairs(batch))
     bar.close()
@@ -972,12 +969,9 @@ def main():
     write_file(out / "settings.json", json.dumps(settings, indent=1))
     print(f"{count_pairs(todo):,} pairs from {len(todo):,} of {len(records):,} images; {recipe['inversion']} "
           f"inversion, {recipe['steps']} steps, {recipe['height']}x{recipe['width']} pixels", flush=True)
-    batches, first = {}, 0                                              # the same for any number of ranks
-    for start in range(0, len(todo), args.batch):
-        batches[first] = todo[start:start + args.batch]
-        first += count_pairs(batches[first])
-    generate_all(out, model, records, dict(list(batches.items())[rank::ranks]), recipe, judge, args)
-    parts = [read_part(out, first, batch) for first, batch in batches.items()]
+    batches = [todo[start:start + args.batch] for start in range(0, len(todo), args.batch)]
+    generate_all(out, model, records, batches[rank::ranks], recipe, judge, args)
+    parts = [read_part(out, batch) for batch in batches]
     if None not in parts:
         finish(out, [entry for part in parts for entry in part])
 

@@ -96,7 +96,7 @@ def test_damaged_weights(part, copy):
 
 def test_a_single_file(tmp_path):
     (tmp_path / "v1-5-pruned.ckpt").write_bytes(b"weights")
-    with pytest.raises(FileNotFoundError, match="unet\n(.*\n)*  a diffusion model is a folder in the layout of diffusers"):
+    with pytest.raises(FileNotFoundError, match="a diffusion model is a folder in the layout of diffusers"):
         generate.find_diffusion(tmp_path / "v1-5-pruned.ckpt")
 
 
