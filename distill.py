@@ -476,8 +476,7 @@ def train_teacher(args, recipe, splits, folder, baseline):
         model, tokenizer, preprocessing = tbps.load_checkpoint(baseline, args.device)
         bank = make_bank(model, tokenizer, preprocessing, splits["train"], recipe, args)
         torch.manual_seed(data.derive_seed(args.seed, 2))
-        for name, head in teacher_heads(recipe, model, 1 + int(bank.person.max())).items():
-            model.heads[name] = head
+        model.heads.update(teacher_heads(recipe, model, 1 + int(bank.person.max())))
         tbps.open_run(args, folder)
         with tbps.stop_on_signal() as stop:
             train_fusion(args, recipe, model, tokenizer, preprocessing, bank, folder, stop)
