@@ -232,8 +232,8 @@ def generation(side, sources=4):
     recipe = generate.TOY | dict(inversion="direct" if side == "ours" else "null")
     model = generate.toy_model([caption for r in people for caption in r["captions"]], recipe["steps"], "cpu")
     plan = generate.plan(people, model.tokenizer, 0, 2 * sources, 2, False)
-    batches = [plan] if side == "ours" else [[(i, [edit])] for i, edits in plan for edit in edits]
-    return lambda: [generate.generate_batch(model, people, batch, recipe, None, 0) for batch in batches]
+    batches = [plan] if side == "ours" else [[(n, i, [edit])] for n, i, edits in plan for edit in edits]
+    return lambda: [generate.generate_batch(model, people, batch, recipe) for batch in batches]
 
 
 # what is made of a file each time it is opened: the four views of TBPS-CLIP one by one, or at once

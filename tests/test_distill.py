@@ -38,7 +38,7 @@ def test_support_is_drawn_without_repeats():
     table = torch.tensor([[5, 6, 7, 8, 9], [3, 4, -1, -1, -1], [-1] * 5])
     drawn_once, first = set(), None
     for _ in range(50):
-        support, key_mask = distill.draw_support(table, table >= 0, 3)
+        support, key_mask = distill.draw_support(table, 3)
         assert key_mask.sum(dim=1).tolist() == [3, 2, 0] and (support >= 0).all()
         for row, real, allowed in zip(support, key_mask, ({5, 6, 7, 8, 9}, {3, 4}, set())):
             drawn = row[real].tolist()
@@ -47,9 +47,9 @@ def test_support_is_drawn_without_repeats():
         first = support if first is None else first
     assert drawn_once == {5, 6, 7, 8, 9} and not torch.equal(first, support)
     torch.manual_seed(0)
-    assert torch.equal(first, distill.draw_support(table, table >= 0, 3)[0])
+    assert torch.equal(first, distill.draw_support(table, 3)[0])
     wide = torch.arange(10).expand(4000, 10)
-    key_mask = distill.draw_support(wide, wide >= 0, 4, drop=0.3)[1]
+    key_mask = distill.draw_support(wide, 4, drop=0.3)[1]
     assert key_mask.float().mean().item() == pytest.approx(0.7, abs=0.02)
 
 

@@ -163,16 +163,6 @@ def test_a_student_from_other_weights(distilled, distil, tmp_path):
     assert "which compare cosines" in distil(*options, "--out", tmp_path / "f", *TINY, "features=0.2", run=error)
 
 
-def test_a_teacher_of_the_first_edition(distilled, distil, tmp_path):
-    """Its checkpoint calls the stage `richer` and the keys rich_*."""
-    saved = torch.load(distilled[0] / "teacher/last.pt", weights_only=True)
-    saved["args"] = {k: v for k, v in saved["args"].items() if k != "trains"} | dict(stage="richer")
-    saved["recipe"] = {k.replace("teacher_", "rich_"): v for k, v in saved["recipe"].items()} | dict(target="richer")
-    torch.save(saved, tmp_path / "old.pt")
-    said = distil("--teacher", tmp_path / "old.pt", "--out", tmp_path / "r", *TINY)
-    assert said.splitlines()[-1] == distilled[1].splitlines()[-1]
-
-
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 def test_wrong_files(distilled, lonely, distil, tmp_path):

@@ -73,8 +73,8 @@ def test_time_and_noise(diffusion):
     model = generate.load_diffusion(diffusion)
     assert model.timesteps == list(range(980, -1, -20)) and len(model.timesteps) == 50
     betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-    assert model.alpha(980) == pytest.approx((1 - betas).cumprod(0)[980].item(), rel=1e-5)
-    assert model.alpha(-20) == model.alpha(0) == pytest.approx(1 - 0.00085, rel=1e-6)
+    assert model.alphas[980] == pytest.approx((1 - betas).cumprod(0)[980].item(), rel=1e-5)
+    assert model.alphas[0] == pytest.approx(1 - 0.00085, rel=1e-6)
 
 
 def test_images_of_any_shape(model):

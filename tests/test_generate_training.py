@@ -38,7 +38,6 @@ def test_resume_within_an_epoch_is_exact(stop, cuhk, diffusion, tmp_path, monkey
     whole, stopped = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in folders)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     assert torch.equal(*(torch.load(folder / "last.pt")["optimizer"]["state"][0]["exp_avg"] for folder in folders))
-    assert "goes from 0" in error(*command, "--save-minutes", "-1")
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(cuhk, diffusion, tmp_path):
