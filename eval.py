@@ -43,16 +43,17 @@ from tqdm import tqdm
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 def check_features(query, gallery, q_pid, g_pid, own):
-    (Q, D), G = query.shape, len(gallery)
+    Q, G, D = query.shape[:1], gallery.shape[:1], query.shape[1:]
     shapes = [tuple(x.shape) for x in (query, gallery, q_pid, g_pid, own) if x is not None]
-    if 0 in (Q, D, G):
-        raise ValueError(f"nothing to score: {Q} queries, {G} gallery images, {D} numbers each")
-    if shapes != [(Q, D), (G, D), (Q,), (G,), (Q,)][:len(shapes)]:
+    if len(D) != 1 or shapes != [Q + D, G + D, Q, G, Q][:len(shapes)]:
         raise ValueError(f"the shapes of query, gallery, q_pid, g_pid, own do not fit: {shapes}")
-    if not (torch.cat([query, gallery]).norm(dim=1) > 0.5).all():       # after normalisation, also False for NaN
+    if 0 in Q + G + D:
+        raise ValueError(f"nothing to score: {Q[0]} queries, {G[0]} gallery images, {D[0]} numbers each")
+    norm = torch.cat([query, gallery]).norm(dim=1)
+    if not ((norm > 0) & (norm < torch.inf)).all():                     # False for NaN, too
         raise ValueError("a row of the features is all zeros, or holds values that are not finite")
-    if own is not None and not ((own >= 0) & (own < G)).all():
-        raise ValueError(f"own must be rows of the gallery, 0 to {G - 1}")
+    if own is not None and not ((own >= 0) & (own < G[0])).all():
+        raise ValueError(f"own must be rows of the gallery, 0 to {G[0] - 1}")
     if (lost := ~torch.isin(q_pid, g_pid)).any():
         i = int(lost.nonzero()[0])
         raise ValueError(f"{int(lost.sum())} queries have no image of their person in the gallery, "
@@ -96,11 +97,11 @@ def retrieval_metrics(query, gallery, q_pid, g_pid, own=None):
     score higher, by a search in the sorted scores, in chunks of queries. Memory beyond the features is a few megabytes.
     Raises ValueError if a query has no correct image in the gallery, or if features are not finite, zero or do not fit.
     """
-    query, gallery = (F.normalize(torch.as_tensor(x).float(), dim=1) for x in (query, gallery))
+    query, gallery = (torch.as_tensor(x).float() for x in (query, gallery))
     q_pid, g_pid = (torch.as_tensor(p).to(query.device) for p in (q_pid, g_pid))
     own = None if own is None else torch.as_tensor(own).to(query.device)
     check_features(query, gallery, q_pid, g_pid, own)
-    ranks = match_ranks(query, gallery, q_pid, g_pid, own)                                              # (Q, R)
+    ranks = match_ranks(F.normalize(query, dim=1), F.normalize(gallery, dim=1), q_pid, g_pid, own)      # (Q, R)
     found = ranks.isfinite().sum(dim=1)                                                                 # (Q,)
     dropped = int((found == 0).sum())
     ranks, found = ranks[found > 0], found[found > 0]
@@ -874,6 +875,12 @@ def check_args(args):
             raise ValueError(said)
 
 
+def print_rows(rows):
+    """Print {name: scores}, a line each."""
+    for name, scores in rows.items():
+        print(f"{name:44}{format_scores(scores)}", flush=True)
+
+
 def score_features(file):
     """Print the scores of an .npz with query (Q, D), gallery (G, D), q_pid (Q,), g_pid (G,), perhaps own (Q,)."""
     types = dict(query="f4", gallery="f4", q_pid="i8", g_pid="i8", own="i8")
@@ -884,11 +891,12 @@ def score_features(file):
         raise ValueError(f"{file} is no .npz of floating-point features and whole-number ids ({e})") from None
     if missing := types.keys() - {"own"} - x.keys():
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(x) or 'none of them'}")
-    print(f"{len(x['query']):,} queries, {len(x['gallery']):,} gallery images, {x['gallery'].shape[1]} numbers each")
     own = x.pop("own", None)
-    print(f"{'text to image':44}{format_scores(retrieval_metrics(**x))}")
+    rows = {"text to image": retrieval_metrics(**x)}
     if own is not None:
-        print(f"{EXCLUDED:44}{format_scores(retrieval_metrics(**x, own=own))}")
+        rows[EXCLUDED] = retrieval_metrics(**x, own=own)
+    print("{:,} queries, {:,} gallery images, {} numbers each".format(len(x["query"]), *x["gallery"].shape))
+    print_rows(rows)
 
 
 def find_model(data, tbps, source):
@@ -931,8 +939,7 @@ def compare(data, tbps, args):
             rows, image, text = evaluate(model, *inputs, args.device, workers)
             print(f"{source} ({facts['method']}, epoch {facts['epoch']}) on {dataset} {args.split}: "
                   "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
-            for name, scores in rows.items():
-                print(f"{name:44}{format_scores(scores)}", flush=True)
+            print_rows(rows)
             overview[f"{source} on {dataset}"] = rows["text to image"]
             sheet = retrieval_sheet(captions, text, image, *inputs[2:], lambda j: data.load_image(records[j]["image"]))
             chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
