@@ -16,6 +16,7 @@ As a module, this file imports nothing of ours: copy it, or one of its chapters.
 import argparse
 import base64
 import collections
+import contextlib
 import functools
 import hashlib
 import html
@@ -27,12 +28,11 @@ import os
 import re
 import stat
 import sys
-import threading
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from tqdm import tqdm
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 def check_features(query, gallery, q_pid, g_pid, own):
+    """Raise ValueError in words if they cannot be scored."""
     Q, G, D = query.shape[:1], gallery.shape[:1], query.shape[1:]
     shapes = [tuple(x.shape) for x in (query, gallery, q_pid, g_pid, own) if x is not None]
     if len(D) != 1 or shapes != [Q + D, G + D, Q, G, Q][:len(shapes)]:
@@ -238,7 +239,7 @@ def evaluate(model, images, tokens, pid, source, device="cpu", workers=0, progre
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em }
 body { color: #222; background: #fff }  h1 { font-size: 1.5em }  h2 { margin-top: 2em; font-size: 1.15em }
-h1, h2, .hit, .settings { overflow-wrap: anywhere }  .ending { white-space: nowrap }  .legend { color: #444 }
+h1, h2, .hit, .settings { overflow-wrap: anywhere }  .legend { color: #444 }  .note { background: #eee; padding: .5em }
 table { border-collapse: collapse }  td, th { padding: .2em .9em .2em 0; text-align: right; font-weight: normal }
 td:first-child, th:first-child { text-align: left }  thead th { border-bottom: 1px solid #777; font-weight: 600 }
 .settings { columns: 4 16em; font: 13px ui-monospace, monospace }  .row { margin: 1.1em 0 }  .row p { margin: 0 0 .3em }
@@ -246,8 +247,9 @@ figure { display: inline-block; margin: 0 .5em .5em 0; text-align: center; verti
 .row img { height: 112px; border: 4px solid transparent; border-radius: 4px }  .row .source { margin-right: 1.5em }
 .row .large img { height: auto; max-width: 100% }  .source img { border-color: #777 }
 .right img { border-color: #147a35 }  .wrong img { border-color: #c62817; border-style: dashed }
-.hits { display: flex; flex-wrap: wrap; gap: 1em }  .hit { width: 9.5em; text-align: left }
-.hit img { max-width: 9.5em; border-radius: 4px }
+.hit { width: 9.5em; text-align: left }  .hit img { max-width: 9.5em }  .hit a { line-height: 26px; margin-right: .5em }
+form { margin-bottom: 1.5em }  button, input { font: inherit; padding: .3em }
+[name=q] { display: block; width: 100%; box-sizing: border-box; margin: .3em 0 }
 svg { margin-right: 2em; max-width: 100% }  svg text { font: 12px system-ui, sans-serif; fill: #444 }
 """
 COLOURS = ["#1f6fb4", "#c62817", "#147a35", "#7a3fb0", "#9a5600", "#555", "#b0398a"]                    # of curves
@@ -269,12 +271,11 @@ def figure(image, alt, caption="", kind="", height=112):
             f"<figcaption>{caption}</figcaption></figure>")
 
 
-def round_ticks(low, high, steps=5):
-    """Axis ticks that enclose low ... high, about `steps` intervals of 1, 2 or 5 times a power of ten."""
+def round_ticks(low, high):
+    """Axis ticks that enclose low ... high: about five steps of 1, 2 or 5 times a power of ten."""
     span = (high - low) or 1.0
-    size = 10.0 ** math.floor(math.log10(span / steps))
-    size *= next(m for m in (1, 2, 5, 10) if span <= steps * m * size * 1.0001)
-    first, last = math.floor(low / size + 1e-6), math.ceil((low + span) / size - 1e-6)
+    size = next(m * 10.0 ** n for n in range(-12, 12) for m in (1, 2, 5) if span <= 5 * m * 10.0 ** n)
+    first, last = math.floor(low / size + 1e-6), math.ceil((low + span) / size - 1e-6)  # 1e-6: rounding errors
     return [k * size for k in range(first, last + 1)]
 
 
@@ -343,59 +344,65 @@ def retrieval_sheet(captions, text, image, pid, source, load, number=12, top=10)
             "✓ in a green frame is the same person, ✗ in a dashed red frame another one.</p>" + "".join(rows[:number]))
 
 
-def part(path):
-    """The name under which a file is written before it replaces the old one."""
-    return Path(f"{path}.part")
+def check_writable(path, option):
+    """Raise ValueError if no file can be made beside this path, before work is done that would be lost."""
+    folder = Path(path).absolute().parent
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} is no folder that can be written to; {option} FILE names another place")
 
 
 def check_page(path):
     """Raise ValueError if the page cannot be written, or if it would replace a file that is not a page."""
     path = Path(path)
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path.absolute().parent} cannot be written to; name another place with --page FILE")
+    check_writable(path, "--page")
     if path.exists() and not (path.is_file() and path.open("rb").read(15) == b"<!doctype html>"):
         raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
+
+
+def html_page(title, body):
+    """A self-contained page as text."""
+    title = html.escape(title)
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{title}</title><link rel=icon href=data:,><style>{STYLE}</style>"
+            f"<main><h1>{title}</h1>{body}</main></html>")
 
 
 def write_page(path, title, chapters):
     """Write a self-contained HTML file. chapters: (heading, HTML) pairs, perhaps from a generator."""
     check_page(path)
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
-    head = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><h1>{html.escape(title)}</h1>")
-    part(path).write_text(f"{head}{body}</main></html>", encoding="utf-8")
-    part(path).replace(path)
+    unfinished = Path(f"{path}.part")
+    unfinished.write_text(html_page(title, body), encoding="utf-8")
+    unfinished.replace(path)
 
 
 # ---- the index of a gallery -----------------------------------------------------------------------------------------
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-OTHER_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".tif", ".tiff"}       # counted, not read
 
 
-def gallery_files(folder, skipped, failed):
+def gallery_files(folder, skipped, unreadable):
     """Yield [path below the folder, bytes, modification time in ns] of each image file, at any depth, in order.
 
-    Hidden files, symlinks that are broken or leave the folder, and anything but regular files are ignored.
-    skipped: a Counter, receives the endings of images that are not read
-    failed: a list, receives the OSError of each folder that cannot be listed and of each file that cannot be examined
+    Hidden files and anything but regular files, like symlinks, are ignored.
+    skipped: a Counter, receives the endings of files that are not read
+    unreadable: a list, receives the paths of folders that cannot be listed and of files that cannot be examined
     """
-    root, prefix = os.path.join(os.path.realpath(folder), ""), len(os.path.join(folder, ""))
-    for where, folders, files in os.walk(folder, onerror=failed.append):
+    prefix = len(os.path.join(folder, ""))
+    for where, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(e.filename[prefix:] or ".")):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(f for f in files if not f.startswith(".")):
             path, ending = os.path.join(where, name), os.path.splitext(name)[1].lower()
-            skipped.update({ending} & OTHER_SUFFIXES)
-            if ending not in SUFFIXES or os.path.islink(path) and not os.path.realpath(path).startswith(root):
+            if ending not in SUFFIXES:
+                skipped[ending] += 1
                 continue
             try:
-                state = os.stat(path)
-                if stat.S_ISREG(state.st_mode):
-                    yield [path[prefix:], state.st_size, state.st_mtime_ns]
-            except FileNotFoundError:                                   # a broken symlink
-                pass
-            except OSError as e:
-                failed.append(e)
+                state = os.lstat(path)
+            except OSError:
+                unreadable.append(path[prefix:])
+                continue
+            if stat.S_ISREG(state.st_mode):
+                yield [path[prefix:], state.st_size, state.st_mtime_ns]
 
 
 class Index:
@@ -405,25 +412,25 @@ class Index:
     FILE.jsonl   [json.loads(line) for line in open("FILE.jsonl")][1:]              row n: [path, bytes, time in ns]
 
     The first line of FILE.jsonl is {"weights": ..., "width": D}: embeddings of other weights are replaced. Rows are
-    appended batch by batch, so an interrupted run loses nothing; opening cuts both files to the shorter one. A million
-    images take about 120 MB of memory, for the lines. Raises ValueError for files that are not an index.
+    only ever appended, batch by batch, so an interrupted run loses nothing; opening cuts both files to the shorter one.
+    Rows of files that are gone or have changed since are ignored by a search; delete both files to be rid of them.
+    A million images take about 120 MB of memory, for the lines. Raises ValueError for files that are not an index.
     """
 
     def __init__(self, file, weights, width):
         self.rows_file, self.list_file = Path(f"{file}.f16"), Path(f"{file}.jsonl")
-        self.width, self.head, self.lines, self.size = width, self.line(dict(weights=weights, width=width)), [], 0
-        if part(self.list_file).exists() and not part(self.rows_file).exists():                         # see `keep`
-            part(self.list_file).replace(self.list_file)
+        self.width, self.head, self.lines = width, self.line(dict(weights=weights, width=width)), []
         there = [p for p in (self.list_file, self.rows_file) if p.exists()]
         head, *lines = (self.list_file.open("rb").readlines() if self.list_file in there else []) or [b""]
         if there and not head.startswith(b'{"weights": "'):
             raise ValueError(f"{there[0]} exists and is no index; remove it, or name another file with --index")
-        if head == self.head:
-            size = self.rows_file.stat().st_size if len(there) == 2 else 0
-            self.lines = [line for line in lines[:size // (2 * width)] if line.endswith(b"\n")]
-            self.size = len(head) + sum(map(len, self.lines))
+        if head == self.head and len(there) == 2:
+            complete = self.rows_file.stat().st_size // (2 * width)
+            self.lines = [line for line in lines[:complete] if line.endswith(b"\n")]
+        self.size = len(self.head) + sum(map(len, self.lines))
+        if self.lines:
             for path, size in (self.list_file, self.size), (self.rows_file, 2 * width * len(self.lines)):
-                if path in there and path.stat().st_size != size:
+                if path.stat().st_size > size:
                     os.truncate(path, size)
 
     @staticmethod
@@ -434,120 +441,71 @@ class Index:
         """(N, D) float16, mapped into memory: only what is used is read."""
         return np.memmap(self.rows_file, np.float16, "c", shape=(len(self.lines), self.width))
 
-    def check_writable(self):
-        """A finished index may be read-only; call this before work that would be lost."""
-        places = [self.rows_file.absolute().parent] + [p for p in (self.rows_file, self.list_file) if p.exists()]
-        if not all(os.access(p, os.W_OK) for p in places):
-            raise OSError(f"{places[0]} is no folder that the index can be written to; --index FILE puts it elsewhere")
-
     def append(self, rows, lines):
         """Append rows, float16 (n, D), and the line of each: first the rows, then what makes them count."""
         if not self.lines:                                              # new, or of other weights
-            self.keep([])
+            self.rows_file.write_bytes(b"")
+            self.list_file.write_bytes(self.head)
         if self.list_file.stat().st_size != self.size:
             raise ValueError(f"{self.list_file} has changed meanwhile: is another search filling the same index?")
-        with open(self.rows_file, "r+b") as f:
-            f.seek(2 * self.width * len(self.lines))
+        with open(self.rows_file, "ab") as f:
             f.write(rows.tobytes())
-            f.truncate()
         with open(self.list_file, "ab") as f:
             f.writelines(lines)
         self.lines += lines
         self.size += sum(map(len, lines))
 
-    def keep(self, wanted):
-        """Keep only the rows with wanted (N,) True. Both files are written anew, then replaced, the rows first.
 
-        If the program ends between the two, FILE.jsonl.part is there alone; opening puts it in its place."""
-        numbers, old = np.flatnonzero(wanted), self.features() if self.lines else None
-        self.lines = list(itertools.compress(self.lines, wanted))
-        self.size = len(self.head) + sum(map(len, self.lines))
-        with open(part(self.rows_file), "wb") as f:
-            for some in np.array_split(numbers, len(numbers) // 4096 + 1):
-                f.write(old[some].tobytes() if len(some) else b"")
-        with open(part(self.list_file), "wb") as f:
-            f.writelines([self.head, *self.lines])
-        del old                                                         # some systems do not replace a mapped file
-        part(self.rows_file).replace(self.rows_file)
-        part(self.list_file).replace(self.list_file)
-
-
-def read_or_nan(folder, view, size, line):
+def read_or_nan(folder, preprocessing, line):
     """The pixels (3, H, W) of a line of the index; NaN, and so a feature of NaN, for a file that cannot be read."""
     try:
-        return view(Path(folder) / json.loads(line)[0])
+        return preprocessing.image(Path(folder) / json.loads(line)[0])
     except (OSError, ValueError, Image.DecompressionBombError):
-        return torch.full((3, *size), torch.nan)
+        return torch.full((3, *preprocessing.size), torch.nan)
 
 
-def find_changes(index, folder):
-    """Compare a folder with its index, and drop the rows of files that are gone. What cannot be listed is not gone.
+def update_index(index, model, preprocessing, folder, device="cpu", workers=0, batch=256):
+    """Embed the images of a folder that are not in its index, or have changed.
 
-    -> lines of new and changed files, Counter of skipped endings, [OSError] of what cannot be listed"""
-    gone, new, skipped, failed = set(index.lines), [], collections.Counter(), []
-    for line in map(index.line, gallery_files(folder, skipped, failed)):
+    preprocessing: .size (H, W); .image(Path) -> pixels (3, H, W), or OSError or ValueError for an unreadable file
+    -> numbers of the rows that belong to a file, paths of unreadable files and folders, Counter of skipped endings
+    """
+    gone, new, skipped, unreadable = set(index.lines), [], collections.Counter(), []
+    for line in map(index.line, gallery_files(folder, skipped, unreadable)):
         if line in gone:
             gone.remove(line)
         else:
             new.append(line)
-    hidden = [os.path.relpath(e.filename, folder) for e in failed]
-    if "." in hidden:
-        raise ValueError(f"{folder} cannot be listed: {failed[0].strerror}")
-    if hidden:
-        below = tuple(place + os.sep for place in hidden)
-        gone = {line for line in gone if not (json.loads(line)[0] + os.sep).startswith(below)}
-    if gone and len(gone) == len(index.lines) and not new:              # a disk that is not mounted
-        raise ValueError(f"{folder} holds no picture any more; its index is left as it is: {index.list_file}")
-    if new or gone:
-        index.check_writable()
-    if gone:
-        index.keep([line not in gone for line in index.lines])
-    return new, skipped, failed
-
-
-def update_index(index, model, view, size, folder, device="cpu", workers=0, batch=256):
-    """Bring the index of a folder up to date: embed new and changed files, drop those that are gone.
-
-    view: called with the Path of a file -> pixels (3, H, W), or OSError or ValueError for a file that cannot be read
-    size: (H, W)
-    -> paths of unreadable files, Counter of skipped images by ending, [OSError] of what could not be listed
-    Under torchrun each process embeds its part. Only the first one has the index; the others pass None.
-    """
-    rank, ranks = process()
-    bad, new, skipped, failed = [], [], {}, []
-    if rank == 0:
-        new, skipped, failed = find_changes(index, folder)
-    if ranks > 1:
-        torch.distributed.broadcast_object_list(box := [new])
-        new = box[0]
-    files = Images(new[rank::ranks], functools.partial(read_or_nan, folder, view, size))
-    batches = embed_batches(model, files, device, workers, batch)
-    bar = progress_bar(total=len(new), unit=" images", desc="embedding", disable=rank > 0)
-    for start in range(0, len(new), batch * ranks):
-        lines = new[start:start + batch * ranks]
-        features = all_gather_rows(next(batches, torch.empty(0, 0)))                                    # (n, D)
-        readable = features.isfinite().all(dim=1)
-        bad += [json.loads(line)[0] for line, ok in zip(lines, readable) if not ok]
-        if rank == 0 and readable.any():
+    if new:
+        check_writable(index.rows_file, "--index")
+    bar = progress_bar(total=len(new), unit=" images", desc="embedding")
+    images = Images(new, functools.partial(read_or_nan, folder, preprocessing))
+    for start, features in zip(range(0, len(new), batch), embed_batches(model, images, device, workers, batch)):
+        lines, readable = new[start:start + batch], features.isfinite().all(dim=1)
+        unreadable += [json.loads(line)[0] for line, ok in zip(lines, readable) if not ok]
+        if readable.any():
             index.append(features[readable].half().numpy(), list(itertools.compress(lines, readable)))
         bar.update(len(lines))
     bar.close()
-    return bad, skipped, failed
+    rows = np.fromiter((n for n, line in enumerate(index.lines) if line not in gone), np.int64)
+    return rows, unreadable, skipped
 
 
 @torch.no_grad()
-def nearest(features, query, top):
-    """The rows of a gallery (N, D), float16, closest to each query (Q, D) -> cosines (Q, top), row numbers (Q, top).
+def nearest(features, rows, query, top):
+    """Which of some rows (n,) of the features (N, D), float16, are closest to each query (Q, D), best first.
 
-    The gallery is read in pieces and may be a mapped file: time grows with N, memory does not."""
+    -> cosines (Q, top), positions in rows (Q, top)
+    The features are read in pieces and may be a mapped file: time grows with n, memory does not."""
     chunk = min(8192, 2 ** 22 // len(query) + 1)                        # rows: their scores take 16 MB at most
-    score, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
-    for start in range(0, len(features), chunk):
-        some = query.float() @ torch.from_numpy(features[start:start + chunk]).float().T                # (Q, chunk)
-        some, place = some.topk(min(top, some.shape[1]), dim=1)
-        score, which = torch.cat([score, some], dim=1).topk(min(top, score.shape[1] + some.shape[1]), dim=1)
-        row = torch.cat([row, place + start], dim=1).gather(1, which)
-    return score, row
+    score, place = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
+    for start in range(0, len(rows), chunk):
+        some = query.float() @ torch.from_numpy(features[rows[start:start + chunk]]).float().T          # (Q, chunk)
+        some, best = some.topk(min(top, some.shape[1]), dim=1)
+        place = torch.cat([place, start + best], dim=1)
+        score, best = torch.cat([score, some], dim=1).topk(min(top, place.shape[1]), dim=1)
+        place = place.gather(1, best)
+    return score, place
 
 
 # ---- searching ------------------------------------------------------------------------------------------------------
@@ -565,52 +523,39 @@ class Search:
     data: the module, for load_image, normalize_text and tag_words
     """
 
-    def __init__(self, model, tokenizer, preprocessing, data, folder, index, device):
+    def __init__(self, model, tokenizer, preprocessing, data, folder, index, rows, device):
         self.model, self.tokenizer, self.preprocessing, self.data = model, tokenizer, preprocessing, data
-        self.folder, self.lines, self.features = Path(folder), index.lines, index.features()
-        self.device, self.lock = device, threading.Lock()
+        self.folder, self.device, self.features, self.rows = Path(folder), device, index.features(), rows
+        self.lines = [index.lines[n] for n in rows]                     # from here on, a row is a number in this list
 
-    def path(self, row):
-        """The path below the folder."""
-        return json.loads(self.lines[row])[0]
+    def name(self, row):
+        """The path below the folder, to be printed."""
+        return printable(json.loads(self.lines[row])[0])
 
     def load(self, row, least=None):
-        """The PIL image of a row, reduced to no less than `least` pixels a side. ValueError if it is gone."""
-        path = self.folder / self.path(row)
-        if not path.exists() or not path.resolve().is_relative_to(self.folder.resolve()):               # or led out
-            raise ValueError(f"{printable(self.path(row))} is not in the folder any more")
-        return self.data.load_image(path, least)
+        """The PIL image of a row, at least `least` pixels a side. Raises OSError or ValueError if it is gone."""
+        return self.data.load_image(self.folder / json.loads(self.lines[row])[0], least)
 
     def encode(self, texts):
-        """Queries -> (Q, D) of unit length. ValueError if cleaning leaves nothing of one."""
+        """Queries -> features (Q, D) of unit length, and whether any is too long to be read whole.
+
+        ValueError if cleaning leaves nothing of a query."""
         cleaned = [self.preprocessing.text(t) for t in texts]
         if empty := [text for text, rest in zip(texts, cleaned) if not rest.strip()]:
             raise ValueError(f"the query {empty[0][:40]!r} has no word: describe the person in a sentence")
-        with self.lock:
-            return embed_texts(self.model, self.tokenizer(cleaned))
-
-    def unread(self, text):
-        """How many tokens of a query are not read: the encoder takes 75, and cleaning keeps 77 words."""
-        def count(words):
-            return len(self.tokenizer.bpe.encode(self.data.normalize_text(words)).ids)
-        whole = " ".join(filter(None, map(self.preprocessing.text, text.split())))                      # nothing is cut
-        return count(whole) - min(75, count(self.preprocessing.text(text)))
+        tokens = self.tokenizer(cleaned)                                # (Q, T); the last position is EOT if it is full
+        return embed_texts(self.model, tokens), bool((tokens[:, -1] != 0).any())
 
     def top(self, query, number):
         """[(row, cosine), ...] for each query (Q, D)."""
-        score, row = nearest(self.features, query, number)
+        score, row = nearest(self.features, self.rows, query, number)
         return [list(zip(*found)) for found in zip(row.tolist(), score.tolist())]
 
     def like(self, row, number):
         """[(row, cosine), ...] of the images most similar to an image of the gallery, without itself."""
-        found = self.top(torch.from_numpy(self.features[row:row + 1]).float(), number + 1)[0]
+        feature = torch.from_numpy(self.features[self.rows[row:row + 1]])
+        found = self.top(feature, number + 1)[0]
         return [(other, score) for other, score in found if other != row][:number]
-
-    def explain(self, picture, text):
-        """What in a PIL image the words of a text respond to; see `word_maps`."""
-        pixels, text = self.preprocessing.image(picture), self.preprocessing.text(self.data.normalize_text(text))
-        with self.lock:
-            return word_maps(self.model, self.tokenizer, pixels, text, self.data.tag_words, self.device)
 
 
 @torch.no_grad()
@@ -648,192 +593,140 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
     return [(text[slice(*words[n])], adds[n].item(), loss[n] / covered) for n in shown]
 
 
+TOO_LONG = "The model reads 75 tokens of a sentence, about 55 words, and not the rest."
 MAPS = ("<p class=legend>The number is what the word adds to the score. Red: the parts that speak for the word. Blue, "
         "if it lowers the score: the parts that speak against it. The maps show what the model reacts to, which need "
         "not be where the thing is.</p>")
 
 
 def explained(search, row, text):
-    """HTML: an image beside the maps of the words of a text, all on one scale. A map is at least 150 pixels wide."""
-    picture = search.load(row, 600)
-    found = [(word, adds, heat if adds > 0 else -heat) for word, adds, heat in search.explain(picture, text)]
-    height = round(min(600, max(240, 160 * picture.height / picture.width)))
-    picture.thumbnail((4 * height, 2 * height))
-    grey, most = picture.convert("L").convert("RGB"), max([1e-6] + [heat.max().item() for *_, heat in found])
-    shown = [figure(picture, printable(search.path(row)), "the picture", "large", height)]
-    for word, adds, heat in found:
+    """HTML: an image beside the maps of the words of a text, all on one scale."""
+    picture, text = search.load(row, 400), search.preprocessing.text(search.data.normalize_text(text))
+    pixels, tag = search.preprocessing.image(picture), search.data.tag_words
+    maps = [(word, adds, heat if adds > 0 else -heat)
+            for word, adds, heat in word_maps(search.model, search.tokenizer, pixels, text, tag, search.device)]
+    grey, most = picture.convert("L").convert("RGB"), max([1e-6] + [heat.max().item() for *_, heat in maps])
+    shown = [figure(picture, search.name(row), "the picture", "large", 400)]
+    for word, adds, heat in maps:
         mask = Image.fromarray((191 * (heat / most).clamp(0, 1).sqrt()).byte().numpy())
         colour = Image.new("RGB", picture.size, (230, 30, 20) if adds > 0 else (20, 60, 230))
         painted = Image.composite(colour, grey, mask.resize(picture.size, Image.Resampling.BICUBIC))
-        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", height))
+        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", 400))
     return f"<div class=row>{''.join(shown)}</div>"
-
-
-def breakable(path):
-    """A path as HTML, which is never broken shortly before or inside its ending."""
-    name = printable(path)
-    cut = max(0, len(os.path.splitext(name)[0]) - 4)
-    return f"{html.escape(name[:cut])}<span class=ending>{html.escape(name[cut:])}</span>"
 
 
 def results(search, found, links=None):
     """HTML: the images of [(row, cosine), ...], by rank. links: row -> HTML to put below its image."""
-    cells = []
+    shown = []
     for rank, (row, score) in enumerate(found, start=1):
-        name = printable(search.path(row))
+        name = search.name(row)
+        text = f"<b>{rank}</b> {score:.3f}<br>{html.escape(name)}{links(row) if links else ''}"
         try:
-            shown = f'<img src="{thumbnail(search.load(row, 384), 192)}" alt="{html.escape(name)}">'
-        except (OSError, ValueError):
-            shown = f"<span>{html.escape(name)} cannot be read any more</span>"
-        if links:
-            shown = f'<a href="/photo?row={row}">{shown}</a>'
-        cells.append(f"<figure class=hit>{shown}<figcaption><b>{rank}</b> {score:.3f}<br>{breakable(search.path(row))}"
-                     f"{links(row) if links else ''}</figcaption></figure>")
-    return f"<div class=hits>{''.join(cells)}</div>"
+            shown.append(figure(search.load(row, 384), name, text, "hit", 192))
+        except (OSError, ValueError):                                   # gone or changed since
+            shown.append(f'<figure class="hit">cannot be read any more<figcaption>{text}</figcaption></figure>')
+    return "".join(shown)
 
 
 # ---- the search page ------------------------------------------------------------------------------------------------
 #
-# The browser sends the form and loads the pages: errors, titles and the way back are its own. The script only sends the
-# form with Enter, and keeps what is typed while a search runs.
+# A form and links, without a script. Only row numbers come from outside, never a path.
 
-LONGEST = 5000      # characters of a query. Percent-encoded, they fit the 65,536 bytes that http.server reads of an URL
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>{title}</title><link rel=icon href=data:,><style>{style}
-form {{ margin-bottom: 1.5em }}  button {{ font: inherit; padding: .3em 1em }}  input {{ font: inherit; width: 4.5em }}
-textarea {{ display: block; width: 100%; box-sizing: border-box; font: inherit; margin: .3em 0; padding: .5em }}
-.note {{ background: #f3f3f3; padding: .5em .8em }}  .more a {{ display: inline-block; line-height: 26px }}</style>
-<header><h1>Find a person in {number:,} pictures</h1></header>
-<form action=/ method=get role=search autocomplete=off><label for=q>Describe the person</label>
-<textarea id=q name=q rows=2 autofocus maxlength={longest} placeholder="a woman in a green coat with a black backpack">
-{text}</textarea>
-<button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label>
-<p class=legend>Several lines describe the same person; their features are averaged.</p></form><main>{main}</main>
-<script nonce={nonce}>
-const text = document.forms[0].q
-let sent = text.value
-text.onkeydown = e => {{ if (e.key == "Enter" && !e.shiftKey) {{ e.preventDefault(); text.form.requestSubmit() }} }}
-onbeforeunload = () => {{ sent = text.value }}
-onpagehide = () => {{ if (text.value != sent) sessionStorage.typed = text.value }}
-onpageshow = () => {{ if (sessionStorage.typed) {{ text.value = sessionStorage.typed; delete sessionStorage.typed }} }}
-</script></html>"""
+POLICY = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; "
+          "frame-ancestors 'none'")
+FORM = """<form role=search autocomplete=off>
+<p>Describe the person in a sentence. If there are several, their features are averaged.</p>{fields}
+<button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label></form>"""
+FIELD = '<input name=q value="{line}" placeholder="{hint}" aria-label="a sentence" maxlength=2000 autofocus>'
 
 
-def whole_number(asked, name, low, high, default=None):
-    """A number of the query string; the default if it is missing or empty."""
-    value = asked.get(name, [""])[-1].strip()
-    if value and not (re.fullmatch("[0-9]{1,9}", value) and low <= int(value) <= high):
-        raise ValueError(f"{name} must be a number from {low} to {high}, not {value[:20]!r}")
-    return int(value) if value else default
+def answer(search, lines, top, like=None, why=None):
+    """HTML: the pictures that fit the lines of a query, or those like a row. why: a row to explain by word maps.
 
-
-def answer(search, asked, text, top):
-    """The main part of the page for a query string as a dict -> HTML. Raises ValueError in words for the user."""
-    like, why = (whole_number(asked, name, 0, len(search.lines) - 1) for name in ("like", "why"))
-    lines, main = [line for line in text.splitlines() if line.strip()], ""
-
+    Raises ValueError in words for the user, IndexError for a row that is not there."""
     def links(row):
-        why = html.escape(urlencode(dict(why=row, q=text, top=top)))
-        return (f'<br><span class=more><a href="/?like={row}&amp;top={top}">more like this</a>'
-                + f' &nbsp; <a href="/?{why}">why?</a>' * bool(lines) + "</span>")
+        addresses = {"more like this": urlencode(dict(like=row, top=top))}
+        if lines:
+            addresses["why?"] = urlencode(dict(why=row, q=lines, top=top), doseq=True)
+        return "<br>" + " ".join(f'<a href="/?{html.escape(to)}">{text}</a>' for text, to in addresses.items())
 
-    if len(text) > LONGEST:
-        raise ValueError(f"a description of {len(text):,} characters is too long; a few sentences are enough")
     if like is not None:
-        return f"<h2>Like {breakable(search.path(like))}</h2>{results(search, search.like(like, top), links)}"
+        return f"<h2>Like {html.escape(search.name(like))}</h2>{results(search, search.like(like, top), links)}"
     if not lines:
-        return "<p class=note>Describe the person in a sentence.</p>" if "q" in asked else ""
+        return ""
+    query, too_long = search.encode(lines)
+    main = f"<p class=note>{TOO_LONG}</p>" * too_long
     if why is not None:
-        main += f"<h2>What the words respond to in {breakable(search.path(why))}</h2>"
+        main += f"<h2>What the words respond to in {html.escape(search.name(why))}</h2>"
         main += explained(search, why, " ".join(lines)) + MAPS
-    if unread := sum(map(search.unread, lines)):
-        main += f"<p class=note>{unread:,} tokens were not read: the model reads 75 tokens a line, about 55 words.</p>"
-    query = F.normalize(search.encode(lines).mean(dim=0, keepdim=True), dim=1)
-    return main + results(search, search.top(query, top)[0], links)
+    mean = F.normalize(query.mean(dim=0, keepdim=True), dim=1)
+    return main + results(search, search.top(mean, top)[0], links)
+
+
+def search_page(search, query_string):
+    """The page for a query string -> HTML. On a mistake it keeps what was typed."""
+    asked = parse_qs(query_string)
+    lines, numbers = [line for line in asked.get("q", []) if line.strip()], dict(top=20)
+    try:
+        numbers |= {name: int(asked[name][-1]) for name in ("top", "like", "why") if name in asked}
+        numbers["top"] = min(200, max(1, numbers["top"]))
+        main = answer(search, lines, **numbers)
+    except (ValueError, IndexError, OSError) as e:
+        main = f"<p class=note>{html.escape(str(e))}</p>"
+    hint = "one more about the same person" if lines else "a woman in a green coat with a black backpack"
+    fields = "".join(FIELD.format(line=html.escape(line), hint=hint) for line in [*lines, ""])
+    form = FORM.format(fields=fields, top=numbers["top"])
+    return html_page(f"Find a person in {len(search.lines):,} pictures", form + main)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers a browser on this machine. Only row numbers come from outside, never a path."""
-    timeout = 15                                                        # seconds for a client that sends nothing
+    """Answers a browser on this machine."""
     search = None
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):                      # the browser may leave before the answer
+            super().handle()
+
     def do_GET(self):
-        if not LOCAL.fullmatch(self.headers.get("Host", "")):           # a name of another site that leads here
-            return self.send(403, "text/plain", b"this page answers to localhost only\n")
-        try:
-            url = urlsplit(self.path)
-            asked = parse_qs(url.query, keep_blank_values=True, max_num_fields=20)
-            if url.path == "/":
-                return self.send_page(asked)
-            row = whole_number(asked, "row", 0, len(self.search.lines) - 1) if url.path == "/photo" else None
-            if row is None:
-                return self.send(404, "text/plain", b"there is nothing here\n")
-            buffer = io.BytesIO()
-            self.search.load(row).save(buffer, "JPEG", quality=92)
-            self.send(200, "image/jpeg", buffer.getvalue())
-        except (ConnectionError, TimeoutError):
-            raise
-        except (ValueError, OSError) as e:
-            self.send(400, "text/plain; charset=utf-8", f"{e}\n".encode("utf-8", "replace"))
-
-    def send_page(self, asked):
-        """Send the page for a query string. On a mistake it keeps what was typed."""
-        text, top, code = "\n".join(asked.get("q", [])), 20, 200
-        try:
-            top = whole_number(asked, "top", 1, 200, top)
-            main = answer(self.search, asked, text, top)
-        except (ValueError, OSError) as e:
-            main, code = f"<p class=note>{html.escape(str(e))}</p>", 400
-        nonce = base64.b64encode(os.urandom(12)).decode()
-        title = " ".join(text.split())[:80] or ("similar pictures" if "like" in asked else "search")
-        page = PAGE.format(style=STYLE, number=len(self.search.lines), text=html.escape(text), top=top, main=main,
-                           nonce=nonce, title=html.escape(f"{title} - find a person"), longest=LONGEST)
-        self.send(code, "text/html; charset=utf-8", page.encode("utf-8", "replace"),
-                  f"default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; script-src 'nonce-{nonce}'; "
-                  "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-    def send(self, code, kind, body, policy="default-src 'none'; style-src 'unsafe-inline'"):
-        self.send_response(code)
-        for name, value in {"Content-Type": kind, "Content-Length": len(body), "Content-Security-Policy": policy,
-                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                            "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}.items():
-            self.send_header(name, str(value))
+        path, _, query_string = self.path.partition("?")
+        if not LOCAL.fullmatch(self.headers.get("Host", "")):           # the name of a site that leads here
+            return self.send_error(403, "this page answers to localhost only")
+        if path != "/":
+            return self.send_error(404)
+        page = search_page(self.search, query_string).encode("utf-8", "replace")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Security-Policy", POLICY)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(page)
 
     def log_message(self, *_):
-        pass
+        """Print nothing."""
 
 
-class Server(ThreadingHTTPServer):
-    """Holds a port of localhost; requests that come before serve_forever wait."""
-    daemon_threads, request_queue_size = True, 128
-
-    def __init__(self, port):
-        try:
-            super().__init__(("127.0.0.1", port), Handler)
-        except OSError as e:
-            raise OSError(f"port {port} cannot be used ({e.strerror}); take another with --serve PORT") from None
-
-    def handle_error(self, request, client):
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
-            super().handle_error(request, client)
+def open_server(port):
+    """A server that holds a port of localhost; requests that come before serve_forever wait."""
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as e:
+        raise OSError(f"port {port} cannot be used ({e}); take another with --serve PORT") from None
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 def image_size(text):
     """HxW -> (H, W), for argparse."""
-    if not re.fullmatch("[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; height x width, like 384x128")
-    return tuple(map(int, text.split("x")))
+    height, width = text.split("x")
+    return int(height), int(width)
 
 
 def parse_args(data):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--checkpoint", nargs="+", default=[], metavar="C", help="of ours, or a CLIP (file, folder, hub id)")
+    g = p.add_mutually_exclusive_group(required=True)
+    g.add_argument("--checkpoint", nargs="+", metavar="C", help="of ours, or a CLIP (file, folder, hub id)")
+    g.add_argument("--features", metavar="FILE", help=".npz of query (Q, D), gallery (G, D), q_pid, g_pid, maybe own")
     p.add_argument("--device", default=cuda, help="cpu, mps, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
     p.add_argument("--page", metavar="FILE", help="the page to write (default: beside the checkpoint, or search.html)")
@@ -843,7 +736,6 @@ def parse_args(data):
     g.add_argument("--dataset", nargs="+", choices=data.DATASETS, help="data sets (default: that of the training run)")
     g.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: as in training)")
     g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
-    g.add_argument("--features", metavar="FILE", help=".npz of query (Q, D), gallery (G, D), q_pid, g_pid, maybe own")
     g = p.add_argument_group("search")
     g.add_argument("--gallery", metavar="DIR", help="a folder of images, at any depth: " + ", ".join(sorted(SUFFIXES)))
     g.add_argument("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="each text in quotes")
@@ -852,33 +744,21 @@ def parse_args(data):
     g.add_argument("--index", metavar="FILE", help="where the embeddings are stored (default: beside the gallery)")
     g.add_argument("--explain", type=int, default=0, metavar="N", help="word maps for the first N images of a query")
     g.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="search page (default port: 8000)")
-    return p.parse_args()
-
-
-def check_args(args):
-    """Raise ValueError for the first mistake, before anything is read."""
-    given = [args.gallery, args.queries, args.index, args.page, args.features, *args.checkpoint]
-    asks = bool(args.query or args.queries)
-    for wrong, said in [
-        ("" in given, "an option was given an empty text; is a variable of the shell not set?"),
-        (args.features and (args.checkpoint or args.page or args.gallery), "one thing at a time: --features FILE, "
-         "--checkpoint C --gallery PHOTOS, or --checkpoint C for scores"),
-        (args.top < 1 or args.explain < 0 or args.workers < 0, "--top is from 1 up, --explain and --workers from 0 up"),
-        (not 0 <= (args.serve or 0) <= 65535, "--serve takes a port at most 65535"),
-        ((asks or args.serve is not None) and not args.gallery, "name the folder to search with --gallery"),
-        (not (args.features or args.checkpoint), "name a checkpoint with --checkpoint, or features with --features"),
-        (args.gallery and len(args.checkpoint) > 1, "a gallery is searched with one checkpoint"),
-        (args.explain and not asks, "--explain shows maps for the images that a query finds: give one with --query"),
-        (args.index and os.path.isdir(args.index), f"{args.index} is a folder; --index names a file in it"),
-    ]:
-        if wrong:
-            raise ValueError(said)
+    args = p.parse_args()
+    if (args.query or args.queries or args.serve is not None) and not args.gallery:
+        p.error("name the folder to search with --gallery")
+    if args.gallery and len(args.checkpoint or []) != 1:
+        p.error("a gallery is searched with one checkpoint")
+    if args.top < 1:
+        p.error("--top is from 1 up")
+    return args
 
 
 def print_rows(rows):
     """Print {name: scores}, a line each."""
+    width = max(43, *map(len, rows))
     for name, scores in rows.items():
-        print(f"{name:44}{format_scores(scores)}", flush=True)
+        print(f"{name:{width}} {format_scores(scores)}", flush=True)
 
 
 def score_features(file):
@@ -887,14 +767,12 @@ def score_features(file):
     try:
         with np.load(file) as archive:
             x = {name: archive[name].astype(types[name], casting="same_kind") for name in types if name in archive}
+        own = x.pop("own", None)
+        rows = {"text to image": retrieval_metrics(**x)}
+        if own is not None:
+            rows[EXCLUDED] = retrieval_metrics(**x, own=own)
     except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, OSError) as e:
-        raise ValueError(f"{file} is no .npz of floating-point features and whole-number ids ({e})") from None
-    if missing := types.keys() - {"own"} - x.keys():
-        raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; it has {', '.join(x) or 'none of them'}")
-    own = x.pop("own", None)
-    rows = {"text to image": retrieval_metrics(**x)}
-    if own is not None:
-        rows[EXCLUDED] = retrieval_metrics(**x, own=own)
+        raise ValueError(f"{file} is no .npz of floating-point features and whole-number ids: {e}") from None
     print("{:,} queries, {:,} gallery images, {} numbers each".format(len(x["query"]), *x["gallery"].shape))
     print_rows(rows)
 
@@ -935,8 +813,7 @@ def compare(data, tbps, args):
             records = data.read(dataset, args.data_root or facts["args"].get("data_root", "data"), args.split)
             captions = [c for r in records for c in r["captions"]]
             inputs = evaluation_set(records, preprocessing, tokenizer)
-            workers = 0 if dataset.startswith("toy") else args.workers
-            rows, image, text = evaluate(model, *inputs, args.device, workers)
+            rows, image, text = evaluate(model, *inputs, args.device, args.workers)
             print(f"{source} ({facts['method']}, epoch {facts['epoch']}) on {dataset} {args.split}: "
                   "{:,} persons, {:,} images, {:,} captions".format(*data.counts(records)))
             print_rows(rows)
@@ -950,72 +827,59 @@ def compare(data, tbps, args):
                 write_page(page, " and ".join(args.checkpoint), head + chapters)
     if several:
         print("\ntext to image")
-        for name, scores in overview.items():
-            print(f"{name:{max(map(len, overview))}}  {format_scores(scores)}")
+        print_rows(overview)
     print(f"page: {page}", flush=True)
 
 
-def read_queries(data, args):
-    """-> the texts of --query and --queries."""
-    queries = list(args.query)
-    if args.queries:
-        file = data.need(args.queries, "the file of queries", "it has one query per line")
-        queries += [line for line in data.read_text(file).splitlines() if line.strip()]
-    if (args.queries and not queries) or not all(q.strip() for q in queries):
-        raise ValueError("a query is empty: describe the person in a sentence")
-    return [printable(q.expandtabs(1)) for q in queries]
-
-
-def answered(search, queries, args):
-    """Print what each query finds, and yield its chapter of the page."""
-    for query, found in zip(queries, search.top(search.encode(queries), args.top)):
-        if unread := search.unread(query):
-            print(f"{query[:40]}...: its last {unread:,} tokens were not read; there is room for 75", file=sys.stderr)
-        print(f"\n{query}")
-        for rank, (row, score) in enumerate(found, start=1):
-            print(f"{rank:4d}  {score:.3f}  {printable(search.path(row))}")
-        maps = "".join(explained(search, row, query) for row, _ in found[:args.explain])
-        yield query, results(search, found) + (maps and MAPS + maps)
-
-
 def open_index(folder, model, preprocessing, args):
-    """The index of a folder, brought up to date -> Index (None but in the first process). Says what was skipped."""
-    prepared = {k: v for k, v in preprocessing.settings.items() if k != "clean"}
-    digest = hashlib.sha256(json.dumps([model.arch, prepared]).encode())
+    """The index of a folder, brought up to date -> Index, numbers of its rows to search. Says what was skipped."""
+    digest = hashlib.sha256(json.dumps([model.arch, preprocessing.settings]).encode())
     for _, w in sorted(model.image.state_dict().items()):               # what the embedding of an image depends on
         digest.update(w.cpu().contiguous().numpy())
     weights = digest.hexdigest()[:16]
     file = re.sub(r"\.(f16|jsonl)$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
-    index = Index(file, weights, model.arch["embed"]) if process()[0] == 0 else None
-    bad, skipped, failed = update_index(index, model, preprocessing.image, preprocessing.size, folder, args.device,
-                                        args.workers)
+    index = Index(file, weights, model.arch["embed"])
+    rows, unreadable, skipped = update_index(index, model, preprocessing, folder, args.device, args.workers)
     suffixes = " ".join(sorted(SUFFIXES))
-    said = [f"{printable(e.filename)} cannot be listed ({e.strerror}); its rows of the index are kept" for e in failed]
-    said += [f"{ending} images skipped: {number:,} (only {suffixes} are read)" for ending, number in skipped.items()]
-    said += [f"unreadable images skipped: {len(bad):,} ({', '.join(map(printable, bad))})"] * bool(bad)
-    if index:
-        print("".join(line + "\n" for line in said), end="", file=sys.stderr)
-        if not index.lines:
-            raise ValueError(f"{folder} holds no image that can be read ({suffixes})")
-        print(f"{len(index.lines):,} images; index: {printable(index.rows_file)}", flush=True)
-    return index
+    if skipped:
+        counts = ", ".join(f"{number:,} {printable(ending)}" for ending, number in skipped.most_common())
+        print(f"files skipped: {counts} (only {suffixes} are read)", file=sys.stderr)
+    if unreadable:
+        names = ", ".join(map(printable, unreadable))
+        print(f"cannot be read, skipped: {len(unreadable):,} ({names})", file=sys.stderr)
+    if not len(rows):
+        raise ValueError(f"{folder} holds no image that can be read ({suffixes})")
+    print(f"{len(rows):,} images; index: {printable(index.rows_file)}", flush=True)
+    return index, rows
+
+
+def answer_queries(search, queries, top, explain):
+    """Print what each query finds, and yield its chapter of the result page."""
+    query, too_long = search.encode(queries)
+    if too_long:
+        print(TOO_LONG, file=sys.stderr)
+    for text, found in zip(queries, search.top(query, top)):
+        print(f"\n{text}")
+        for rank, (row, score) in enumerate(found, start=1):
+            print(f"{rank:4d}  {score:.3f}  {search.name(row)}")
+        maps = "".join(explained(search, row, text) for row, _ in found[:explain])
+        yield text, results(search, found) + (maps and MAPS + maps)
 
 
 def search_gallery(data, tbps, args):
     """Bring the index up to date, then answer the queries, or serve the page."""
     folder = data.need(args.gallery, "the gallery", "--gallery takes a folder of images")
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --gallery takes a folder of images")
-    queries = read_queries(data, args)
-    server = Server(args.serve) if args.serve is not None and process()[0] == 0 else None
+    queries = args.query + (data.read_text(args.queries).splitlines() if args.queries else [])
+    queries = [printable(q.expandtabs(1)) for q in queries if q.strip()]
+    if not queries and (args.query or args.queries):
+        raise ValueError("the query is empty: describe the person in a sentence")
+    server = open_server(args.serve) if args.serve is not None else None
     model, tokenizer, preprocessing, facts = open_model(data, tbps, args, find_model(data, tbps, *args.checkpoint))
-    index = open_index(folder, model, preprocessing, args)
-    if index is None:
-        return
-    search = Search(model, tokenizer, preprocessing, data, folder, index, args.device)
+    index, rows = open_index(folder, model, preprocessing, args)
+    search = Search(model, tokenizer, preprocessing, data, folder, index, rows, args.device)
     if queries:
-        page = args.page or "search.html"
-        write_page(page, f"{printable(folder)}, {facts['method']}", answered(search, queries, args))
+        page, chapters = args.page or "search.html", answer_queries(search, queries, args.top, args.explain)
+        write_page(page, f"{printable(folder)}, {facts['method']}", chapters)
         print(f"\npage: {page}", flush=True)
     if server:
         Handler.search = search
@@ -1027,24 +891,18 @@ def search_gallery(data, tbps, args):
 def main(data, tbps):
     args = parse_args(data)
     tbps.check_device(args.device)
-    check_args(args)
     if args.features:
         return score_features(data.need(args.features, "the features", "an .npz with query, gallery, q_pid, g_pid"))
     if args.page or args.query or args.queries:
-        page = Path(args.page or "search.html")
-        data.need(page.absolute().parent, "the folder for the page", "make it, or name another file with --page")
-        check_page(page)
+        check_page(args.page or "search.html")
     tbps.join_ranks(args)                                               # the processes of torchrun
-    (search_gallery if args.gallery else compare)(data, tbps, args)
+    if not args.gallery:
+        compare(data, tbps, args)
+    elif process()[0] == 0:
+        search_gallery(data, tbps, args)
 
 
 if __name__ == "__main__":
-    try:
-        import data
-        import tbps
-    except ModuleNotFoundError as e:
-        if e.name not in ("data", "tbps", "losses"):
-            raise
-        print(f"error: {e.name}.py must be beside eval.py; alone, eval.py is a module: import eval", file=sys.stderr)
-        sys.exit(2)
+    import data
+    import tbps
     data.command(lambda: main(data, tbps))
