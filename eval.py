@@ -15,7 +15,6 @@ As a module, this file imports nothing of ours: copy it, or one of its chapters.
 
 import argparse
 import base64
-import collections
 import contextlib
 import functools
 import hashlib
@@ -29,10 +28,9 @@ import re
 import stat
 import sys
 import zipfile
-import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import torch
@@ -52,7 +50,7 @@ def check_features(query, gallery, q_pid, g_pid, own):
         raise ValueError(f"nothing to score: {Q[0]} queries, {G[0]} gallery images, {D[0]} numbers each")
     norm = torch.cat([query, gallery]).norm(dim=1)
     if not ((norm > 0) & (norm < torch.inf)).all():                     # False for NaN, too
-        raise ValueError("a row of the features is all zeros, or holds values that are not finite")
+        raise ValueError("a row of the features is all zeros or not finite; a model like that diverged: lower its --lr")
     if own is not None and not ((own >= 0) & (own < G[0])).all():
         raise ValueError(f"own must be rows of the gallery, 0 to {G[0] - 1}")
     if (lost := ~torch.isin(q_pid, g_pid)).any():
@@ -221,8 +219,6 @@ def evaluate(model, images, tokens, pid, source, device="cpu", workers=0, progre
     images: a dataset of G images as pixels (3, H, W);  tokens (Q, T): all captions;  pid (G,): the person of each image
     source (Q,): index of the source image of each caption. The third row is missing if nobody has two images.
     """
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise FloatingPointError("the weights are not finite: training diverged in its last steps; try a lower --lr")
     image, text = embed(model, images, tokens, device, workers, progress)
     rows = {"text to image": retrieval_metrics(text, image, pid[source], pid),
             "image to text": retrieval_metrics(image, text, pid, pid[source])}
@@ -249,7 +245,7 @@ figure { display: inline-block; margin: 0 .5em .5em 0; text-align: center; verti
 .right img { border-color: #147a35 }  .wrong img { border-color: #c62817; border-style: dashed }
 .hit { width: 9.5em; text-align: left }  .hit img { max-width: 9.5em }  .hit a { line-height: 26px; margin-right: .5em }
 form { margin-bottom: 1.5em }  button, input { font: inherit; padding: .3em }
-[name=q] { display: block; width: 100%; box-sizing: border-box; margin: .3em 0 }
+#q { display: block; width: 100%; box-sizing: border-box; margin: .3em 0 }
 svg { margin-right: 2em; max-width: 100% }  svg text { font: 12px system-ui, sans-serif; fill: #444 }
 """
 COLOURS = ["#1f6fb4", "#c62817", "#147a35", "#7a3fb0", "#9a5600", "#555", "#b0398a"]                    # of curves
@@ -378,31 +374,34 @@ def write_page(path, title, chapters):
 
 # ---- the index of a gallery -----------------------------------------------------------------------------------------
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SUFFIXES = [".jpg", ".jpeg", ".png", ".bmp", ".webp"]
 
 
-def gallery_files(folder, skipped, unreadable):
+def printable(path):
+    """A path or an argument as text that can be printed: other bytes and control characters become U+FFFD."""
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def gallery_files(folder, unreadable):
     """Yield [path below the folder, bytes, modification time in ns] of each image file, at any depth, in order.
 
     Hidden files and anything but regular files, like symlinks, are ignored.
-    skipped: a Counter, receives the endings of files that are not read
     unreadable: a list, receives the paths of folders that cannot be listed and of files that cannot be examined
     """
     prefix = len(os.path.join(folder, ""))
     for where, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(e.filename[prefix:] or ".")):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(f for f in files if not f.startswith(".")):
-            path, ending = os.path.join(where, name), os.path.splitext(name)[1].lower()
-            if ending not in SUFFIXES:
-                skipped[ending] += 1
+        for name in sorted(files):
+            path = os.path.join(where, name)
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
                 continue
             try:
                 state = os.lstat(path)
+                if stat.S_ISREG(state.st_mode):
+                    yield [path[prefix:], state.st_size, state.st_mtime_ns]
             except OSError:
                 unreadable.append(path[prefix:])
-                continue
-            if stat.S_ISREG(state.st_mode):
-                yield [path[prefix:], state.st_size, state.st_mtime_ns]
 
 
 class Index:
@@ -468,10 +467,10 @@ def update_index(index, model, preprocessing, folder, device="cpu", workers=0, b
     """Embed the images of a folder that are not in its index, or have changed.
 
     preprocessing: .size (H, W); .image(Path) -> pixels (3, H, W), or OSError or ValueError for an unreadable file
-    -> numbers of the rows that belong to a file, paths of unreadable files and folders, Counter of skipped endings
+    -> numbers of the rows that belong to a file. Prints what was skipped. Raises ValueError if there is no such row.
     """
-    gone, new, skipped, unreadable = set(index.lines), [], collections.Counter(), []
-    for line in map(index.line, gallery_files(folder, skipped, unreadable)):
+    gone, new, unreadable = set(index.lines), [], []
+    for line in map(index.line, gallery_files(folder, unreadable)):
         if line in gone:
             gone.remove(line)
         else:
@@ -487,8 +486,14 @@ def update_index(index, model, preprocessing, folder, device="cpu", workers=0, b
             index.append(features[readable].half().numpy(), list(itertools.compress(lines, readable)))
         bar.update(len(lines))
     bar.close()
+    if unreadable:
+        names = ", ".join(map(printable, unreadable))
+        print(f"cannot be read, skipped: {len(unreadable):,} ({names})", file=sys.stderr)
     rows = np.fromiter((n for n, line in enumerate(index.lines) if line not in gone), np.int64)
-    return rows, unreadable, skipped
+    if not len(rows):
+        raise ValueError(f"{folder} holds no image that can be read ({', '.join(SUFFIXES)})")
+    print(f"{len(rows):,} images ({', '.join(SUFFIXES)}); index: {printable(index.rows_file)}", flush=True)
+    return rows
 
 
 @torch.no_grad()
@@ -509,12 +514,6 @@ def nearest(features, rows, query, top):
 
 
 # ---- searching ------------------------------------------------------------------------------------------------------
-
-def printable(path):
-    """A path or an argument as text that can be printed: other bytes and control characters become U+FFFD."""
-    text = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
 
 class Search:
     """A model and the images of a folder with their embeddings: what the command line and the search page ask.
@@ -553,8 +552,8 @@ class Search:
 
     def like(self, row, number):
         """[(row, cosine), ...] of the images most similar to an image of the gallery, without itself."""
-        feature = torch.from_numpy(self.features[self.rows[row:row + 1]])
-        found = self.top(feature, number + 1)[0]
+        feature = torch.from_numpy(self.features[self.rows[row]])
+        found = self.top(feature[None], number + 1)[0]
         return [(other, score) for other, score in found if other != row][:number]
 
 
@@ -635,48 +634,42 @@ def results(search, found, links=None):
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 POLICY = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; "
           "frame-ancestors 'none'")
-FORM = """<form role=search autocomplete=off>
-<p>Describe the person in a sentence. If there are several, their features are averaged.</p>{fields}
+FORM = """<form role=search autocomplete=off><label for=q>Describe the person in a sentence</label>
+<input id=q name=q value="{text}" placeholder="a woman in a green coat with a black backpack" maxlength=2000 autofocus>
 <button>Search</button> <label>Show <input name=top type=number min=1 max=200 value={top}> pictures</label></form>"""
-FIELD = '<input name=q value="{line}" placeholder="{hint}" aria-label="a sentence" maxlength=2000 autofocus>'
 
 
-def answer(search, lines, top, like=None, why=None):
-    """HTML: the pictures that fit the lines of a query, or those like a row. why: a row to explain by word maps.
+def answer(search, text, top, like=None, why=None):
+    """HTML: the pictures that fit a query, or those like a row. why: a row to explain by word maps.
 
     Raises ValueError in words for the user, IndexError for a row that is not there."""
     def links(row):
-        addresses = {"more like this": urlencode(dict(like=row, top=top))}
-        if lines:
-            addresses["why?"] = urlencode(dict(why=row, q=lines, top=top), doseq=True)
-        return "<br>" + " ".join(f'<a href="/?{html.escape(to)}">{text}</a>' for text, to in addresses.items())
+        more, reasons = (html.escape(urlencode(x)) for x in (dict(like=row, top=top), dict(why=row, q=text, top=top)))
+        return f'<br><a href="/?{more}">more like this</a>' + f'<a href="/?{reasons}">why?</a>' * bool(text)
 
     if like is not None:
         return f"<h2>Like {html.escape(search.name(like))}</h2>{results(search, search.like(like, top), links)}"
-    if not lines:
+    if not text:
         return ""
-    query, too_long = search.encode(lines)
+    query, too_long = search.encode([text])
     main = f"<p class=note>{TOO_LONG}</p>" * too_long
     if why is not None:
         main += f"<h2>What the words respond to in {html.escape(search.name(why))}</h2>"
-        main += explained(search, why, " ".join(lines)) + MAPS
-    mean = F.normalize(query.mean(dim=0, keepdim=True), dim=1)
-    return main + results(search, search.top(mean, top)[0], links)
+        main += explained(search, why, text) + MAPS
+    return main + results(search, search.top(query, top)[0], links)
 
 
 def search_page(search, query_string):
     """The page for a query string -> HTML. On a mistake it keeps what was typed."""
-    asked = parse_qs(query_string)
-    lines, numbers = [line for line in asked.get("q", []) if line.strip()], dict(top=20)
+    asked = dict(parse_qsl(query_string))
+    text, numbers = asked.get("q", "").strip(), dict(top=20)
     try:
-        numbers |= {name: int(asked[name][-1]) for name in ("top", "like", "why") if name in asked}
+        numbers |= {name: int(asked[name]) for name in ("top", "like", "why") if name in asked}
         numbers["top"] = min(200, max(1, numbers["top"]))
-        main = answer(search, lines, **numbers)
+        main = answer(search, text, **numbers)
     except (ValueError, IndexError, OSError) as e:
         main = f"<p class=note>{html.escape(str(e))}</p>"
-    hint = "one more about the same person" if lines else "a woman in a green coat with a black backpack"
-    fields = "".join(FIELD.format(line=html.escape(line), hint=hint) for line in [*lines, ""])
-    form = FORM.format(fields=fields, top=numbers["top"])
+    form = FORM.format(text=html.escape(text), top=numbers["top"])
     return html_page(f"Find a person in {len(search.lines):,} pictures", form + main)
 
 
@@ -705,14 +698,6 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def open_server(port):
-    """A server that holds a port of localhost; requests that come before serve_forever wait."""
-    try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except (OSError, OverflowError) as e:
-        raise OSError(f"port {port} cannot be used ({e}); take another with --serve PORT") from None
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 def image_size(text):
@@ -737,7 +722,7 @@ def parse_args(data):
     g.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: as in training)")
     g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which split (default: test)")
     g = p.add_argument_group("search")
-    g.add_argument("--gallery", metavar="DIR", help="a folder of images, at any depth: " + ", ".join(sorted(SUFFIXES)))
+    g.add_argument("--gallery", metavar="DIR", help="a folder of images, at any depth: " + ", ".join(SUFFIXES))
     g.add_argument("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="each text in quotes")
     g.add_argument("--queries", metavar="FILE", help="a text file with a query per line")
     g.add_argument("--top", type=int, default=10, help="number of images (default: 10)")
@@ -771,7 +756,7 @@ def score_features(file):
         rows = {"text to image": retrieval_metrics(**x)}
         if own is not None:
             rows[EXCLUDED] = retrieval_metrics(**x, own=own)
-    except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error, OSError) as e:
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"{file} is no .npz of floating-point features and whole-number ids: {e}") from None
     print("{:,} queries, {:,} gallery images, {} numbers each".format(len(x["query"]), *x["gallery"].shape))
     print_rows(rows)
@@ -832,25 +817,14 @@ def compare(data, tbps, args):
 
 
 def open_index(folder, model, preprocessing, args):
-    """The index of a folder, brought up to date -> Index, numbers of its rows to search. Says what was skipped."""
+    """The index of a folder, brought up to date -> Index, numbers of its rows to search."""
     digest = hashlib.sha256(json.dumps([model.arch, preprocessing.settings]).encode())
     for _, w in sorted(model.image.state_dict().items()):               # what the embedding of an image depends on
         digest.update(w.cpu().contiguous().numpy())
     weights = digest.hexdigest()[:16]
     file = re.sub(r"\.(f16|jsonl)$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
     index = Index(file, weights, model.arch["embed"])
-    rows, unreadable, skipped = update_index(index, model, preprocessing, folder, args.device, args.workers)
-    suffixes = " ".join(sorted(SUFFIXES))
-    if skipped:
-        counts = ", ".join(f"{number:,} {printable(ending)}" for ending, number in skipped.most_common())
-        print(f"files skipped: {counts} (only {suffixes} are read)", file=sys.stderr)
-    if unreadable:
-        names = ", ".join(map(printable, unreadable))
-        print(f"cannot be read, skipped: {len(unreadable):,} ({names})", file=sys.stderr)
-    if not len(rows):
-        raise ValueError(f"{folder} holds no image that can be read ({suffixes})")
-    print(f"{len(rows):,} images; index: {printable(index.rows_file)}", flush=True)
-    return index, rows
+    return index, update_index(index, model, preprocessing, folder, args.device, args.workers)
 
 
 def answer_queries(search, queries, top, explain):
@@ -873,7 +847,11 @@ def search_gallery(data, tbps, args):
     queries = [printable(q.expandtabs(1)) for q in queries if q.strip()]
     if not queries and (args.query or args.queries):
         raise ValueError("the query is empty: describe the person in a sentence")
-    server = open_server(args.serve) if args.serve is not None else None
+    if args.serve is not None:                                          # requests wait until serve_forever
+        try:
+            server = ThreadingHTTPServer(("127.0.0.1", args.serve), Handler)
+        except (OSError, OverflowError) as e:
+            raise OSError(f"port {args.serve} cannot be used ({e}); take another with --serve PORT") from None
     model, tokenizer, preprocessing, facts = open_model(data, tbps, args, find_model(data, tbps, *args.checkpoint))
     index, rows = open_index(folder, model, preprocessing, args)
     search = Search(model, tokenizer, preprocessing, data, folder, index, rows, args.device)
@@ -881,7 +859,7 @@ def search_gallery(data, tbps, args):
         page, chapters = args.page or "search.html", answer_queries(search, queries, args.top, args.explain)
         write_page(page, f"{printable(folder)}, {facts['method']}", chapters)
         print(f"\npage: {page}", flush=True)
-    if server:
+    if args.serve is not None:
         Handler.search = search
         print(f"search page: http://localhost:{server.server_port}/   (Ctrl-C ends it)", flush=True)
         with server:

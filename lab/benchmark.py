@@ -81,7 +81,7 @@ def search(side, gallery, queries):
         index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, lines)
     query = F.normalize(torch.randn(queries, 512), dim=1)
     if side == "ours":
-        return lambda: evaluation.nearest(index.features(), query, 10)
+        return lambda: evaluation.nearest(index.features(), np.arange(gallery), query, 10)
 
     def usual():
         rows = np.fromfile(index.rows_file, np.float16).astype(np.float32).reshape(-1, 512)
