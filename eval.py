@@ -252,18 +252,14 @@ COLOURS = ["#1f6fb4", "#c62817", "#147a35", "#7a3fb0", "#9a5600", "#555", "#b039
 DASHES = ["", "6 3", "2 3", "8 3 2 3"]                                          # colour is not the only sign
 
 
-def thumbnail(image, height=112):
-    """PIL image -> data URI of a JPEG of this height. An image wider than 4 heights gets the width 4 * height."""
+def figure(image, alt, caption="", kind="", height=112):
+    """A PIL image as HTML, of this height but at most 4 times as wide, with alternative text and a caption (HTML)."""
     scale = min(height / image.height, 4 * height / image.width)
     size = [max(1, round(scale * side)) for side in image.size]
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def figure(image, alt, caption="", kind="", height=112):
-    """A PIL image as HTML, with its alternative text and, below it, a caption (HTML)."""
-    return (f'<figure class="{kind}"><img src="{thumbnail(image, height)}" alt="{html.escape(alt)}">'
+    jpeg = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(jpeg, "JPEG", quality=88)
+    source = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    return (f'<figure class="{kind}"><img src="{source}" alt="{html.escape(alt)}">'
             f"<figcaption>{caption}</figcaption></figure>")
 
 
@@ -344,13 +340,13 @@ def check_writable(path, option):
     """Raise ValueError if no file can be made beside this path, before work is done that would be lost."""
     folder = Path(path).absolute().parent
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} is no folder that can be written to; {option} FILE names another place")
+        raise ValueError(f"{folder} is no folder that can be written to; {option} names another place")
 
 
 def check_page(path):
     """Raise ValueError if the page cannot be written, or if it would replace a file that is not a page."""
     path = Path(path)
-    check_writable(path, "--page")
+    check_writable(path, "--page FILE")
     if path.exists() and not (path.is_file() and path.open("rb").read(15) == b"<!doctype html>"):
         raise ValueError(f"{path} exists and is no page, so it is not replaced; name another file with --page")
 
@@ -384,7 +380,7 @@ def printable(path):
 
 
 def gallery_files(folder, unreadable):
-    """Yield [path below the folder, bytes, modification time in ns] of each image file, at any depth, in order.
+    """Yield the line of the index for each image file, at any depth, in order: [path, bytes, time in ns] as JSON.
 
     Hidden files and anything but regular files, like symlinks, are ignored.
     unreadable: a list, receives the paths of folders that cannot be listed and of files that cannot be examined
@@ -399,7 +395,7 @@ def gallery_files(folder, unreadable):
             try:
                 state = os.lstat(path)
                 if stat.S_ISREG(state.st_mode):
-                    yield [path[prefix:], state.st_size, state.st_mtime_ns]
+                    yield (json.dumps([path[prefix:], state.st_size, state.st_mtime_ns]) + "\n").encode()
             except OSError:
                 unreadable.append(path[prefix:])
 
@@ -408,33 +404,25 @@ class Index:
     """Embeddings of the images of a folder, in two files that other programs can read in one line each:
 
     FILE.f16     np.fromfile("FILE.f16", np.float16).reshape(-1, D)                 row n: a feature of unit length
-    FILE.jsonl   [json.loads(line) for line in open("FILE.jsonl")][1:]              row n: [path, bytes, time in ns]
+    FILE.jsonl   [json.loads(line) for line in open("FILE.jsonl")]                  row n: [path, bytes, time in ns]
 
-    The first line of FILE.jsonl is {"weights": ..., "width": D}: embeddings of other weights are replaced. Rows are
-    only ever appended, batch by batch, so an interrupted run loses nothing; opening cuts both files to the shorter one.
-    Rows of files that are gone or have changed since are ignored by a search; delete both files to be rid of them.
-    A million images take about 120 MB of memory, for the lines. Raises ValueError for files that are not an index.
+    Rows are only ever appended, batch by batch, so an interrupted run loses nothing; opening cuts both files to the
+    shorter one. Rows of files that are gone or have changed since are ignored by a search; delete both files to be rid
+    of them. A million images take about 120 MB of memory, for the lines.
     """
 
-    def __init__(self, file, weights, width):
-        self.rows_file, self.list_file = Path(f"{file}.f16"), Path(f"{file}.jsonl")
-        self.width, self.head, self.lines = width, self.line(dict(weights=weights, width=width)), []
-        there = [p for p in (self.list_file, self.rows_file) if p.exists()]
-        head, *lines = (self.list_file.open("rb").readlines() if self.list_file in there else []) or [b""]
-        if there and not head.startswith(b'{"weights": "'):
-            raise ValueError(f"{there[0]} exists and is no index; remove it, or name another file with --index")
-        if head == self.head and len(there) == 2:
+    def __init__(self, file, width):
+        self.rows_file, self.list_file, self.width, self.lines = Path(f"{file}.f16"), Path(f"{file}.jsonl"), width, []
+        there = [path for path in (self.rows_file, self.list_file) if path.exists()]
+        if len(there) == 2:
             complete = self.rows_file.stat().st_size // (2 * width)
-            self.lines = [line for line in lines[:complete] if line.endswith(b"\n")]
-        self.size = len(self.head) + sum(map(len, self.lines))
-        if self.lines:
-            for path, size in (self.list_file, self.size), (self.rows_file, 2 * width * len(self.lines)):
-                if path.stat().st_size > size:
-                    os.truncate(path, size)
-
-    @staticmethod
-    def line(entry):
-        return (json.dumps(entry) + "\n").encode()
+            with open(self.list_file, "rb") as f:
+                self.lines = [line for line in itertools.islice(f, complete) if line.endswith(b"\n")]
+        self.size = sum(map(len, self.lines))                           # bytes of FILE.jsonl
+        for path in there:
+            size = self.size if path == self.list_file else 2 * width * len(self.lines)
+            if path.stat().st_size > size:                              # if not, it may be read-only
+                os.truncate(path, size)
 
     def features(self):
         """(N, D) float16, mapped into memory: only what is used is read."""
@@ -442,15 +430,12 @@ class Index:
 
     def append(self, rows, lines):
         """Append rows, float16 (n, D), and the line of each: first the rows, then what makes them count."""
-        if not self.lines:                                              # new, or of other weights
-            self.rows_file.write_bytes(b"")
-            self.list_file.write_bytes(self.head)
-        if self.list_file.stat().st_size != self.size:
-            raise ValueError(f"{self.list_file} has changed meanwhile: is another search filling the same index?")
-        with open(self.rows_file, "ab") as f:
-            f.write(rows.tobytes())
-        with open(self.list_file, "ab") as f:
-            f.writelines(lines)
+        with open(self.rows_file, "ab") as rows_file, open(self.list_file, "ab") as list_file:
+            if list_file.tell() != self.size:
+                raise ValueError(f"{self.list_file} has changed: is another search filling the same index?")
+            rows_file.write(rows.tobytes())
+            rows_file.flush()                                           # before the lines
+            list_file.writelines(lines)
         self.lines += lines
         self.size += sum(map(len, lines))
 
@@ -470,13 +455,13 @@ def update_index(index, model, preprocessing, folder, device="cpu", workers=0, b
     -> numbers of the rows that belong to a file. Prints what was skipped. Raises ValueError if there is no such row.
     """
     gone, new, unreadable = set(index.lines), [], []
-    for line in map(index.line, gallery_files(folder, unreadable)):
+    for line in gallery_files(folder, unreadable):
         if line in gone:
             gone.remove(line)
         else:
             new.append(line)
     if new:
-        check_writable(index.rows_file, "--index")
+        check_writable(index.rows_file, "--index I")
     bar = progress_bar(total=len(new), unit=" images", desc="embedding")
     images = Images(new, functools.partial(read_or_nan, folder, preprocessing))
     for start, features in zip(range(0, len(new), batch), embed_batches(model, images, device, workers, batch)):
@@ -549,12 +534,6 @@ class Search:
         """[(row, cosine), ...] for each query (Q, D)."""
         score, row = nearest(self.features, self.rows, query, number)
         return [list(zip(*found)) for found in zip(row.tolist(), score.tolist())]
-
-    def like(self, row, number):
-        """[(row, cosine), ...] of the images most similar to an image of the gallery, without itself."""
-        feature = torch.from_numpy(self.features[self.rows[row]])
-        found = self.top(feature[None], number + 1)[0]
-        return [(other, score) for other, score in found if other != row][:number]
 
 
 @torch.no_grad()
@@ -644,11 +623,13 @@ def answer(search, text, top, like=None, why=None):
 
     Raises ValueError in words for the user, IndexError for a row that is not there."""
     def links(row):
-        more, reasons = (html.escape(urlencode(x)) for x in (dict(like=row, top=top), dict(why=row, q=text, top=top)))
+        more = html.escape(urlencode(dict(like=row, top=top)))
+        reasons = html.escape(urlencode(dict(why=row, q=text, top=top)))
         return f'<br><a href="/?{more}">more like this</a>' + f'<a href="/?{reasons}">why?</a>' * bool(text)
 
     if like is not None:
-        return f"<h2>Like {html.escape(search.name(like))}</h2>{results(search, search.like(like, top), links)}"
+        picture = torch.from_numpy(search.features[search.rows[[like]]])                                # (1, D)
+        return f"<h2>Like {html.escape(search.name(like))}</h2>" + results(search, search.top(picture, top)[0], links)
     if not text:
         return ""
     query, too_long = search.encode([text])
@@ -726,7 +707,7 @@ def parse_args(data):
     g.add_argument("--query", nargs="+", action="extend", default=[], metavar="TEXT", help="each text in quotes")
     g.add_argument("--queries", metavar="FILE", help="a text file with a query per line")
     g.add_argument("--top", type=int, default=10, help="number of images (default: 10)")
-    g.add_argument("--index", metavar="FILE", help="where the embeddings are stored (default: beside the gallery)")
+    g.add_argument("--index", metavar="I", help="embeddings are kept in I-WEIGHTS.f16, .jsonl (default I: the gallery)")
     g.add_argument("--explain", type=int, default=0, metavar="N", help="word maps for the first N images of a query")
     g.add_argument("--serve", nargs="?", type=int, const=8000, metavar="PORT", help="search page (default port: 8000)")
     args = p.parse_args()
@@ -782,8 +763,7 @@ def open_model(data, tbps, args, path):
                          "they do not belong together")
     config = tbps.read_config(path)
     preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"], clean=False)
-    facts = dict(method="zero-shot", epoch=0, args={})
-    return model.eval().to(args.device), tokenizer, preprocessing, facts
+    return model.eval().to(args.device), tokenizer, preprocessing, dict(method="zero-shot", epoch=0, args={})
 
 
 def compare(data, tbps, args):
@@ -821,9 +801,7 @@ def open_index(folder, model, preprocessing, args):
     digest = hashlib.sha256(json.dumps([model.arch, preprocessing.settings]).encode())
     for _, w in sorted(model.image.state_dict().items()):               # what the embedding of an image depends on
         digest.update(w.cpu().contiguous().numpy())
-    weights = digest.hexdigest()[:16]
-    file = re.sub(r"\.(f16|jsonl)$", "", args.index) if args.index else f"{folder.resolve()}-{weights[:8]}"
-    index = Index(file, weights, model.arch["embed"])
+    index = Index(f"{args.index or folder.resolve()}-{digest.hexdigest()[:16]}", model.arch["embed"])
     return index, update_index(index, model, preprocessing, folder, args.device, args.workers)
 
 

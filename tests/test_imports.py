@@ -24,7 +24,7 @@ SCRIPTS = [name for name in FILES if "/" not in name]
 TESTS = [name for name in FILES if name.startswith("tests/")]
 
 # What is over its budget, and may not grow: lower a number when a file becomes shorter, drop it when it fits; add none.
-OVER_BUDGET = {"tbps": 2079, "generate": 1110, "data": 1170, "eval": 890, "distill": 660}
+OVER_BUDGET = {"tbps": 2079, "generate": 1110, "data": 1170, "eval": 870, "distill": 660}
 
 
 def parse(name):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from conftest import ROOT, error, start
+from conftest import ROOT, error
 from gallery import checkpoint, photos, search                          # noqa: F401
 from lab import check_word_maps
 from lab.people import mask
@@ -147,8 +147,7 @@ def test_odd_pictures_and_queries(checkpoint, tmp_path):
     Image.new("RGB", (20000, 1), "red").save(tmp_path / "odd/wide.png")
     Image.new("RGB", (1, 5000), "red").save(tmp_path / "odd/high.png")
     for name, size in ("wide", (448, 1)), ("high", (1, 112)):
-        uri = evaluation.thumbnail(Image.open(tmp_path / f"odd/{name}.png"))
-        assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == size
+        assert pictures_of(evaluation.figure(Image.open(tmp_path / f"odd/{name}.png"), name))[0].size == size
     (tmp_path / "q.txt").write_text("a red\tcoat\x1b[2J\n" + "a man and " * 80)
     page = tmp_path / "p.html"
     said = search(checkpoint, tmp_path / "odd", "--queries", tmp_path / "q.txt", "--explain", "2", "--page", page)
@@ -181,7 +180,6 @@ MISTAKES = {  # what is said: options after --checkpoint C --gallery PHOTOS; {} 
     "the query is empty: describe": ("--queries", "{}/blank.txt"),
     "argument --size: invalid": ("--size", "3x"),
     "no folder that can be written to; --index": ("--index", "{}/x/i", *QUERY),
-    "mine.f16 exists and is no index": ("--index", "{}/mine.f16", *QUERY),
     "name the folder to search": ("--gallery", "", *QUERY),
     "port 65536 cannot be used": ("--serve", 65536),
     "--tokenizer and --size are for": ("--size", "96x48", *QUERY),
@@ -192,10 +190,8 @@ MISTAKES = {  # what is said: options after --checkpoint C --gallery PHOTOS; {} 
 def test_mistakes(checkpoint, photos, tmp_path, said):
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfea\x00")
     (tmp_path / "blank.txt").write_text("\n\n")
-    (tmp_path / "mine.f16").write_bytes(b"mine")
     options = [str(o).replace("{}", str(tmp_path)) for o in MISTAKES[said]]
     assert said in search(checkpoint, photos, *options, code=2)
-    assert (tmp_path / "mine.f16").read_bytes() == b"mine"
     if said == "query is empty":                                        # said before anything is embedded
         assert not list(tmp_path.glob("photos-*"))
 
@@ -211,4 +207,4 @@ def test_a_port_in_use(checkpoint, photos, tmp_path):
         port = other.getsockname()[1]
         said = search(checkpoint, photos, "--serve", port, "--index", tmp_path / "i", code=2)
     assert f"port {port} cannot be used" in said
-    assert not (tmp_path / "i.f16").exists()                            # said before anything is embedded
+    assert not list(tmp_path.glob("i-*"))                               # said before anything is embedded

@@ -19,7 +19,7 @@ from gallery import checkpoint, index_of, photos, read_index, search            
 
 
 def files_in(folder):
-    return [path for path, *_ in evaluation.gallery_files(folder, [])]
+    return [json.loads(line)[0] for line in evaluation.gallery_files(folder, [])]
 
 
 # ---- what the index holds -------------------------------------------------------------------------------------------
@@ -99,11 +99,10 @@ def test_other_weights_have_another_index(checkpoint, photos, tmp_path):
     torch.save(saved, tmp_path / "other.pt")
     search(tmp_path / "other.pt", photos)
     assert len(list(tmp_path.glob("photos-*.f16"))) == 2
-    assert "16 images" in search(tmp_path / "other.pt", photos, "--index", tmp_path / "i.f16")
-    before = read_index(tmp_path / "i")[0]
-    assert before.shape == (16, 128)
-    search(checkpoint, photos, "--index", tmp_path / "i")               # the same file for other weights: made anew
-    assert not (read_index(tmp_path / "i")[0] == before).all()
+    for weights in (checkpoint, tmp_path / "other.pt"):
+        assert "16 images" in search(weights, photos, "--index", tmp_path / "i")
+    one, other = sorted(tmp_path.glob("i-*.f16"))
+    assert not (read_index(one.with_suffix(""))[0] == read_index(other.with_suffix(""))[0]).all()
 
 
 # ---- interruptions --------------------------------------------------------------------------------------------------
@@ -113,12 +112,12 @@ def rows(*numbers):
 
 
 def lines(*names):
-    return [evaluation.Index.line([name, 1, 1]) for name in names]
+    return [f'["{name}", 1, 1]\n'.encode() for name in names]
 
 
 def opened(file):
     """What a newly opened index holds, if both its files and its memory agree."""
-    index = evaluation.Index(file, "w", 2)
+    index = evaluation.Index(file, 2)
     entries = [json.loads(line)[0] for line in index.lines]
     assert index.features().tolist() == read_index(file)[0].tolist()
     return index.features().tolist(), entries
@@ -127,7 +126,7 @@ def opened(file):
 @pytest.fixture
 def three(tmp_path):
     """An index of three rows, as FILE."""
-    index = evaluation.Index(tmp_path / "i", "w", 2)
+    index = evaluation.Index(tmp_path / "i", 2)
     index.append(rows(0, 1), lines("a", "b"))
     index.append(rows(2), lines("c"))
     assert opened(tmp_path / "i") == ([[0, 0.5], [1, 1.5], [2, 2.5]], ["a", "b", "c"])
@@ -140,7 +139,7 @@ def test_what_an_interrupted_append_left_is_cut(three):
     assert opened(three)[1] == ["a", "b", "c"]
     with open(f"{three}.f16", "ab") as f:
         f.write(rows(9).tobytes())
-    index = evaluation.Index(three, "w", 2)
+    index = evaluation.Index(three, 2)
     index.append(rows(3), lines("d"))
     assert opened(three) == ([[0, 0.5], [1, 1.5], [2, 2.5], [3, 3.5]], ["a", "b", "c", "d"])
 
@@ -159,30 +158,17 @@ def test_lines_without_rows_are_cut(three, cut, left):
 
 def test_a_list_without_rows_is_begun_anew(three):
     os.remove(f"{three}.f16")
-    index = evaluation.Index(three, "w", 2)
+    index = evaluation.Index(three, 2)
     assert index.lines == []
     index.append(rows(4), lines("d"))
     assert opened(three) == ([[4, 4.5]], ["d"])
 
 
 def test_two_searches_do_not_fill_the_same_index(three):
-    index = evaluation.Index(three, "w", 2)
-    evaluation.Index(three, "w", 2).append(rows(7), lines("x"))
+    index = evaluation.Index(three, 2)
+    evaluation.Index(three, 2).append(rows(7), lines("x"))
     with pytest.raises(ValueError, match="another search"):
         index.append(rows(8), lines("y"))
-
-
-def test_files_of_others_are_not_written_over(three):
-    list_file = three.with_name("i.jsonl")
-    list_file.write_bytes(b'{"id": 1}\n')
-    with pytest.raises(ValueError, match="i.jsonl exists and is no index"):
-        evaluation.Index(three, "w", 2)
-    list_file.unlink()
-    with pytest.raises(ValueError, match="i.f16 exists and is no index"):
-        evaluation.Index(three, "w", 2)
-    list_file.write_text('{"weights": "w"}\n["a", 1, 1]\n')             # of the first edition: made anew
-    evaluation.Index(three, "w", 2).append(rows(5), lines("e"))
-    assert opened(three) == ([[5, 5.5]], ["e"])
 
 
 def test_ctrl_c_keeps_what_was_embedded(checkpoint, photos):
@@ -265,7 +251,7 @@ def test_links_are_no_images(photos):
     (photos / "loop.png").symlink_to(photos / "loop.png")
     (photos / "twice.jpg").symlink_to(photos / "00.jpg")
     unreadable = []
-    paths = [path for path, *_ in evaluation.gallery_files(photos, unreadable)]
+    paths = [json.loads(line)[0] for line in evaluation.gallery_files(photos, unreadable)]
     assert len(paths) == 17 and not {"loop.png", "twice.jpg"} & set(paths) and not unreadable
 
 
@@ -282,7 +268,7 @@ def test_a_folder_that_cannot_be_written_to(checkpoint, photos, tmp_path, monkey
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) != str(tmp_path) and access(path, mode))
     said = search(checkpoint, photos, code=2)
-    assert f"{tmp_path} is no folder that can be written to; --index FILE names another place" in said
+    assert f"{tmp_path} is no folder that can be written to; --index I names another place" in said
     (tmp_path / "mine").mkdir()
     assert "16 images" in search(checkpoint, photos, "--index", tmp_path / "mine/i")
     (photos / "broken.jpg").unlink()                                    # nothing is to be written now
@@ -306,7 +292,7 @@ def test_a_view_gets_paths_and_may_refuse_them(photos, tmp_path, capsys):
         if path.name == "00.jpg":
             raise Image.DecompressionBombError("too many pixels")
         return torch.zeros(3, 4, 2)
-    index = evaluation.Index(tmp_path / "i", "w", 2)
+    index = evaluation.Index(tmp_path / "i", 2)
     preprocessing = types.SimpleNamespace(image=view, size=(4, 2))
     rows = evaluation.update_index(index, Constant(), preprocessing, photos, batch=5)
     assert "skipped: 2 (00.jpg, broken.jpg)" in capsys.readouterr().err
