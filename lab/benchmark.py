@@ -74,9 +74,9 @@ def metric(side, queries, gallery, persons):
 def search(side, gallery, queries):
     """The top 10 of a gallery of 512 numbers each. Usual: float32 in memory, sorted. Ours: float16 in a mapped file."""
     folder, rng = tempfile.mkdtemp(), np.random.default_rng(0)
-    index = evaluation.Index(Path(folder) / "i", "w", 512)
+    index = evaluation.Index(Path(folder) / "i", 512)
     for start in range(0, gallery, 10_000):
-        lines = [index.line([f"camera {n % 50:02}/{n:07}.jpg", 34_567, 1_700_000_000_000_000_000 + n])
+        lines = [f'["camera {n % 50:02}/{n:07}.jpg", 34567, {1_700_000_000_000_000_000 + n}]\n'.encode()
                  for n in range(start, start + 10_000)]
         index.append(rng.standard_normal((10_000, 512), np.float32).astype(np.float16) / 22.6, lines)
     query = F.normalize(torch.randn(queries, 512), dim=1)

