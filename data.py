@@ -15,6 +15,7 @@ Checking CUHK-PEDES decodes its 40,206 images once."""
 
 import argparse
 import base64
+import contextlib
 import csv
 import functools
 import gzip
@@ -230,7 +231,7 @@ DATASETS = ["toy", "toy-few", "toy-generic", *READERS]
 
 def check_sentences(value, key, where):
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{where}: {key} are {brief(value)}, not a list of sentences")
+        raise ValueError(f"{where}: {key} are {brief(value)}; they must be a list of at least one sentence")
     for text in value:
         try:
             text.encode()
@@ -310,7 +311,7 @@ def take_split(rows, split, hold_out, name, root):
         raise ValueError(f"{name} in {root} has no images in the split {split!r}; it has {there or 'no rows at all'}")
     for folder in sorted({r["image"].parent for r in records if isinstance(r["image"], Path)}):
         need(folder, f"a folder of images that the {split} split of {name} uses",
-             "unpack the rest of the archive, or " + ASK)
+             "unpack the rest of the archive" + f", or {ASK}" * (name in PUBLISHED))
     return records
 
 
@@ -393,15 +394,20 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
+BAD_IMAGES = "python data.py --dataset NAME lists all such files, tbps.py --skip-bad leaves them out"
+
+
 def load_image(image, least=None):
-    """A path, or a uint8 array (H, W, 3) -> PIL image, RGB, turned upright as its EXIF says.
+    """A path, a PIL image or a uint8 array (H, W, 3) -> PIL image, RGB, turned upright as its EXIF says.
 
     least   the picture may be decoded smaller, but at least so many pixels high and wide; fast for JPEG
     Raises FileNotFoundError, or ValueError naming the file if it is no picture, cut off or damaged."""
-    if not isinstance(image, (str, Path)):
-        return Image.fromarray(np.asarray(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] != (3,):
+            raise ValueError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
+        return Image.fromarray(image)
     try:
-        with Image.open(image) as opened:
+        with contextlib.nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
             if opened.mode.startswith("I"):                             # 16 bits: convert() would clip them at 255
                 return Image.fromarray((np.asarray(opened) / 257).astype(np.uint8)).convert("RGB")
             if least:
@@ -409,11 +415,10 @@ def load_image(image, least=None):
             opened.load()
             return upright(opened).convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {image}; run python data.py to check the whole set") from None
+        raise FileNotFoundError(f"there is no image {image}; {BAD_IMAGES}") from None
     except DECODER_ERRORS as e:
         why = str(e) or type(e).__name__
-        raise ValueError(f"{image} cannot be read as an image ({why}); replace it, or leave such files out with "
-                         "--skip-bad") from None
+        raise ValueError(f"{image} cannot be read as an image ({why}); {BAD_IMAGES}") from None
 
 
 def unreadable_images(records):
@@ -911,7 +916,7 @@ class Preprocessing:
 
     def image(self, image):
         """A path, uint8 array (H, W, 3) or PIL image -> pixels (3, H, W), scaled and normalised."""
-        return self.normalize(self.scale(image if isinstance(image, Image.Image) else load_image(image)))
+        return self.normalize(self.scale(load_image(image)))
 
     def text(self, caption):
         """The caption as in training."""

@@ -264,14 +264,14 @@ def distillation_targets(bank, heads, target, size, item):
 # ---- a teacher on stored features -----------------------------------------------------------------------------------
 
 def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=()):
-    """Train fusion and classifier on stored features, in minutes. Logs and resumes as tbps.train does, but saves only
-    at the end and when it is stopped."""
+    """Train fusion and classifier on stored features, in minutes. Saves, logs and resumes as tbps.train does, between
+    epochs."""
     epochs = recipe["teacher_epochs"] if recipe["fusion"] != "mean" else 0      # a mean has nothing to learn
     model.to(args.device).requires_grad_(False)
     heads = model.heads.requires_grad_(True)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["teacher_lr"], weight_decay=recipe["teacher_decay"])
     optimizers, scaler = [optimizer], torch.amp.GradScaler("cpu", enabled=False)
-    state = tbps.initial_state(args, model, optimizers, scaler, out)
+    state, saved_at = tbps.initial_state(args, model, optimizers, scaler, out), time.time()
     save = functools.partial(tbps.save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler,
                              state, out, time.time() - 60 * state["minutes"])
     N = len(bank.image)
@@ -284,9 +284,11 @@ def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=
         tbps.write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, lr=lr, scale=model.scale().item(), **means)
         speed = f"{N / (time.time() - began):.0f} pairs/s"
         tbps.print_above(bar, f"epoch {epoch + 1:3d}/{epochs}  {tbps.format_losses(means)}  {speed}")
-        if tbps.any_rank(stop, args.device):
+        stopping = tbps.any_rank(stop, args.device)                     # read once, so that a stop is always saved
+        if stopping or tbps.any_rank(time.time() - saved_at > 60 * args.save_minutes, args.device):
             save("last.pt")
-            tbps.stop_here(True, f"after epoch {epoch + 1} of the teacher", out)
+            saved_at = time.time()
+        tbps.stop_here(stopping, f"after epoch {epoch + 1} of the teacher", out)
     save("last.pt")
     bar.close()
 

@@ -959,6 +959,8 @@ def main():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     judge = Judge(args.judge, args.device) if args.judge else None
     model = load_diffusion(args.diffusion, recipe["steps"], args.device) if args.diffusion else None
+    if args.words:
+        tbps.read_checkpoint(args.words)                                # a mistake is reported before the data are read
     records = data.read(args.dataset, args.data_root, "train")
     if args.finetune or not model:
         model = trained_model(args, recipe, records, model)

@@ -64,6 +64,7 @@ def reversed_kl(logits, log_q):
 
 def positives(pid):
     """[pid_i == pid_j] as bool, (B, B): the texts that are right for image i, and the reverse."""
+    assert pid.ndim == 1, f"pid has the shape {tuple(pid.shape)}, it should be (B,)"
     return pid[:, None] == pid[None, :]
 
 

@@ -93,11 +93,11 @@ def test_odd_separators_of_lines_in_generated_pairs(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(captions=["a \ud83d man"]), r"captions hold half of a character, '\\ud83d man'"),
-    (dict(captions="a man"), "captions are 'a man', not a list of sentences"),
-    (dict(captions=[]), r"captions are \[\], not a list of sentences"),
-    (dict(captions_bt="a man"), "captions_bt are 'a man', not a list of sentences"),
-    (dict(captions_bt=[["x"], ["y"]]), "captions_bt are .*, not a list of sentences"),
-    (dict(captions_bt=5), "captions_bt are 5, not a list of sentences"),
+    (dict(captions="a man"), "captions are 'a man'; they must be a list"),
+    (dict(captions=[]), r"captions are \[\]; they must be a list"),
+    (dict(captions_bt="a man"), "captions_bt are 'a man'; they must be a list"),
+    (dict(captions_bt=[["x"], ["y"]]), "captions_bt are .*; they must be a list"),
+    (dict(captions_bt=5), "captions_bt are 5; they must be a list"),
     (dict(captions_bt=["\udc00"]), "captions_bt hold half of a character"),
     (dict(captions_bt=["one", "two"]), "2 captions_bt belong to 1 captions"),
     (dict(id=2 ** 63), "pid is 9223372036854775808, it must be a whole number of at most 64 bits"),
