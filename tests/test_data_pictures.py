@@ -119,3 +119,22 @@ def test_whatever_the_decoder_raises(error, picture, tmp_path, monkeypatch):
     assert [r["image"].name for r, _ in data.unreadable_images(data.read("csv", tmp_path, "train"))] == ["bad.png"]
     said = run("data.py", "--dataset", "csv", "--data-root", tmp_path, "--sheet", tmp_path / "s.html", code=1)
     assert f"bad.png cannot be read as an image ({str(error) or type(error).__name__})" in said and "1 wrong" in said
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
+def test_a_picture_of_any_mode_is_read_as_its_file_is(mode, tmp_path):
+    """Also turned upright, as a camera's file says."""
+    picture = Image.linear_gradient("L").resize((20, 30)).convert("I" if mode == "I;16" else "RGB").convert(mode)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture.save(tmp_path / "p.tiff", exif=exif)
+    want = data.load_image(tmp_path / "p.tiff")
+    with Image.open(tmp_path / "p.tiff") as opened:
+        assert np.array_equal(data.load_image(opened), want)
+    assert want.mode == "RGB" and want.size in ((20, 30), (30, 20))
+
+
+def test_other_arrays_are_refused():
+    for array in (np.zeros((4, 3), np.uint8), np.zeros((3, 4, 2), np.uint8), np.zeros((4, 3, 3), np.float32)):
+        with pytest.raises(ValueError, match=r"a uint8 array \(H, W, 3\), not"):
+            data.load_image(array)
