@@ -167,11 +167,9 @@ def triplet(image, text, pid, margin=0.05):
 
     image, text (B, D), pid (B,). A batch of one person has no negatives; its loss is 0."""
     cos, same = cosines(text, image), positives(pid)                                                    # (B, B)
-    if same.all():
-        return 0 * cos.sum()
     loss = 0
     for c in (cos, cos.T):
-        hardest = c.masked_fill(same, -torch.inf).amax(dim=1)                                           # (B,)
+        hardest = c.masked_fill(same, -torch.inf).amax(dim=1)                       # (B,), -inf without negatives
         loss = loss + F.relu(hardest - c.diagonal() + margin).mean()
     return loss
 
@@ -197,7 +195,8 @@ def mlm(logits, target):
 def restoration(predicted, target, dropped):
     """Text-guided restoration of UIT: mean squared error of the dropped patches. predicted, target (B, N, values of a
     patch), dropped (B, N) bool."""
-    return (predicted - target).square().mean(dim=2)[dropped].mean()
+    error = (predicted - target).square().mean(dim=2)                                                   # (B, N)
+    return (error * dropped).sum() / dropped.sum()                      # indexing by `dropped` would wait for the GPU
 
 
 # ---- distillation: a student copies its teacher (LCR2S, arXiv 2310.11210) -------------------------------------------

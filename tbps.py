@@ -1105,8 +1105,8 @@ def unpatchify(patches, grid, patch):
 def grey(pixels):
     """Luma in all three channels. The pixels are normalised, as in the official code; the result is within 0.11 of the
     normalised grey image."""
-    luma = (pixels * pixels.new_tensor([0.2989, 0.5870, 0.1140])[:, None, None]).sum(dim=1, keepdim=True)
-    return luma.expand_as(pixels)
+    red, green, blue = pixels.split(1, dim=1)
+    return (0.2989 * red + 0.5870 * green + 0.1140 * blue).expand_as(pixels)
 
 
 def visible_patches(model, recipe):
