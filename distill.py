@@ -270,9 +270,9 @@ def train_fusion(args, recipe, model, tokenizer, preprocessing, bank, out, stop=
     model.to(args.device).requires_grad_(False)
     heads = model.heads.requires_grad_(True)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=recipe["teacher_lr"], weight_decay=recipe["teacher_decay"])
-    optimizers, scaler = [optimizer], torch.amp.GradScaler("cpu", enabled=False)
-    state, saved_at = tbps.initial_state(args, model, optimizers, scaler, out), time.time()
-    save = functools.partial(tbps.save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler,
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state, saved_at = tbps.initial_state(args, model, optimizer, scaler, out), time.time()
+    save = functools.partial(tbps.save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizer, scaler,
                              state, out, time.time() - 60 * state["minutes"])
     N = len(bank.image)
     bar = data.progress_bar(total=epochs * N, initial=state["epoch"] * N, unit=" pairs", desc="fusion",

@@ -836,7 +836,6 @@ COMMON_KEYS = dict(
     coupled=(False, "Adam with an L2 penalty on all but biases, instead of AdamW"),
     eps=(1e-8, "of Adam"),
     beta2=(0.98, "of Adam"),
-    muon=(0.0, "if above 0, Muon makes the steps of the blocks' matrices, with the rate times this factor"),
     lr_bias=(1.0, "factor of the rate of biases"),
     lr_new=(1.0, "factor of the rate of layers that CLIP does not have"),
     sampler=("random", "random, random-count (UIT) or views (LCR2S); see data.batches"),
@@ -931,12 +930,10 @@ CTLG = make_recipe(
     CTLG_KEYS, epochs=70, batch=256, lr_start=1e-5, lr_end=0.0, warmup=9.0, per_epoch=True, decay_every=20,
     weight_decay=0.0, beta2=0.999, height=384, width=128, stride=12, resize="bicubic", clean=False, image_aug="shift",
     back_translation=0.0, deletion=0.0, approximate=0.5, tau=0.005, text_dropout=0.0, lock_patch=False, itc=1.0)
-# On synthetic pedestrians every recipe gets these values: a small model, small batches, learned from scratch, where all
-# layers are new, nothing is worth locking, and the model's own predictions are no labels yet.
+# On synthetic pedestrians every recipe gets these values: a small model and small batches.
 TOY = dict(height=96, width=48, stride=0, epochs=10, batch=128, lr=1e-3, lr_start=1e-5, lr_end=1e-5, warmup=2.0,
            per_epoch=False, decay_every=0, weight_decay=0.02, coupled=False, eps=1e-8, beta2=0.98, lr_bias=1.0,
            lr_new=1.0, soft=0.0, lock_patch=False, depth=1)
-FROM_SCRATCH = dict(muon=3.0, epochs=8, warmup=1.0)                     # and these without --clip: python tbps.py
 
 
 # ---- methods: TBPS-CLIP ---------------------------------------------------------------------------------------------
@@ -1323,32 +1320,20 @@ def half_parameters(model):
     return [p for p in found if p.requires_grad]
 
 
-def make_optimizers(model, recipe, fused):
+def make_optimizer(model, recipe, fused):
     """AdamW, where matrices decay and biases, norms, tokens and the temperature do not. With `coupled` Adam with an
-    L2 penalty on all but biases, as IRRA has it. With `muon` a second optimizer, Muon (arXiv 2502.16982), makes
-    orthogonal steps of the matrices of the blocks: from scratch, fewer steps are needed. Each parameter group has a
-    `factor` of the learning rate."""
-    groups, matrices = {}, []
+    L2 penalty on all but biases, as IRRA has it. Each parameter group has a `factor` of the learning rate."""
+    groups = {}
     for name, p in model.named_parameters():
-        is_matrix = p.ndim == 2 and re.match(r"(image|text)\.blocks\.", name)
-        if not p.requires_grad:
-            continue
-        if recipe["muon"] and not recipe.get("half_weights") and is_matrix:
-            matrices.append(p)
-        else:
+        if p.requires_grad:
             decays = not name.endswith("bias") if recipe["coupled"] else p.ndim >= 2
             groups.setdefault((lr_factor(name, recipe), decays), []).append(p)
     groups = [dict(params=params, factor=factor, weight_decay=recipe["weight_decay"] if decays else 0.0)
               for (factor, decays), params in sorted(groups.items(), key=lambda g: (g[0][0], not g[0][1]))]
     options = dict(lr=recipe["lr"], betas=(0.9, recipe["beta2"]), eps=recipe["eps"])
     if recipe.get("half_weights"):
-        return [HalfAdam(groups, half_parameters(model), **options)]
-    optimizers = [(torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, **options, fused=fused)]
-    if matrices:
-        matrices = [dict(params=matrices, factor=recipe["muon"])]
-        optimizers.append(torch.optim.Muon(matrices, lr=recipe["lr"], weight_decay=recipe["weight_decay"],
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+        return HalfAdam(groups, half_parameters(model), **options)
+    return (torch.optim.Adam if recipe["coupled"] else torch.optim.AdamW)(groups, **options, fused=fused)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
@@ -1361,10 +1346,12 @@ def join_ranks(args):
     """Under torchrun: join its processes, with a GPU each. Only the first one prints and writes files."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    backend, gpu = "gloo", None
     if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        backend, gpu = "nccl", torch.device(args.device)
+        torch.cuda.set_device(gpu)
+    torch.distributed.init_process_group(backend, device_id=gpu)
     atexit.register(torch.distributed.destroy_process_group)
     if losses.ranks()[0]:
         sys.stdout = open(os.devnull, "w")
@@ -1386,6 +1373,37 @@ def average_over_ranks(tensors):
             x.copy_(part.view_as(x))
 
 
+class GradientMean:
+    """Replaces gradients by their mean over all ranks while backward still runs: as soon as the gradients of some
+    layers are complete (25 MB), they are sent. Call `wait` after backward. Does nothing with one process."""
+
+    def __init__(self, parameters, bytes_at_once=25e6):
+        self.limit, self.complete, self.sent = bytes_at_once, [], []
+        if losses.ranks()[1] > 1:
+            for p in parameters:
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(self.add)
+
+    def add(self, p):
+        self.complete.append(p.grad)
+        if sum(grad.nbytes for grad in self.complete) > self.limit:
+            self.send()
+
+    def send(self):
+        flat = torch.cat([grad.flatten() for grad in self.complete])
+        self.sent.append((self.complete, flat, torch.distributed.all_reduce(flat, async_op=True)))
+        self.complete = []
+
+    def wait(self):
+        if self.complete:
+            self.send()
+        for grads, flat, work in self.sent:
+            work.wait()
+            for grad, mean in zip(grads, flat.div_(losses.ranks()[1]).split([grad.numel() for grad in grads])):
+                grad.copy_(mean.view_as(grad))
+        self.sent = []
+
+
 def any_rank(wanted, device):
     """Whether any rank wants it."""
     votes = torch.tensor(float(bool(wanted)), device=device)
@@ -1404,10 +1422,11 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     continues bit for bit."""
     device, rank = torch.device(args.device), losses.ranks()[0]
     autocast = prepare_model(args, model)
-    optimizers = make_optimizers(model, recipe, fused=device.type == "cuda")
+    optimizer = make_optimizer(model, recipe, fused=device.type == "cuda")
+    gradient_mean = GradientMean(model.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not recipe.get("half_weights"))
-    state = initial_state(args, model, optimizers, scaler, out)         # epoch, step, best, scores, minutes
-    save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state,
+    state = initial_state(args, model, optimizer, scaler, out)          # epoch, step, best, scores, minutes
+    save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizer, scaler, state,
                              out, time.time() - 60 * state["minutes"])
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # samplers by person: epochs differ a little
     loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
@@ -1420,16 +1439,15 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):
                 it = epoch * n + i * n / len(batches)
                 lr = lr_at(it, n, recipe)
-                set_learning_rate(optimizers, lr)
+                set_learning_rate(optimizer, lr)
                 torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
 
                 parts = step_losses(model, batch, it / n, autocast)
                 loss = total_loss(parts)
                 model.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
-                average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
-                for optimizer in optimizers:
-                    scaler.step(optimizer)                              # skips the step if fp16 overflowed
+                gradient_mean.wait()
+                scaler.step(optimizer)                                  # skips the step if fp16 overflowed
                 scaler.update()
                 state["step"] = i + 1
                 history.append(loss, parts)
@@ -1466,6 +1484,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
 def prepare_model(args, model):
     """Move the model to its device and switch on what saves memory or time -> the autocast of its encoders."""
     device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")                          # TF32 on CUDA, for what is not under autocast
     model.to(device)
     model.micro_batch = args.micro_batch
     model.image.checkpointing = model.text.checkpointing = args.checkpoint_blocks
@@ -1572,8 +1591,8 @@ def format_losses(means):
     return "  ".join(f"{name} {value:.3f}" for name, value in means.items())
 
 
-def set_learning_rate(optimizers, lr):
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
 
 
@@ -1612,25 +1631,24 @@ def print_above(bar, line):
         print(line, flush=True)
 
 
-def save_checkpoints(args, recipe, model, tokenizer, preprocessing, optimizers, scaler, state, out, started, name):
+def save_checkpoints(args, recipe, model, tokenizer, preprocessing, optimizer, scaler, state, out, started, name):
     """Write last.pt, from which a run resumes, or best.pt, which has no heads and no optimizer."""
     state["minutes"] = (time.time() - started) / 60
     contents = checkpoint_dict(args, recipe, model, tokenizer, preprocessing, heads=name == "last.pt") | state
     if name == "last.pt":
-        contents |= dict(optimizers=[optimizer.state_dict() for optimizer in optimizers], scaler=scaler.state_dict(),
+        contents |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                          log=(out / "log.jsonl").read_text())
     save(out / name, contents)
 
 
-def initial_state(args, model, optimizers, scaler, out):
+def initial_state(args, model, optimizer, scaler, out):
     """Where training begins: epochs done, steps done in the next one, best and last scores, minutes spent. With
     --resume what save_checkpoints wrote, and model, optimizers, scaler and log are as they were."""
     state = dict(epoch=0, step=0, best=-1.0, scores={}, minutes=0.0)
     if args.resume:
         saved = read_file(out / "last.pt")
         model.load_state_dict(saved["weights"])
-        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
+        optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         if losses.ranks()[0] == 0:                                      # steps after the checkpoint are logged again
             (out / "log.jsonl").write_text(saved["log"])
@@ -1688,7 +1706,7 @@ def training_options(description, recipes, keys, default_method, argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"keys of {method} for --set, as published (other methods: --method M --help):\n"
                f"{format_keys(recipes[method], keys)}\n"
-               f"on synthetic pedestrians: {format_values(TOY)}\nand without --clip: {format_values(FROM_SCRATCH)}")
+               f"on synthetic pedestrians: {format_values(TOY)}")
     g = p.add_argument_group("data")
     g.add_argument("--data-root", default="data",
                    help="the data set's folder or its parent; for csv the file (default: data)")
@@ -1772,8 +1790,7 @@ def toy_values(args, recipe):
     """What the recipe gets on synthetic pedestrians."""
     if not args.dataset.startswith("toy"):
         return {}
-    values = TOY | (FROM_SCRATCH if args.clip in (None, "none") else {})
-    return {k: v for k, v in values.items() if k in recipe}
+    return {k: v for k, v in TOY.items() if k in recipe}
 
 
 def given_keys(args):
@@ -1791,12 +1808,18 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
     check_recipe(recipe, keys, choices)
     args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
-    args.workers = args.workers if args.workers is not None else 0 if toy else min(8, os.cpu_count())
+    args.workers = args.workers if args.workers is not None else 0 if toy else default_workers()
     check_options(args, recipe)
     if args.amp == "auto":
         fp16 = recipe.get("half_weights") or not torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = ("fp16" if fp16 else "bf16") if args.device.startswith("cuda") else "off"
     return recipe
+
+
+def default_workers():
+    """The cores that this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def parse_value(key, text, default):

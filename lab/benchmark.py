@@ -141,13 +141,12 @@ def embedding(side, batch=16):
 FP32 = functools.partial(torch.autocast, "cpu", enabled=False)
 
 
-def training_step(model, optimizers, compute_loss):
+def training_step(model, optimizer, compute_loss):
     """The function to measure: backward and update after `compute_loss()`."""
     def run():
         model.zero_grad(set_to_none=True)
         compute_loss().backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
     return run
 
 
@@ -180,14 +179,14 @@ def step(side, batch=4, micro_batch=0):
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"], lock_patch=True, text_dropout=0.05)
     model.micro_batch = micro_batch
     add_heads(model, tbps.tbps_clip_heads(recipe, model, 11003))
-    optimizers = tbps.make_optimizers(model, recipe, fused=False)
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
     pixels = torch.randn(4, batch, 3, 224, 224)
     sample = dict(pixels=pixels, tokens=captions(batch)[None], pid=torch.arange(batch))
 
     def ours():
         return sum(tbps.tbps_clip_losses(model, sample, recipe, 0.5, FP32).values())
 
-    return training_step(model, optimizers, ours if side == "ours" else lambda: usual_losses(model, sample))
+    return training_step(model, optimizer, ours if side == "ours" else lambda: usual_losses(model, sample))
 
 
 def method_step(method, batch=8, size=(384, 128)):
@@ -196,12 +195,12 @@ def method_step(method, batch=8, size=(384, 128)):
     recipe, heads, step_losses = tbps.METHODS[method]
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=size, stride=recipe["stride"] or None))
     add_heads(model, heads(recipe, model, 11003))
-    optimizers = tbps.make_optimizers(model, recipe, fused=False)
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
     tokens = captions(batch)
     targets = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
     sample = dict(pixels=torch.randn(1, batch, 3, *size), tokens=tokens[None], pid=torch.arange(batch),
                   image=torch.arange(batch), targets=targets, masked=torch.where(targets >= 0, 49405, tokens))
-    return training_step(model, optimizers, lambda: sum(step_losses(model, sample, recipe, 1.0, FP32).values()))
+    return training_step(model, optimizer, lambda: sum(step_losses(model, sample, recipe, 1.0, FP32).values()))
 
 
 def toy_step():
@@ -209,13 +208,13 @@ def toy_step():
     torch.manual_seed(0)
     people = draw("train", persons=48)
     tokenizer = data.train_tokenizer([caption for r in people for caption in r["captions"]])
-    recipe = tbps.SIMPLIFIED | tbps.TOY | tbps.FROM_SCRATCH
+    recipe = tbps.SIMPLIFIED | tbps.TOY
     pairs = data.Pairs(people, (96, 48), text=dict(deletion=0.05))
     sample = data.collate(tokenizer, [pairs[0, i] for i in range(recipe["batch"])])
     options = dict(vocab=tokenizer.vocab, text_dropout=recipe["text_dropout"], lock_patch=recipe["lock_patch"])
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | options)
-    optimizers = tbps.make_optimizers(model, recipe, fused=False)
-    return training_step(model, optimizers,
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
+    return training_step(model, optimizer,
                          lambda: sum(tbps.tbps_clip_losses(model, sample, recipe, 1.0, FP32).values()))
 
 

@@ -140,7 +140,7 @@ def test_ten_steps_of_the_official_code(method, monkeypatch):
     recipe = golden_recipe(method, config)
     model = golden_model(method, recipe)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
     assert type(optimizer).__name__ == golden["optimizer"]["kind"]
     assert (list(optimizer.defaults["betas"]), optimizer.defaults["eps"]) == (
         golden["optimizer"]["betas"],

@@ -275,7 +275,7 @@ def test_a_step_at_full_size(method, parameters, people):
     model.logit_scale.data.fill_(math.log(50))
     model.logit_scale.requires_grad_(False)
     pairs = data.Pairs(people, (384, 128), image_aug="reid", norm="clip", clean=False)
-    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     gradients_are_where_they_should_be(
         model, recipe, data.collate(tokenizer, [pairs[0, i] for i in range(0, 48, 6)], mask=tbps.mask_rates(recipe))
@@ -308,7 +308,7 @@ def test_learning_rates_of_layers():
     recipe = tbps.UIT | dict(mlm=1.0)
     with torch.device("meta"):
         model = with_heads(tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=100)), recipe, 7)
-    optimizer, = tbps.make_optimizers(model, recipe, fused=False)
+    optimizer = tbps.make_optimizer(model, recipe, fused=False)
     assert isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["eps"] == 1e-3
     group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}

@@ -169,7 +169,7 @@ def test_a_run_with_half_weights(cuhk, tmp_path):
     weight, position = (saved["weights"][name] for name in ("image.blocks.0.fc1.weight", "image.pos"))
     assert weight.dtype == torch.float32 and torch.equal(weight, weight.half().float())
     assert not torch.equal(position, position.half().float())
-    kinds = {state["exp_avg"].dtype for state in saved["optimizers"][0]["state"].values()}
+    kinds = {state["exp_avg"].dtype for state in saved["optimizer"]["state"].values()}
     assert kinds == {torch.float16, torch.float32}
 
 

@@ -206,9 +206,11 @@ def rank_of_two(rank, file, out, micro):
         for name in STEPS:
             model, batch, step = sample(name, people)
             model.micro_batch = micro
+            gradient_mean = tbps.GradientMean(model.parameters(), bytes_at_once=2e5)
             parts = step(share_of(batch, rank, 2))
             sum(parts.values()).backward()
-            tbps.average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
+            assert gradient_mean.sent                                   # some while backward ran
+            gradient_mean.wait()
             shown = {k: v.detach().clone() for k, v in parts.items()}
             tbps.average_over_ranks(list(shown.values()))
             found[name] = shown, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
