@@ -260,8 +260,8 @@ def check_row(row, where):
     image, split = row["image"], row["split"]
     if isinstance(image, str):
         image = Path(image)
-    pixels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
-    if not isinstance(image, Path) and not pixels:
+    is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+    if not isinstance(image, Path) and not is_array:
         raise ValueError(f"{where}: image is {brief(image)}; it must be a path or a uint8 array (H, W, 3)")
     if split not in ("train", "val", "test"):
         raise ValueError(f"{where}: split is {brief(split)}; the splits are train, val and test")
@@ -400,8 +400,8 @@ BAD_IMAGES = "python data.py --dataset NAME lists all such files, tbps.py --skip
 def load_image(image, least=None):
     """A path, a PIL image or a uint8 array (H, W, 3) -> PIL image, RGB, turned upright as its EXIF says.
 
-    least   the picture may be decoded smaller, but at least so many pixels high and wide; fast for JPEG
-    Raises FileNotFoundError, or ValueError naming the file if it is no picture, cut off or damaged."""
+    least   for speed: a large JPEG may be decoded at a reduced size, not below so many pixels high and wide
+    Raises FileNotFoundError, or ValueError naming the file if it is no picture, truncated or damaged."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise ValueError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
@@ -675,7 +675,7 @@ class Tokenizer:
     """CLIP's byte-level BPE on the `tokenizers` package: list of captions -> (B, 77) int64, SOT + tokens + EOT + zeros.
 
     merges   pairs of tokens, most frequent first
-    mask     whether the id of the last merge becomes a mask symbol. In CLIP's vocabulary the word "jekyll" pays for it.
+    mask     whether the id of the last merge becomes a mask symbol; CLIP's vocabulary gives up "jekyll" for it
 
     Ids: 256 bytes, 256 bytes that end a word, one token per merge, SOT, EOT. So EOT has the largest id, and 0 (also the
     id of "!") is the padding. Long captions are cut, EOT stays. A pair of captions is joined by a full stop, and the
@@ -704,7 +704,8 @@ class Tokenizer:
         for row, a, b in zip(tokens, first, second):
             stop = self.bpe.encode(".").ids if b.ids else []
             room = CONTEXT - 2 - len(stop)                              # without SOT and EOT
-            ids = [self.sot, *a.ids[:max(room - len(b.ids), room - room // 2)], *stop]
+            first_room = max(room - len(b.ids), room - room // 2)       # what b leaves, at least half
+            ids = [self.sot, *a.ids[:first_room], *stop]
             ids += b.ids[:CONTEXT - 1 - len(ids)] + [self.eot]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
@@ -718,12 +719,12 @@ class Tokenizer:
         and token 0 are never chosen."""
         tokens, text = self([caption])[0], normalize_text(caption)
         targets = torch.full_like(tokens, -1)
-        kind_at = {place: kind for start, end, kind in tag_words(text) for place in range(start, end)}
+        kind_at = {char: kind for start, end, kind in tag_words(text) for char in range(start, end)}
         offsets = self.bpe.encode(text).offsets[:CONTEXT - 2]
         able = [i for i in range(1, len(offsets) + 1) if tokens[i] > 0]
         kinds = {i: kind_at.get(offsets[i - 1][0]) for i in able}
         chosen = [i for i in able if rng.random() < (content if kinds[i] in ("N", "J") else other)]
-        for i in chosen or able[:1]:
+        for i in chosen or able[:1]:                                    # if none was chosen, mask the first
             targets[i] = tokens[i]
             draw = rng.random() if chosen else 0.0
             if draw < 0.9:
@@ -846,7 +847,7 @@ def image_ops(size):
     }
 
 
-class Scale:
+class Resize:
     """PIL image -> float (3, H, W) in [0, 1], stretched to size (H, W) as CLIP recipes do: the aspect ratio is lost."""
 
     def __init__(self, size, resize):
@@ -868,7 +869,7 @@ class TrainView:
 
     def __init__(self, size, image_aug="pool", norm="imagenet", resize="bilinear"):
         assert image_aug in IMAGE_AUG, image_aug
-        self.scale, self.ops, self.image_aug = Scale(size, resize), image_ops(size), image_aug
+        self.resize, self.ops, self.image_aug = Resize(size, resize), image_ops(size), image_aug
         self.normalize = v2.Normalize(*mean_std(norm))
         if image_aug == "reid":
             # IRRA erases after normalising, with the mean: the area becomes light grey
@@ -878,7 +879,7 @@ class TrainView:
     def __call__(self, image):
         drawn = [POOL[i] for i in torch.randint(len(POOL), (2,))]       # always, so that seeded runs stay the same
         names = drawn if self.image_aug == "pool" else SEQUENCES.get(self.image_aug, [self.image_aug])
-        pixels = self.scale(image)
+        pixels = self.resize(image)
         for name in names:
             pixels = self.ops[name](pixels)
         return self.normalize(pixels)
@@ -910,13 +911,13 @@ class Preprocessing:
 
     def __init__(self, size, norm="imagenet", resize="bicubic", clean=True):
         self.settings = dict(size=tuple(size), norm=norm, resize=resize, clean=clean)
-        self.size, self.clean, self.scale = tuple(size), clean, Scale(size, resize)
+        self.size, self.clean, self.resize = tuple(size), clean, Resize(size, resize)
         self.mean, self.std = mean_std(norm)
         self.normalize = v2.Normalize(self.mean, self.std)
 
     def image(self, image):
         """A path, uint8 array (H, W, 3) or PIL image -> pixels (3, H, W), scaled and normalised."""
-        return self.normalize(self.scale(load_image(image)))
+        return self.normalize(self.resize(load_image(image)))
 
     def text(self, caption):
         """The caption as in training."""
@@ -926,17 +927,17 @@ class Preprocessing:
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 def derive_seed(*numbers):
-    """A 63-bit seed from whole numbers. Neighbours give unrelated seeds: draws for an item use (seed, epoch, item)."""
+    """A 63-bit seed from whole numbers, like (seed, epoch, item). Similar numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Pairs(torch.utils.data.Dataset):
     """Training items, one (image, caption) pair each: an image with two captions is two items.
 
-    pairs[epoch, i] is item i as it looks in this epoch. All random draws are functions of (seed, epoch, i), in whatever
-    process, so that a resumed run continues exactly.
+    pairs[epoch, i] is item i as it looks in this epoch. All random draws are functions of (seed, epoch, i), whichever
+    process makes them, so a resumed run continues exactly.
 
-    views, self_views   number of TrainViews and SelfViews of the image, which is decoded once
+    views, self_views   number of TrainViews and SelfViews of the image, which come first and last in pixels
     texts, self_texts   number of augmented captions;  text: rates for augment_caption
     clean               clean captions first (TBPS-CLIP)
     back_translation    probability to start from the caption's entry in captions_bt, if there is one
@@ -951,7 +952,7 @@ class Pairs(torch.utils.data.Dataset):
         self.captions = [cleaned(r["captions"][n]) for r, n in self.items]
         self.translated = [cleaned("".join(r.get("captions_bt", [])[n:n + 1])) for r, n in self.items]  # "" for none
         label = {pid: n for n, pid in enumerate(sorted({r["pid"] for r in records}))}       # ids have gaps, classes not
-        self.pids = [label[r["pid"]] for r, _ in self.items]
+        self.pids = [label[r["pid"]] for r, _ in self.items]            # 0 ... P-1, as id_loss needs them
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
         self.texts, self.back_translation, self.text = texts + self_texts, back_translation, text or {}
@@ -960,8 +961,8 @@ class Pairs(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, place):
-        epoch, i = place
+    def __getitem__(self, epoch_and_item):
+        epoch, i = epoch_and_item
         seed = derive_seed(self.seed, epoch, i)
         torch.default_generator.manual_seed(seed)       # torch.manual_seed would take 0.3 ms to look for GPUs
         rng = random.Random(seed)
@@ -988,7 +989,7 @@ def trim_padding(tokens):
 
 def collate(tokenizer, items, mask=None, trim=True):
     """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, T), and pid, image (record) and item, each (B,). T is the
-    length of the longest caption, or 77 without trim. All that needs a look at the tokens is done here, on the CPU.
+    length of the longest caption, or 77 without trim. Shapes that depend on tokens are computed here, on the CPU.
 
     mask = (content, other), the rates of Tokenizer.masked, adds masked (B, T), the masked first caption of each item;
     positions (M,), the places of the masked tokens in it, flattened; and targets (M,), the ids of these tokens."""

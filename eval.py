@@ -133,7 +133,7 @@ def progress_bar(*items, **options):
     return tqdm(*items, **options)
 
 
-def process():
+def rank_and_world():
     """(rank, number) of the processes of torchrun; (0, 1) without it."""
     if torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -142,7 +142,7 @@ def process():
 
 def all_gather_rows(x):
     """Rows rank, rank + W, ... of each of W processes -> all rows, in order, on the CPU. A process may have none."""
-    rank, ranks = process()
+    rank, ranks = rank_and_world()
     if ranks == 1:
         return x
     parts = [None] * ranks
@@ -206,7 +206,7 @@ def embed(model, images, tokens, device="cpu", workers=0, progress=True):
     """-> features of unit length, images (G, D) and texts (Q, D). Each process embeds its part; all get all of them.
 
     images: a dataset of pixels (3, H, W);  tokens (Q, T)"""
-    rank, ranks = process()
+    rank, ranks = rank_and_world()
     part = torch.utils.data.Subset(images, range(rank, len(images), ranks))
     image = embed_images(model, part, device, workers, progress=progress and rank == 0)
     text = embed_texts(model, tokens[rank::ranks], progress=progress and rank == 0)
@@ -360,7 +360,7 @@ def html_page(title, body):
 
 
 def write_page(path, title, chapters):
-    """Write a self-contained HTML file. chapters: (heading, HTML) pairs, perhaps from a generator."""
+    """Write a self-contained HTML file. chapters: (heading, HTML) pairs."""
     check_page(path)
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in chapters if content)
     unfinished = Path(f"{path}.part")
@@ -427,24 +427,24 @@ class Index:
         """(N, D) float16, mapped into memory: only what is used is read."""
         return np.memmap(self.rows_file, np.float16, "c", shape=(len(self.lines), self.width))
 
-    def append(self, rows, lines):
-        """Append rows, float16 (n, D), and the line of each: first the rows, then what makes them count."""
+    def append(self, features, lines):
+        """Append features, float16 (n, D), and the line of each: first the features, then what makes them count."""
         with open(self.rows_file, "ab") as rows_file, open(self.list_file, "ab") as list_file:
             if list_file.tell() != self.size:
                 raise ValueError(f"{self.list_file} has changed: is another search filling the same index?")
-            rows_file.write(rows.tobytes())
+            rows_file.write(features.tobytes())
             rows_file.flush()                                           # before the lines
             list_file.writelines(lines)
         self.lines += lines
         self.size += sum(map(len, lines))
 
-    def keep(self, rows):
-        """Write both files anew with these rows (n,) only. A crash on the way leaves the old index, or none."""
-        features, lines = self.features(), [self.lines[n] for n in rows]
+    def keep(self, numbers):
+        """Write both files anew with these rows only. A crash on the way leaves the old index, or none."""
+        features, lines = self.features(), [self.lines[n] for n in numbers]
         new_rows, new_list = Path(f"{self.rows_file}.part"), Path(f"{self.list_file}.part")
         with open(new_rows, "wb") as f:
-            for start in range(0, len(rows), 8192):
-                f.write(features[rows[start:start + 8192]].tobytes())
+            for start in range(0, len(numbers), 8192):
+                f.write(features[numbers[start:start + 8192]].tobytes())
         new_list.write_bytes(b"".join(lines))
         self.list_file.unlink()                                         # rows never stand beside the list of others
         os.replace(new_rows, self.rows_file)
@@ -506,14 +506,14 @@ def nearest(features, query, top):
     -> cosines (Q, top), rows (Q, top)
     The features are read in pieces and may be a mapped file: time grows with N, memory does not."""
     chunk = min(8192, 2 ** 22 // len(query) + 1)                        # rows: their scores take 16 MB at most
-    score, place = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
+    score, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
     for start in range(0, len(features), chunk):
         some = query.float() @ torch.from_numpy(features[start:start + chunk]).float().T                # (Q, chunk)
-        some, best = some.topk(min(top, some.shape[1]), dim=1)
-        place = torch.cat([place, start + best], dim=1)
-        score, best = torch.cat([score, some], dim=1).topk(min(top, place.shape[1]), dim=1)
-        place = place.gather(1, best)
-    return score, place
+        some, column = some.topk(min(top, some.shape[1]), dim=1)
+        row = torch.cat([row, start + column], dim=1)
+        score, column = torch.cat([score, some], dim=1).topk(min(top, row.shape[1]), dim=1)             # (Q, top)
+        row = row.gather(1, column)
+    return score, row
 
 
 # ---- searching ------------------------------------------------------------------------------------------------------
@@ -534,17 +534,17 @@ class Search:
         return printable(json.loads(self.lines[row])[0])
 
     def load(self, row, least=None):
-        """The PIL image of a row, at least `least` pixels a side. Raises OSError or ValueError if it is gone."""
+        """The PIL image of a row; least as in data.load_image. Raises OSError or ValueError if it is gone."""
         return self.data.load_image(self.folder / json.loads(self.lines[row])[0], least)
 
     def encode(self, texts):
-        """Queries -> features (Q, D) of unit length, and whether any is too long to be read whole.
+        """Queries -> features (Q, D) of unit length, and whether one fills all 77 places, so that it may have been cut.
 
         ValueError if cleaning leaves nothing of a query."""
         cleaned = [self.preprocessing.text(t) for t in texts]
         if empty := [text for text, rest in zip(texts, cleaned) if not rest.strip()]:
             raise ValueError(f"the query {empty[0][:40]!r} has no word: describe the person in a sentence")
-        tokens = self.tokenizer(cleaned)                                # (Q, T); the last position is EOT if it is full
+        tokens = self.tokenizer(cleaned)                                # (Q, 77)
         return embed_texts(self.model, tokens), bool((tokens[:, -1] != 0).any())
 
     def top(self, query, number):
@@ -576,7 +576,7 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
                for y in range(0, max(1, h - step), step) for x in range(0, max(1, w - step), step)]
     hidden = pixels.repeat(len(windows) + 1, 1, 1, 1)
     for picture, (top, left, bottom, right) in zip(hidden[1:], windows):
-        picture[:, H * top // h:H * bottom // h, W * left // w:W * right // w] = 0
+        picture[:, H * top // h:H * bottom // h, W * left // w:W * right // w] = 0      # the mean colour
     image = torch.cat([F.normalize(model.encode_image(some.to(device)).float(), dim=1).cpu()
                        for some in hidden.split(64)])
     covered, loss = torch.zeros(h, w), torch.zeros(len(words), h, w)
@@ -584,11 +584,11 @@ def word_maps(model, tokenizer, pixels, text, tag, device="cpu", most=6):
         loss[:, top:bottom, left:right] += lost[:, None, None]
         covered[top:bottom, left:right] += 1
     adds = image[0] @ directions.T
-    shown = sorted(adds.argsort(descending=True)[:most].tolist())
-    return [(text[slice(*words[n])], adds[n].item(), loss[n] / covered) for n in shown]
+    chosen = sorted(adds.argsort(descending=True)[:most].tolist())
+    return [(text[slice(*words[n])], adds[n].item(), loss[n] / covered) for n in chosen]
 
 
-TOO_LONG = "The model reads 75 tokens of a sentence, about 55 words, and not the rest."
+TOO_LONG = "A query may have been cut: the model reads the first 75 tokens, about 55 words."
 MAPS = ("<p class=legend>The number is what the word adds to the score. Red: the parts that speak for the word. Blue, "
         "if it lowers the score: the parts that speak against it. The maps show what the model reacts to, which need "
         "not be where the thing is.</p>")
@@ -804,7 +804,7 @@ def compare(data, tbps, args):
             chapters += [(f"{source} on {dataset} {args.split}", table(rows)), ("Queries and their top 10", sheet)]
             file = "eval-table.html" if several else f"eval-{dataset}-{args.split}.html"
             page = args.page or (first.parent if first.is_file() else Path()) / file
-            if process()[0] == 0:
+            if rank_and_world()[0] == 0:
                 head = [("Text to image", table(overview))] * several
                 write_page(page, " and ".join(args.checkpoint), head + chapters)
     if several:
@@ -843,16 +843,16 @@ def search_gallery(data, tbps, args):
     queries = [printable(q.expandtabs(1)) for q in queries if q.strip()]
     if not queries and (args.query or args.queries):
         raise ValueError("the query is empty: describe the person in a sentence")
-    if args.serve is not None:                                          # requests wait until serve_forever
+    if args.serve is not None:                                          # first: a port in use is an error at once
         try:
             server = ThreadingHTTPServer(("127.0.0.1", args.serve), Handler)
         except (OSError, OverflowError) as e:
             raise OSError(f"port {args.serve} cannot be used ({e}); take another with --serve PORT") from None
-    model, tokenizer, preprocessing, facts = open_model(data, tbps, args, find_model(data, tbps, *args.checkpoint))
+    model, tokenizer, preprocessing, facts = open_model(data, tbps, args, find_model(data, tbps, args.checkpoint[0]))
     index = open_index(folder, model, preprocessing, args)
     search = Search(model, tokenizer, preprocessing, data, folder, index, args.device)
     if queries:
-        page, chapters = args.page or "search.html", answer_queries(search, queries, args.top, args.explain)
+        page, chapters = args.page or "search.html", list(answer_queries(search, queries, args.top, args.explain))
         write_page(page, f"{printable(folder)}, {facts['method']}", chapters)
         print(f"\npage: {page}", flush=True)
     if args.serve is not None:
@@ -863,6 +863,7 @@ def search_gallery(data, tbps, args):
 
 
 def main(data, tbps):
+    """data, tbps: the two modules. They are passed on, not imported above, so that this file can be copied alone."""
     args = parse_args(data)
     tbps.check_device(args.device)
     if args.features:
@@ -872,7 +873,7 @@ def main(data, tbps):
     tbps.join_ranks(args)                                               # the processes of torchrun
     if not args.gallery:
         compare(data, tbps, args)
-    elif process()[0] == 0:
+    elif rank_and_world()[0] == 0:
         search_gallery(data, tbps, args)
 
 

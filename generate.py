@@ -604,7 +604,7 @@ def training_batches(model, records, recipe, seed, epoch, first):
     steps before, only the random draws are repeated: training resumes exactly."""
     torch.manual_seed(data.derive_seed(seed, epoch))
     rng, z = random.Random(data.derive_seed(seed, epoch)), None
-    scale = data.Scale((recipe["height"], recipe["width"]), "bicubic")
+    scale = data.Resize((recipe["height"], recipe["width"]), "bicubic")
     for i, chunk in enumerate(torch.randperm(len(records)).split(recipe["train_batch"])):
         chosen = [records[j] for j in chunk]
         captions = ["" if rng.random() < recipe["drop_caption"] else rng.choice(r["captions"]) for r in chosen]
@@ -753,7 +753,7 @@ def full_size(source, old, new, paste):
     """The edit at the size of the source. paste: the source plus the enlarged difference of reconstruction and edit."""
     size, small = (source.height, source.width), new - old if paste else new
     large = F.interpolate(small[None], size, mode="bicubic", antialias=True)[0]
-    return to_image(data.Scale(size, "bicubic")(source) + large if paste else large)
+    return to_image(data.Resize(size, "bicubic")(source) + large if paste else large)
 
 
 def score_edit(pixels, old, new, mask):
@@ -769,7 +769,7 @@ def generate_batch(model, records, batch, recipe, judge=None):
     panels: {source, reconstruction, edit, mask: PIL image};  entry: captions, edit, scores as in pairs.jsonl."""
     size = recipe["height"], recipe["width"]
     sources, edited = [data.load_image(records[i]["image"]) for _, i, _ in batch], [chosen for *_, chosen in batch]
-    pixels = torch.stack([data.Scale(size, "bicubic")(source) for source in sources])
+    pixels = torch.stack([data.Resize(size, "bicubic")(source) for source in sources])
     text = model.encode_text([chosen[0]["source"] for chosen in edited])
     zs = model.invert(model.encode(pixels), text)                       # all edits of a source share its inversion
     nulls = model.null_text(zs, text, recipe["guidance"], recipe["rounds"]) if recipe["inversion"] == "null" else None

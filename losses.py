@@ -99,12 +99,13 @@ def nitc(image, text, pid, scale, alpha=0.0, teacher_image=None, teacher_text=No
     image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     logits = scale * image @ text.T                                                                     # (B, B)
     with torch.no_grad():
-        image_target = text_target = identity_labels(pid, logits.dtype)                                 # symmetric
+        labels = image_target = text_target = identity_labels(pid, logits.dtype)    # symmetric: labels.T == labels
         if alpha > 0:
             teacher_image = image if teacher_image is None else F.normalize(teacher_image, dim=1)
             teacher_text = text if teacher_text is None else F.normalize(teacher_text, dim=1)
             soft = scale * teacher_image @ teacher_text.T
-            image_target, text_target = (alpha * s.softmax(dim=1) + (1 - alpha) * image_target for s in (soft, soft.T))
+            image_target = alpha * soft.softmax(dim=1) + (1 - alpha) * labels
+            text_target = alpha * soft.T.softmax(dim=1) + (1 - alpha) * labels
     return (soft_cross_entropy(logits, image_target) + soft_cross_entropy(logits.T, text_target)) / 2
 
 

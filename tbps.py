@@ -2,17 +2,20 @@
 
     python tbps.py                                          built-in toy people, from scratch, on a laptop's CPU
     python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from CLIP ViT-B/16
-    python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the row everything is measured against
+    python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the reference for the others
     python tbps.py --dataset cuhk --method uit              UIT (2023), or irra: IRRA (CVPR 2023)
     python tbps.py --set mvs=0 citc=0 tau=0.01              any key of the method's recipe; --help lists them
 
 A run writes runs/DATASET-METHOD-SEED/: last.pt, best.pt (best on the validation split), log.jsonl, report.html, and a
-copy of the scripts. Ctrl-C saves; --resume goes on bit for bit where it stopped. The last line printed is the test
+copy of the scripts. Ctrl-C saves; --resume continues with exactly the same numbers. The last line printed is the test
 score of best.pt.
 
-Letters in all files: B pairs in a batch, T tokens, C width, H heads, D embedding size, Q queries, G gallery size, P
-persons, V views of an image, U variations of a caption. image, text are features; pixels, tokens are inputs; pid is a
-person id; scale is 1 / temperature. Everything is (B, T, C) throughout."""
+Letters in shapes, in all files: B pairs in a batch, T tokens of a caption, C width of a tower, H heads, D embedding
+size, Q queries, G gallery size, P persons, V views of an image, U variations of a caption, N patches of an image, K
+visible patches, M masked tokens; in (3, H, W) height and width in pixels; W is also the number of processes. Token
+sequences are always (B, T, C), batch first.
+Names: in losses and metrics image and text are features (B, D); pixels and tokens are inputs; pid is a person id; scale
+is 1 / temperature. model.image and model.text are the towers."""
 
 import argparse
 import atexit
@@ -41,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import data
 import eval as evaluation
@@ -72,7 +75,8 @@ class Attention(nn.Module):
 
     def forward(self, x, causal=False, token_index=None, key_mask=None):
         """(B, T, C) -> (B, T, C), or (B, 1, C) if token_index (B,) names the only token of each sample that is needed.
-        key_mask (B, T) bool: the tokens that may be attended to."""
+        key_mask (B, T) bool: the tokens that may be attended to; it does not go with token_index."""
+        assert token_index is None or key_mask is None
         B, T, C = x.shape
         dropout = self.dropout if self.training else 0.0
         if token_index is None:
@@ -123,10 +127,10 @@ class Block(nn.Module):
         return x + F.linear(h, self.fc2.weight / 1.702, self.fc2.bias)
 
 
-def run_block(block, checkpointing, x, **options):
-    """Run a block, with activation checkpointing if enabled: backward then recomputes the block from x."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False, **options)
+def run_block(block, recompute, x, **options):
+    """Run a block. With `recompute` (activation checkpointing) its activations are not kept but computed again."""
+    if recompute and torch.is_grad_enabled():
+        return recompute_in_backward(block, x, use_reentrant=False, **options)
     return block(x, **options)
 
 
@@ -157,14 +161,19 @@ def sincos_grid(grid, width):
     return torch.cat([torch.zeros(1, width), patches])
 
 
+def patch_grid(size, patch, stride):
+    """Rows and columns of patches in an image of size (H, W)."""
+    return tuple((side - patch) // stride + 1 for side in size)
+
+
 class ImageTower(nn.Module):
-    """Vision transformer: pixels (B, 3, H, W) -> tokens (B, T, C), the class token first, before the last norm and the
-    projection."""
+    """Vision transformer: pixels (B, 3, H, W) -> tokens (B, T, C); the class token is the first. `project` applies the
+    last norm and the projection."""
 
     def __init__(self, size, patch, stride, width, head_width, layers, embed, quick_gelu=True):
         super().__init__()
-        self.checkpointing = False
-        self.grid = tuple((side - patch) // stride + 1 for side in size)                    # rows, columns
+        self.recompute = False
+        self.grid = patch_grid(size, patch, stride)                                         # rows, columns
         if min(self.grid) < 1:
             raise ValueError(f"images of {size[0]}x{size[1]} pixels hold no patch of {patch}x{patch}")
         self.patch = nn.Conv2d(3, width, patch, stride, bias=False)
@@ -178,7 +187,7 @@ class ImageTower(nn.Module):
         init_blocks(self.blocks, width)
 
     def project(self, x):
-        """Class tokens (B, C) as `forward` gives them -> features (B, D)."""
+        """Tokens (..., C) as `forward` gives them -> features (..., D)."""
         return self.ln_post(x) @ self.proj
 
     def forward(self, pixels, token_index=None, patch_ids=None, mixup=None):
@@ -192,18 +201,19 @@ class ImageTower(nn.Module):
             x = torch.cat([x[:, :1], patches], dim=1)                                       # (B, 1+K, C)
         x = self.ln_pre(x)
         for n, block in enumerate(self.blocks[:-1]):
-            x = run_block(block, self.checkpointing, x)
+            x = run_block(block, self.recompute, x)
             if mixup and n == 0:
                 x = mix_samples(x, *mixup)
-        return run_block(self.blocks[-1], self.checkpointing, x, token_index=token_index)
+        return run_block(self.blocks[-1], self.recompute, x, token_index=token_index)
 
 
 class TextTower(nn.Module):
-    """Causal transformer over caption tokens: ids (B, T) -> (B, T, C), before the last norm and the projection."""
+    """Causal transformer over caption tokens: ids (B, T) -> (B, T, C). `project` applies the last norm and the
+    projection."""
 
     def __init__(self, vocab, context, width, head_width, layers, embed, dropout=0.0, quick_gelu=True):
         super().__init__()
-        self.checkpointing = False
+        self.recompute = False
         self.tok = nn.Embedding(vocab, width)
         self.pos = nn.Parameter(0.03 * sincos(torch.arange(context, dtype=torch.float32), width))   # as large as tokens
         self.blocks = nn.ModuleList(Block(width, head_width, dropout, quick_gelu) for _ in range(layers))
@@ -212,14 +222,18 @@ class TextTower(nn.Module):
         nn.init.normal_(self.tok.weight, std=0.02)
         init_blocks(self.blocks, width)
 
+    def project(self, x):
+        """Tokens (..., C) as `forward` gives them -> features (..., D)."""
+        return self.ln_post(x) @ self.proj
+
     def forward(self, tokens, token_index=None, mixup=None):
         """token_index and mixup as in ImageTower."""
         x = self.tok(tokens) + self.pos[:tokens.shape[1]]                                   # (B, T, C)
         for n, block in enumerate(self.blocks[:-1]):
-            x = run_block(block, self.checkpointing, x, causal=True)
+            x = run_block(block, self.recompute, x, causal=True)
             if mixup and n == 0:
                 x = mix_samples(x, *mixup)
-        return run_block(self.blocks[-1], self.checkpointing, x, causal=True, token_index=token_index)
+        return run_block(self.blocks[-1], self.recompute, x, causal=True, token_index=token_index)
 
 
 class DualEncoder(nn.Module):
@@ -242,7 +256,7 @@ class DualEncoder(nn.Module):
         self.text = TextTower(vocab, context, text_width, text_head_width, text_layers, embed, text_dropout, quick_gelu)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.heads = nn.ModuleDict()
-        # The "locked bottom layer" of TBPS-CLIP is the patch convolution alone. No optimizer sees it.
+        # The "locked bottom layer" of TBPS-CLIP: the patch convolution keeps CLIP's weights, all else learns.
         self.image.patch.weight.requires_grad_(not lock_patch)
         self.micro_batch = 0
 
@@ -262,28 +276,26 @@ class DualEncoder(nn.Module):
             eot, (weight, partner) = tokens.argmax(dim=1), mixup
             x = self.text(tokens, mixup=mixup)                                              # (B, T, C)
             x = weight * pick(x, eot)[:, 0] + (1 - weight) * pick(x, eot[partner])[:, 0]
-            return self.text.ln_post(x) @ self.text.proj
+            return self.text.project(x)
 
         def encode(tokens):
-            x = self.text(tokens, token_index=tokens.argmax(dim=1))[:, 0]                   # (B, C)
-            return self.text.ln_post(x) @ self.text.proj
+            return self.text.project(self.text(tokens, token_index=tokens.argmax(dim=1))[:, 0])
         return self.micro_batched(encode, tokens)
 
     def image_tokens(self, pixels, patch_ids=None):
         """(B, 3, H, W) -> (B, T, D): the class token, then the patches row by row, or those of patch_ids (B, K)."""
-        def encode(pixels, *patch_ids):
-            x = self.image(pixels, patch_ids=patch_ids[0] if patch_ids else None)
-            return self.image.ln_post(x) @ self.image.proj
+        def encode(pixels, patch_ids=None):
+            return self.image.project(self.image(pixels, patch_ids=patch_ids))
         return self.micro_batched(encode, pixels, *([] if patch_ids is None else [patch_ids]))
 
     def text_tokens(self, tokens, trim=True):
         """(B, T) ids -> (B, T, D), T the length of the longest caption in the batch; trim=False keeps the padding."""
         tokens = self.trim_padding(tokens) if trim else tokens.to(self.logit_scale.device)
-        return self.micro_batched(lambda part: self.text.ln_post(self.text(part)) @ self.text.proj, tokens)
+        return self.micro_batched(lambda part: self.text.project(self.text(part)), tokens)
 
     def trim_padding(self, tokens):
-        """ids (B, 77) from the CPU -> ids up to the longest caption (B, T), on the model's device. Those that are on
-        another device stay as they are: data.collate has trimmed them, and to look for EOT here would wait for a GPU.
+        """ids (B, 77) -> ids up to the longest caption (B, T), on the model's device. Captions that are on a GPU come
+        from data.collate, which has trimmed them; the CPU would have to wait to read their length again.
 
         The tower is causal, so trimming changes the cost and nothing else: captions have about 30 tokens of 77."""
         if tokens.device.type == "cpu":
@@ -291,12 +303,14 @@ class DualEncoder(nn.Module):
         return tokens.to(self.logit_scale.device)
 
     def micro_batched(self, encode, x, *more):
-        """encode(x, ...) in parts of `micro_batch` rows, of which only the results are kept. Backward recomputes each
-        part when the gradient of its result is known (GradCache, arXiv 2101.06983): the exact gradient of a
-        contrastive loss over the whole batch, in the memory of a part. Random numbers are recomputed too."""
+        """encode(x, ...) in parts of `micro_batch` rows. Only the results are kept, not the activations. Backward
+        recomputes each part when the gradient of its result is known (GradCache, arXiv 2101.06983): the exact gradient
+        of a contrastive loss over the whole batch, in the memory of a part. Random numbers are recomputed too."""
         if not 0 < self.micro_batch < len(x):
             return encode(x, *more)
-        run = functools.partial(checkpoint, encode, use_reentrant=False) if torch.is_grad_enabled() else encode
+        run = encode
+        if torch.is_grad_enabled():
+            run = functools.partial(recompute_in_backward, encode, use_reentrant=False)
         return torch.cat([run(*part) for part in zip(*(y.split(self.micro_batch) for y in (x, *more)))])
 
     def scale(self):
@@ -510,11 +524,6 @@ def read_hf_config(model, preprocess):
                 head_width=image.get("hidden_size", 768) // image.get("num_attention_heads", 12),
                 text_head_width=text.get("hidden_size", 512) // text.get("num_attention_heads", 8),
                 mean=preprocess.get("image_mean"), std=preprocess.get("image_std"), resize=preprocess.get("resample"))
-
-
-def patch_grid(size, patch, stride):
-    """Rows and columns of patches in an image of size (H, W)."""
-    return tuple((side - patch) // stride + 1 for side in size)
 
 
 def read_image_size(positions, patch, config_size, requested, stride, source):
@@ -855,7 +864,7 @@ COMMON_KEYS = dict(
     synonym=(0.0, "fraction of words replaced by synonyms"),
     insertion=(0.0, "fraction of words to insert"),
     swap=(0.0, "fraction of words to swap"),
-    eda=(0.0, "rate of one of these four operations, drawn at random"),
+    eda=(0.0, "strength of one of these four operations, drawn per caption"),
     prune=(0.0, "chance of a caption to be reduced to nouns, adjectives and pronouns (UIT)"),
     approximate=(0.0, "chance of approximate text (CTLG): a fifth of the words replaced, deleted or cut out"),
     # model
@@ -950,9 +959,10 @@ def tbps_clip_heads(recipe, model, persons):
 def tbps_clip_losses(model, batch, recipe, epoch, autocast):
     """The weighted losses of one step of TBPS-CLIP (arXiv 2308.10045) by name; their sum is the objective.
 
-    batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, 77)
-    likewise. epoch: epochs done, with a fraction. All views go through the encoder in one forward pass. The features
-    of all ranks are gathered, and each rank computes the losses of the whole batch."""
+    batch: pixels (V, B, 3, H, W): the view, the second one (mvs), two for self-supervision (ss); tokens (U, B, T)
+    likewise, T the length of the longest caption. epoch: epochs done, with a fraction. All views go through the encoder
+    in one forward pass. The features of all ranks are gathered, and each rank computes the losses of the whole
+    batch."""
     r, B = recipe, len(batch["pid"])
     alpha = r["soft"] * (min(1, epoch / r["soft_ramp"]) if r["soft_ramp"] else 1)           # share of soft labels
     with autocast():
@@ -966,6 +976,7 @@ def tbps_clip_losses(model, batch, recipe, epoch, autocast):
             with torch.no_grad():
                 tokens = batch["tokens"][:1 + r["mvs_text"]]
                 teacher_text = model.encode_text(tokens.flatten(0, 1)).view(-1, B, model.arch["embed"])
+        # from here on B is the batch of all ranks
         pid, image = losses.gather(batch["pid"]), losses.gather(image, dim=1)
         text, teacher_text = losses.gather(text, dim=1), losses.gather(teacher_text, dim=1)
         ss_image = model.heads["ss"](image[-2:]) if r["ss"] else None                                   # (2, B, D)
@@ -974,9 +985,11 @@ def tbps_clip_losses(model, batch, recipe, epoch, autocast):
     if r["itc"]:
         out["itc"] = r["itc"] * losses.itc(image[0], text[0], scale)
     if r["nitc"]:                                                       # multi-view supervision: the mean over views
-        views = [(0, 0), (int(r["mvs"]), int(r["mvs_text"]))] if r["mvs"] or r["mvs_text"] else [(0, 0)]
-        out["nitc"] = r["nitc"] / len(views) * sum(
-            losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u]) for v, u in views)
+        pairs = [(0, 0)]                                                # (image view, variation of the caption)
+        if r["mvs"] or r["mvs_text"]:
+            pairs.append((int(r["mvs"]), int(r["mvs_text"])))
+        out["nitc"] = r["nitc"] / len(pairs) * sum(
+            losses.nitc(image[v], text[u], pid, scale, alpha, image[v].detach(), teacher_text[u]) for v, u in pairs)
     if r["ritc"]:
         out["ritc"] = r["ritc"] * losses.ritc(image[0], text[0], pid, scale, r["ritc_eps"])
     if r["citc"]:
@@ -1055,9 +1068,9 @@ class MLMHead(nn.Module):
         nn.init.normal_(self.out.weight, std=(2 * depth * width) ** -0.5)
 
     def forward(self, text, image, positions, key_mask=None):
-        """text (B, T, D), image (B, S, D), positions (M,) of the masked tokens among B T -> logits (M, vocab)."""
+        """text (B, T, D), image (B, S, D), positions (M,) of the masked tokens in B * T -> logits (M, vocab)."""
         x = self.cross_encoder(text, image, query_mask=key_mask).flatten(0, 1)[positions]
-        return self.out(self.ln(F.silu(1.702 * self.fc(x)) / 1.702))
+        return self.out(self.ln(F.silu(1.702 * self.fc(x)) / 1.702))    # QuickGELU, as in Block
 
 
 class RestorationHead(nn.Module):
@@ -1182,16 +1195,16 @@ def irra_losses(model, batch, recipe, epoch, autocast):
     mlm, restoration, mask_all = r["mlm"] > 0, r["restoration"] > 0, masks_all_losses(r)
     tokens = batch["masked"] if mask_all else batch["tokens"][0]
     eot = tokens.argmax(dim=1)                                          # the same in masked captions
-    key_mask = torch.arange(tokens.shape[1], device=eot.device) <= eot[:, None]                         # (B, T)
-    if r["official"]:
-        key_mask = None
+    key_mask = None                                                     # official: heads attend to the padding, too
+    if not r["official"]:
+        key_mask = torch.arange(tokens.shape[1], device=eot.device) <= eot[:, None]                     # (B, T)
     with autocast():
         if mlm:
             image_tokens = model.image_tokens(pixels)                                                   # (B, S, D)
         else:
             image_tokens = model.encode_image(pixels)[:, None]                                          # (B, 1, D)
-        if restoration or mlm and mask_all:
-            text_tokens = model.text_tokens(tokens, trim=False)                                         # (B, T, D)
+        if restoration or (mlm and mask_all):                           # a head reads all of `tokens`
+            text_tokens = model.text_tokens(tokens, trim=False)         # (B, T, D), as long as key_mask
             text = pick(text_tokens, eot)[:, 0]
         else:
             text = model.encode_text(tokens)
@@ -1201,7 +1214,8 @@ def irra_losses(model, batch, recipe, epoch, autocast):
             logits = model.heads["mlm"](masked_tokens, image_tokens, batch["positions"], key_mask)      # (M, vocab)
         if restoration:
             restored, dropped = restore(model, pixels, text_tokens, key_mask, r)
-    out = pair_losses(*map(losses.gather, (image, text, pid)), model.scale(), model.heads, r, autocast)
+    image, text, pid = (losses.gather(x) for x in (image, text, pid))
+    out = pair_losses(image, text, pid, model.scale(), model.heads, r, autocast)
     if mlm:
         out["mlm"] = r["mlm"] * losses.mlm(logits, batch["targets"]) * losses.rank_weight(logits)
     if restoration:
@@ -1405,7 +1419,7 @@ class GradientMean:
 
 
 def any_rank(wanted, device):
-    """Whether any rank wants it."""
+    """Whether any rank wants it. All ranks must ask at the same step, for they communicate."""
     votes = torch.tensor(float(bool(wanted)), device=device)
     average_over_ranks([votes])
     return votes.item() > 0
@@ -1428,7 +1442,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     state = initial_state(args, model, optimizer, scaler, out)          # epoch, step, best, scores, minutes
     save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizer, scaler, state,
                              out, time.time() - 60 * state["minutes"])
-    n = len(epoch_batches(args, recipe, pairs, epoch=0))                # samplers by person: epochs differ a little
+    n = len(epoch_batches(args, recipe, pairs, epoch=0))                # steps; with samplers by person epochs differ
     loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
     with stop_on_signal() as stop, training_bar(recipe, state, n) as bar:
@@ -1436,7 +1450,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
             history, saved_at = LossHistory(), time.time()
             model.train()
-            for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):
+            for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):   # goes on where it was
                 it = epoch * n + i * n / len(batches)
                 lr = lr_at(it, n, recipe)
                 set_learning_rate(optimizer, lr)
@@ -1487,7 +1501,7 @@ def prepare_model(args, model):
     torch.set_float32_matmul_precision("high")                          # TF32 on CUDA, for what is not under autocast
     model.to(device)
     model.micro_batch = args.micro_batch
-    model.image.checkpointing = model.text.checkpointing = args.checkpoint_blocks
+    model.image.recompute = model.text.recompute = args.checkpoint_blocks
     if args.compile:
         model.image.compile()
         model.text.compile()
@@ -1513,18 +1527,19 @@ def epoch_batches(args, recipe, pairs, epoch):
 
 
 def load_batches(args, recipe, tokenizer, pairs, epoch, step):
-    """A loader of this rank's part of all batches, from a step of an epoch to the end of training, so that its
-    processes are started once."""
+    """Loads this rank's part of every batch, from a step of an epoch to the end of training. One loader serves all
+    epochs, so its processes start once."""
     rank, W = losses.ranks()
 
-    def parts():
+    def rank_batches():
         for e in range(epoch, recipe["epochs"]):
             for items in epoch_batches(args, recipe, pairs, e)[step if e == epoch else 0:]:
                 yield [(e, item) for item in items[rank * (len(items) // W):(rank + 1) * (len(items) // W)]]
 
     collate = functools.partial(data.collate, tokenizer, mask=mask_rates(recipe), trim=not recipe.get("official"))
-    return torch.utils.data.DataLoader(pairs, batch_sampler=parts(), num_workers=args.workers, collate_fn=collate,
-                                       worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
+    return torch.utils.data.DataLoader(
+        pairs, batch_sampler=rank_batches(), num_workers=args.workers, collate_fn=collate,
+        worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
 
 
 def copy_to_device(batches, device):
@@ -1834,7 +1849,7 @@ def parse_value(key, text, default):
 
 
 def require(condition, sentence):
-    """The one way in which wrong options end: a sentence for the user."""
+    """All checks of options use this: a sentence for the user."""
     if not condition:
         raise ValueError(sentence)
 
@@ -1907,7 +1922,7 @@ def saved_options(args):
 
 
 def check_run(args, recipe, out):
-    """Before anything is read: a new run must not meet an old one, and a resumed run must have the same options."""
+    """Before anything is read: a new run must not overwrite an old one, a resumed one must have the same options."""
     last = out / "last.pt"
     require(not (args.resume and args.overwrite), "--resume continues a run, --overwrite deletes it: choose one")
     if not args.resume:
@@ -1985,9 +2000,9 @@ def prepare(args, recipe, records, make_heads):
     if r["back_translation"] and not any(record.get("captions_bt") for record in records):
         print("no back-translations (captions_bt) in these data: that augmentation is off")
     views = {}
-    if "mvs" in r:
-        views = dict(views=1 + r["mvs"], self_views=2 * (r["ss"] > 0),
-                     texts=1 + r["mvs_text"], self_texts=2 * (r["ss_text"] > 0))
+    if "mvs" in r:                                                      # a recipe of TBPS-CLIP
+        views = dict(views=2 if r["mvs"] else 1, self_views=2 if r["ss"] else 0,
+                     texts=2 if r["mvs_text"] else 1, self_texts=2 if r["ss_text"] else 0)
     pairs = data.Pairs(records, size, args.seed, **views, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"],
                        clean=r["clean"], back_translation=r["back_translation"], mixup=r.get("mixup", 0.0),
                        text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")))

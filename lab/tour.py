@@ -27,7 +27,7 @@ TOKENS = "tokenizer(captions)"
 SORTED_WORDS = 'tokenizer([" ".join(sorted(c.split())) for c in captions])'
 SWAPPED_SIDES = ('tokenizer([c.replace("left", "@").replace("right", "left").replace("@", "right") '
                  "for c in captions])")
-SCALED = "self.scale(image if isinstance(image, Image.Image) else load_image(image))"
+SCALED = "self.resize(load_image(image))"
 GREY = f"{SCALED}.mean(dim=0, keepdim=True).expand(3, -1, -1)"
 EMBED = "    image, text = embed(model, images, tokens, device, workers, progress)\n"
 MEAN_OF_CAPTIONS = "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n"

@@ -107,7 +107,7 @@ def test_in_parts_a_step_is_the_same(name, people, monkeypatch):
     want = gradients(model, parts)
     assert len(want) > 40 and all(g.abs().sum() > 0 for n, g in want.items() if "attn" not in n)
     for micro, blocks in ((3, False), (0, True), (3, True), (1, False)):
-        model.micro_batch, model.image.checkpointing, model.text.checkpointing = micro, blocks, blocks
+        model.micro_batch, model.image.recompute, model.text.recompute = micro, blocks, blocks
         again = step(batch)
         assert again.keys() == parts.keys() and all(torch.allclose(again[k], parts[k], rtol=1e-9) for k in parts)
         found = gradients(model, again)
@@ -148,7 +148,7 @@ def test_what_is_checkpointed_is_on_the_device_of_the_model(monkeypatch):
         devices.extend(x.device.type for x in inputs)
         return encode(*inputs)
 
-    monkeypatch.setattr(tbps, "checkpoint", checkpoint)
+    monkeypatch.setattr(tbps, "recompute_in_backward", checkpoint)
     model = tbps.DualEncoder(16, (16, 16), 8, 32, 2, 32, 2, 100, head_width=16, text_dropout=0.5).to("meta").train()
     model.micro_batch = 2
     tokens = torch.randint(1, 98, (6, 77)).index_fill(1, torch.tensor([9]), 99)
@@ -161,7 +161,7 @@ def test_in_parts_less_is_kept(people):
     """Bytes kept for backward: micro-batches keep little more than the input, checkpointed blocks less than others."""
     def kept(micro, blocks):
         model, batch, step = sample("baseline", people)
-        model.micro_batch, model.image.checkpointing, model.text.checkpointing = micro, blocks, blocks
+        model.micro_batch, model.image.recompute, model.text.recompute = micro, blocks, blocks
         storages, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
         def pack(x):
