@@ -1444,7 +1444,6 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                              out, time.time() - 60 * state["minutes"])
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # steps; with samplers by person epochs differ
     loader = load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"])
-    loader = copy_to_device(loader, device, recipe["norm"])
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
     with stop_on_signal() as stop, training_bar(recipe, state, n) as bar:
         for epoch in range(state["epoch"], recipe["epochs"]):
@@ -1528,8 +1527,8 @@ def epoch_batches(args, recipe, pairs, epoch):
 
 
 def load_batches(args, recipe, tokenizer, pairs, epoch, step):
-    """Loads this rank's part of every batch, from a step of an epoch to the end of training. One loader serves all
-    epochs, so its processes start once."""
+    """Yields this rank's part of every batch, on the device, from a step of an epoch to the end of training. One loader
+    serves all epochs, so its processes start once."""
     rank, W = losses.ranks()
 
     def rank_batches():
@@ -1538,9 +1537,10 @@ def load_batches(args, recipe, tokenizer, pairs, epoch, step):
                 yield [(e, item) for item in items[rank * (len(items) // W):(rank + 1) * (len(items) // W)]]
 
     collate = functools.partial(data.collate, tokenizer, mask=mask_rates(recipe), trim=not recipe.get("official"))
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         pairs, batch_sampler=rank_batches(), num_workers=args.workers, collate_fn=collate,
         worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
+    return copy_to_device(loader, torch.device(args.device), recipe["norm"])
 
 
 def to_device(batch, device, norm):
