@@ -1143,6 +1143,7 @@ class Pairs(torch.utils.data.Dataset):
         self.pids = [label[r["pid"]] for r, _ in self.items]            # 0 ... P-1, as id_loss needs them
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
+        self.resize, self.train_views = Resize(size, resize), views
         self.texts, self.back_translation, self.text = texts + self_texts, back_translation, text or {}
         self.seed, self.mixup, self.on_device = seed, mixup, on_device
 
@@ -1171,9 +1172,11 @@ class Pairs(torch.utils.data.Dataset):
             translated = rng.random() < self.back_translation and self.translated[i]
             captions.append(augment_caption(translated or self.captions[i], rng, **self.text))
         image = load_image(self.items[i][0]["image"])
+        images = [self.resize.picture(image)] * self.train_views        # scaled once; SelfView crops the image itself
+        images += [image] * (len(self.views) - self.train_views)
         if self.on_device:
-            return captions, [[view.draw(image)] for view in self.views]
-        return captions, torch.stack([view(image) for view in self.views])
+            return captions, [[view.draw(image)] for view, image in zip(self.views, images)]
+        return captions, torch.stack([view(image) for view, image in zip(self.views, images)])
 
 
 def trim_padding(tokens):

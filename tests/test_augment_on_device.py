@@ -102,6 +102,17 @@ def test_self_views_without_jitter_and_blur(records, tokenizer):
     assert difference[plain].max() < 0.01 and difference[gray].max() < 0.7
 
 
+def test_draws_depend_on_seed_epoch_and_item_alone(records):
+    """So a resumed run continues exactly, in this path too."""
+    pairs = data.Pairs(records, (48, 24), views=2, self_views=2, mixup=0.5, on_device=True)
+    first, _, again, other = (pairs[epoch, item]["pixels"] for epoch, item in ((0, 7), (0, 3), (0, 7), (1, 7)))
+    for view, same in zip(first, again):
+        assert [operations for _, operations in view] == [operations for _, operations in same]
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(view, same))
+    assert [operations for view in first for _, operations in view] != [
+        operations for view in other for _, operations in view]
+
+
 def test_nothing_is_read_back_from_the_device(records, tokenizer):
     """Tensors on "meta" have no values: what would make the GPU wait raises."""
     pairs = data.Pairs(records, (48, 24), views=2, self_views=2, mixup=0.5, image_aug="stack", on_device=True)
