@@ -1134,6 +1134,7 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool",
                  norm="imagenet", resize="bilinear", clean=True, back_translation=0.1, text=None, mixup=0.0,
                  on_device=False):
+        assert not on_device or image_aug not in CPU_ONLY, f"make_views cannot make {image_aug}"
         cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
         self.images = [i for i, r in enumerate(records) for _ in r["captions"]]             # the record of each item
