@@ -138,7 +138,7 @@ def test_what_is_shipped_is_a_quarter(records, tokenizer):
     (["--augment-on-device", "--set", "image_aug=autoaugment"], False),
 ])
 def test_the_option_reaches_the_pairs(more, on, people):
-    args, recipe = tbps.parse_args(["--device", "cpu", *more])
+    args, recipe = tbps.parse_args(["--device", "cpu", "--clip", "none", *more])
     _, _, pairs, _ = tbps.prepare(args, recipe, people, tbps.no_heads)
     assert pairs.on_device == on
 
@@ -154,7 +154,7 @@ def test_it_is_the_default_on_cuda(monkeypatch):
 def test_a_run_has_the_same_losses_in_both_paths(tmp_path):
     losses = []
     for option in ("--no-augment-on-device", "--augment-on-device"):
-        run("tbps.py", "--dataset", "toy-few", "--share", "0.1", "--method", "ctlg", "--device", "cpu", "--epochs", "1",
+        run("tbps.py", "--device", "cpu", "--dataset", "toy-few", "--clip", "none", "--share", "0.1", "--method", "ctlg", "--epochs", "1",
             "--workers", "1", "--batch", "8", "--val", "none", "--log-every", "1", "--set", "warmup=0.5", option,
             "--out", tmp_path / option)
         lines = map(json.loads, (tmp_path / option / "log.jsonl").read_text().splitlines())
