@@ -1445,7 +1445,8 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # steps; with samplers by person epochs differ
     loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
-    with stop_on_signal() as stop, training_bar(recipe, state, n) as bar:
+    skipped, hint = SkippedSteps(scaler), memory_hint(args, recipe, model, pairs, autocast)
+    with stop_on_signal() as stop, training_bar(recipe, state, n) as bar, explain_out_of_memory(hint):
         for epoch in range(state["epoch"], recipe["epochs"]):
             batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
             history, saved_at = LossHistory(), time.time()
@@ -1475,7 +1476,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                     means = history.pop_means()
                     bar.set_postfix_str(format_losses(means), refresh=False)
                     write_log(out, at=[epoch, i + 1], epoch=epoch + (i + 1) / len(batches), lr=lr,
-                              scale=model.scale().item(), **means)
+                              scale=model.scale().item(), **means, **skipped.update())
                 if save_now and not last:
                     save("last.pt")
                     saved_at = time.time()
@@ -1487,7 +1488,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                 state["scores"] = evaluation.evaluate(model, *val_set, device, args.workers)[0]["text to image"]
                 write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
                 line += f"  val {evaluation.format_scores(state['scores'])}"
-            print_above(bar, line)
+            print_above(bar, line + skipped.note(len(batches)))
             if not val or state["scores"]["R@1"] > state["best"]:       # without a validation split: the last epoch
                 state["best"] = state["scores"].get("R@1", -1.0)
                 save("best.pt")
@@ -1507,6 +1508,74 @@ def prepare_model(args, model):
         model.text.compile()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")
+
+
+def encoder_memory(model, views, texts, autocast):
+    """Bytes per pair that the encoders keep for backward, with so many views of an image and variations of a caption
+    of 64 tokens: the slope between two and six pairs."""
+    device, micro_batch = model.logit_scale.device, model.micro_batch
+
+    def kept_bytes(B):
+        kept = {}
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        pixels = torch.zeros(B * views, 3, *model.arch["image_size"], device=device)
+        tokens = torch.ones(B * texts, 64, dtype=torch.int64, device=device)            # as long as a long caption
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast():
+            features = model.encode_image(pixels), model.encode_text(tokens)                # holds what is kept
+            return sum(storage.nbytes() for storage in kept.values())
+
+    model.micro_batch = 0
+    per_pair = (kept_bytes(6) - kept_bytes(2)) / 4
+    model.micro_batch = micro_batch
+    return per_pair
+
+
+def memory_hint(args, recipe, model, pairs, autocast):
+    """On CUDA: print what training will need, and say what fits. The heads of a method come on top."""
+    if not args.device.startswith("cuda"):
+        return "Choose --micro-batch M or --checkpoint-blocks, which compute the same in less memory"
+    per_pair = encoder_memory(model, len(pairs.views), pairs.texts, autocast)
+    fixed = 16 * sum(p.numel() for p in model.parameters())             # weight, gradient and two moments of Adam
+    card, at_once = torch.cuda.get_device_properties(args.device).total_memory, recipe["batch"] // losses.ranks()[1]
+    need = fixed + per_pair * (min(args.micro_batch, at_once) or at_once)
+    fits = max(1, int((0.85 * card - fixed) / per_pair))
+    hint = f"--micro-batch {fits} fits" if fits < at_once else f"{fits} pairs fit at once"
+    print(f"memory: about {need / 1e9:.1f} GB, {per_pair / 1e6:.0f} MB a pair; the card has {card / 1e9:.0f} GB, {hint}")
+    return hint
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(hint):
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise ValueError(f"{str(e).split('. ')[0]}\n  By an estimate {hint}; --checkpoint-blocks needs less, too. Both "
+                         "compute the same. Or lower --batch") from None
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped because gradients overflowed in fp16: each halves the scale of the loss."""
+
+    def __init__(self, scaler):
+        self.scaler, self.scale, self.number, self.noted = scaler, scaler.get_scale(), 0, 0
+
+    def update(self):
+        """Facts for the log, nothing without fp16. Waits for the GPU."""
+        if not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.get_scale()
+        self.number += max(0, round(math.log2(self.scale / scale)))
+        self.scale = scale
+        return dict(loss_scale=scale, skipped=self.number)
+
+    def note(self, steps):
+        """A warning if in an epoch of so many steps more than one in ten was skipped."""
+        number, self.noted = self.number - self.noted, self.number
+        return f"  WARNING: {number} steps skipped, gradients overflow in fp16; try --amp bf16" * (number > steps / 10)
 
 
 def epoch_batches(args, recipe, pairs, epoch):
@@ -2110,7 +2179,8 @@ def write_report(out, args, recipe, rows, minutes, *chapters):
     """report.html: scores, curves, chapters (heading, HTML), settings."""
     lines = read_log(out)
     steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
-    names = [k for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")]
+    facts = ("at", "epoch", "lr", "scale", "loss_scale", "skipped")
+    names = [k for k in (steps[0] if steps else []) if k not in facts]
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in names})
     metrics = vals[0]["val"] if vals else []
     curves += evaluation.curve("validation, %", {k: [(x["epoch"], x["val"][k]) for x in vals] for k in metrics})
