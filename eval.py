@@ -172,12 +172,12 @@ def evaluation_set(records, preprocessing, tokenizer):
     return Images([r["image"] for r in records], preprocessing.image), tokenizer(captions), pid, source
 
 
-@torch.no_grad()
 def half_on_cuda():
     """Encoders run in fp16 on CUDA, in fp32 elsewhere."""
     return torch.autocast("cuda", torch.float16, enabled=torch.cuda.is_available())
 
 
+@torch.no_grad()
 def embed_batches(model, images, device, workers, batch):
     """Yield the features (B, D) of a dataset of pixels (3, H, W), batch by batch: fp32 of unit length, on the CPU."""
     pinned = torch.device(device).type == "cuda"

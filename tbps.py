@@ -1,6 +1,6 @@
 """Text-based person search: find a person in a picture collection by a sentence. The model, CLIP weights, and training.
 
-    python tbps.py                                          built-in toy people, from scratch, on a laptop's CPU
+    python tbps.py                                          synthetic pedestrians, from the toy CLIP, on a laptop's CPU
     python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from CLIP ViT-B/16
     python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the reference for the others
     python tbps.py --dataset cuhk --method uit              UIT (2023), or irra: IRRA (CVPR 2023)
@@ -323,6 +323,8 @@ class DualEncoder(nn.Module):
 
 
 # ---- weights: every format people have ------------------------------------------------------------------------------
+
+TOY_CLIP = Path(__file__).parent / "lab" / "toyclip"                    # made by lab/pretrain.py
 
 # Where to fetch CLIP by hand; the hub has the same weights as openai/clip-vit-base-patch16
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
@@ -1445,6 +1447,10 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # steps; with samplers by person epochs differ
     loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
+    if val and args.clip != "none" and state["epoch"] == state["step"] == 0:
+        scores = evaluation.evaluate(model, *val_set, device, args.workers)[0]["text to image"]
+        write_log(out, at=[0, 0], epoch=0, val=scores)
+        print(f"before training  val {evaluation.format_scores(scores)}", flush=True)
     skipped, hint = SkippedSteps(scaler), memory_hint(args, recipe, model, pairs, autocast)
     with stop_on_signal() as stop, training_bar(recipe, state, n) as bar, explain_out_of_memory(hint):
         for epoch in range(state["epoch"], recipe["epochs"]):
@@ -1803,7 +1809,7 @@ def training_options(description, recipes, keys, default_method, argv):
     g.add_argument("--skip-bad", action="store_true", help="skip unreadable images (default: stop at the first)")
     g = p.add_argument_group("model")
     g.add_argument("--clip", help="weights to start from: a file, folder, hub id, checkpoint, or none "
-                   "(default: openai/clip-vit-base-patch16; on synthetic pedestrians none)")
+                   "(default: openai/clip-vit-base-patch16; on synthetic pedestrians lab/toyclip)")
     g.add_argument("--tokenizer", help="CLIP's vocabulary, if it is not beside the weights: tokenizer.json or "
                    "bpe_simple_vocab_16e6.txt.gz")
     g.add_argument("--size", choices=SIZES,
@@ -1890,7 +1896,7 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
             raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
         recipe[key] = parse_value(key, value, recipe[key])
     check_recipe(recipe, keys, choices)
-    args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
+    args.clip = args.clip or (str(TOY_CLIP) if toy else "openai/clip-vit-base-patch16")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.workers = args.workers if args.workers is not None else 0 if toy else default_workers()
     check_options(args, recipe)
