@@ -1448,9 +1448,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
     if val and args.clip != "none" and state["epoch"] == state["step"] == 0:
-        scores = evaluation.evaluate(model, *val_set, device, args.workers)[0]["text to image"]
-        write_log(out, at=[0, 0], epoch=0, val=scores)
-        print(f"before training  val {evaluation.format_scores(scores)}", flush=True)
+        print(f"before training  val {evaluation.format_scores(validate(args, model, val_set, out, 0))}", flush=True)
     skipped, hint = SkippedSteps(scaler), memory_hint(args, recipe, model, pairs, autocast)
     with stop_on_signal() as stop, training_bar(recipe, state, n) as bar, explain_out_of_memory(hint):
         for epoch in range(state["epoch"], recipe["epochs"]):
@@ -1459,8 +1457,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             model.train()
             for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):   # goes on where it was
                 it = epoch * n + i * n / len(batches)
-                lr = lr_at(it, n, recipe)
-                set_learning_rate(optimizer, lr)
+                lr = set_learning_rate(optimizer, lr_at(it, n, recipe))
                 torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
 
                 parts = step_losses(model, batch, it / n, autocast)
@@ -1491,8 +1488,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             state |= dict(epoch=epoch + 1, step=0)
             line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {history.summary(recipe['batch'])}"
             if val:
-                state["scores"] = evaluation.evaluate(model, *val_set, device, args.workers)[0]["text to image"]
-                write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
+                state["scores"] = validate(args, model, val_set, out, epoch + 1)
                 line += f"  val {evaluation.format_scores(state['scores'])}"
             print_above(bar, line + skipped.note(len(batches)))
             if not val or state["scores"]["R@1"] > state["best"]:       # without a validation split: the last epoch
@@ -1500,6 +1496,13 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                 save("best.pt")
             save("last.pt")
             stop_here(any_rank(stop, device), f"after epoch {epoch + 1}", out)
+
+
+def validate(args, model, val_set, out, epoch):
+    """The scores on the validation split after so many epochs, which are also logged."""
+    scores = evaluation.evaluate(model, *val_set, args.device, args.workers)[0]["text to image"]
+    write_log(out, at=[epoch, 0], epoch=epoch, val=scores)
+    return scores
 
 
 def prepare_model(args, model):
@@ -1550,7 +1553,8 @@ def memory_hint(args, recipe, model, pairs, autocast):
     need = fixed + per_pair * (min(args.micro_batch, at_once) or at_once)
     fits = max(1, int((0.85 * card - fixed) / per_pair))
     hint = f"--micro-batch {fits} fits" if fits < at_once else f"{fits} pairs fit at once"
-    print(f"memory: about {need / 1e9:.1f} GB, {per_pair / 1e6:.0f} MB a pair; the card has {card / 1e9:.0f} GB, {hint}")
+    print(f"memory: about {need / 1e9:.1f} GB, {per_pair / 1e6:.0f} MB a pair; the card has {card / 1e9:.0f} GB, "
+          f"{hint}")
     return hint
 
 
@@ -1684,6 +1688,7 @@ def format_losses(means):
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
+    return lr
 
 
 def wants_save(stop, saved_at, args, log_now):

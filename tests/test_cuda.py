@@ -1,4 +1,4 @@
-"""What would make a GPU wait, without a GPU: tensors of the device "meta" have no values, so whatever needs one raises."""
+"""CUDA without a GPU. Tensors of the device "meta" have no values: whatever would wait for a value on a GPU raises."""
 
 import contextlib
 import functools

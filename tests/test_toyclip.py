@@ -1,4 +1,4 @@
-"""The toy CLIP in lab/toyclip: small enough for the repository, and it knows something about people it has never seen."""
+"""The toy CLIP in lab/toyclip: small enough for the repository, and it knows something about unseen people."""
 
 from pathlib import Path
 
