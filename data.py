@@ -38,6 +38,7 @@ from reprlib import repr as brief                                        # at mo
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageFilter, PngImagePlugin
 from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torchvision.transforms import v2
@@ -813,8 +814,9 @@ NORMS = {  # mean and standard deviation of the channels
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),                         # some of LAION's models, e.g. their ViT-L/14
 }
 POOL = ["jitter", "rotation", "crop", "gray", "flip", "erase"]         # what TBPS-CLIP draws from
-SEQUENCES = {"stack": POOL, "reid": ["flip", "padcrop"], "shift": ["flip", "padcrop"], "none": []}
-IMAGE_AUG = ["pool", *SEQUENCES, *POOL, "hue", "blur", "vflip", "autoaugment", "randaugment", "trivialaugment"]
+SEQUENCES = {"stack": POOL, "reid": ["flip", "padcrop", "erase_mean"], "shift": ["flip", "padcrop"], "none": []}
+CPU_ONLY = ["blur", "autoaugment", "randaugment", "trivialaugment"]     # not made by make_views
+IMAGE_AUG = ["pool", *SEQUENCES, *POOL, "hue", "vflip", *CPU_ONLY]
 
 
 def mean_std(norm):
@@ -847,6 +849,11 @@ def image_ops(size):
     }
 
 
+def to_uint8(image):
+    """PIL image -> uint8 (3, H, W). Contiguous: all that follows is twice as fast."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 class Resize:
     """PIL image -> float (3, H, W) in [0, 1], stretched to size (H, W) as CLIP recipes do: the aspect ratio is lost."""
 
@@ -854,10 +861,12 @@ class Resize:
         self.size = tuple(size)
         self.filter = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resize]
 
+    def picture(self, image):
+        """The same as a PIL image."""
+        return image if image.size == self.size[::-1] else image.resize(self.size[::-1], self.filter)
+
     def __call__(self, image):
-        if image.size != self.size[::-1]:
-            image = image.resize(self.size[::-1], self.filter)
-        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+        return to_uint8(self.picture(image)).float() / 255
 
 
 class TrainView:
@@ -871,18 +880,24 @@ class TrainView:
         assert image_aug in IMAGE_AUG, image_aug
         self.resize, self.ops, self.image_aug = Resize(size, resize), image_ops(size), image_aug
         self.normalize = v2.Normalize(*mean_std(norm))
-        if image_aug == "reid":
-            # IRRA erases after normalising, with the mean: the area becomes light grey
-            erase = v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=list(mean_std(norm)[0]))
-            self.normalize = v2.Compose([self.normalize, erase])
+        # IRRA erases after normalising, with the mean; before normalising, that value is a light grey
+        light = [mean * std + mean for mean, std in zip(*mean_std(norm))]
+        self.ops["erase_mean"] = v2.RandomErasing(0.5, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=light)
+
+    def draw_names(self):
+        drawn = [POOL[i] for i in torch.randint(len(POOL), (2,))]       # always, so that seeded runs stay the same
+        return drawn if self.image_aug == "pool" else SEQUENCES.get(self.image_aug, [self.image_aug])
 
     def __call__(self, image):
-        drawn = [POOL[i] for i in torch.randint(len(POOL), (2,))]       # always, so that seeded runs stay the same
-        names = drawn if self.image_aug == "pool" else SEQUENCES.get(self.image_aug, [self.image_aug])
         pixels = self.resize(image)
-        for name in names:
+        for name in self.draw_names():
             pixels = self.ops[name](pixels)
         return self.normalize(pixels)
+
+    def draw(self, image):
+        """-> the scaled image as uint8 (3, H, W), and the operations of its view; see make_views."""
+        picture = to_uint8(self.resize.picture(image))
+        return picture, [step for name in self.draw_names() for step in draw_operations(self.ops[name], picture)]
 
 
 class SelfView:
@@ -890,17 +905,30 @@ class SelfView:
 
     def __init__(self, size, norm="imagenet"):
         self.crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), ratio=crop_ratio(size), antialias=True)
-        self.colour = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)])
-        self.finish = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*mean_std(norm))])
+        self.colours = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+        self.normalize = v2.Normalize(*mean_std(norm))
 
     def __call__(self, image):
-        image = self.colour(self.crop(image))
+        image = self.crop(image)
+        for transform in self.colours:
+            image = transform(image)
         blur, sigma, flip = torch.rand(3).tolist()
         if blur < 0.5:
             image = image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * sigma))
         if flip < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self.finish(image)
+        return self.normalize(to_uint8(image).float() / 255)
+
+    def draw(self, image):
+        """-> the cropped image as uint8 (3, H, W), and the operations of its view; see make_views."""
+        picture = to_uint8(self.crop(image))
+        operations = [step for transform in self.colours for step in draw_operations(transform, picture)]
+        blur, sigma, flip = torch.rand(3).tolist()
+        if blur < 0.5:
+            operations.append(("blur", 0.1 + 1.9 * sigma))
+        if flip < 0.5:
+            operations.append(("flip",))
+        return picture, operations
 
 
 class Preprocessing:
@@ -924,6 +952,163 @@ class Preprocessing:
         return clean_caption(caption) if self.clean else caption
 
 
+# ---- images: augmentation on the device -----------------------------------------------------------------------------
+#
+# With --augment-on-device the loader scales and crops images to uint8 and only draws their augmentation, with the
+# random numbers of TrainView and SelfView. make_views then makes the views of a whole batch on the GPU. An operation
+# is a name in OPERATIONS and its numbers. It acts on the images (n, 3, H, W) in [0, 1] that have drawn it, and takes
+# each number as (n, 1, 1, 1). tests/test_augment_on_device.py states how much these views differ from those of the CPU.
+
+JITTER = ["brightness", "contrast", "saturation", "hue"]                # as ColorJitter numbers them
+DRAWN = {  # transform: name of the operation, its numbers as make_params names them
+    v2.RandomRotation: ("rotation", ["angle"]),
+    v2.RandomResizedCrop: ("crop", ["top", "left", "height", "width"]),
+    v2.RandomGrayscale: ("gray", []),
+    v2.RandomHorizontalFlip: ("flip", []),
+    v2.RandomVerticalFlip: ("vflip", []),
+}
+
+
+def draw_operations(transform, picture):
+    """What a transform would do to a picture (3, H, W), with the same random draws: a list of (name, *numbers)."""
+    if hasattr(transform, "p") and torch.rand(1) >= transform.p:
+        return []
+    if isinstance(transform, v2.RandomApply):
+        return draw_operations(transform.transforms[0], picture)
+    drawn = transform.make_params([picture])
+    if isinstance(transform, v2.ColorJitter):
+        factors = [(JITTER[k], drawn[f"{JITTER[k]}_factor"]) for k in drawn["fn_idx"]]
+        return [(name, factor) for name, factor in factors if factor is not None]
+    if isinstance(transform, v2.RandomErasing):
+        if drawn["v"] is None:                                          # no box has fitted
+            return []
+        return [("erase", *(drawn[key] for key in "ijhw"), *drawn["v"].flatten().expand(3).tolist())]
+    if isinstance(transform, v2.RandomCrop):
+        left, top, _, _ = drawn["padding"]
+        return [("shift", drawn["top"] - top, drawn["left"] - left)]
+    name, keys = DRAWN[type(transform)]
+    return [(name, *(drawn[key] for key in keys))]
+
+
+def rows_and_columns(pixels):
+    """The coordinates of pixels (n, 3, H, W): y (H, 1) and x (W,)."""
+    H, W = pixels.shape[-2:]
+    return torch.arange(H, device=pixels.device)[:, None], torch.arange(W, device=pixels.device)
+
+
+def sample(pixels, y, x, mode, outside):
+    """Pixels at rows y and columns x, which are fractions and broadcast to (n, 1, H, W)."""
+    H, W = pixels.shape[-2:]
+    y, x = torch.broadcast_tensors(y, x)
+    grid = torch.stack([(2 * x + 1) / W - 1, (2 * y + 1) / H - 1], dim=-1)[:, 0]                        # (n, H, W, 2)
+    return F.grid_sample(pixels, grid, mode, outside, align_corners=False)
+
+
+gray = v2.functional.rgb_to_grayscale
+
+
+def blend(pixels, base, factor):
+    return (factor * pixels + (1 - factor) * base).clamp(0, 1)
+
+
+def shift_hue(pixels, turn):
+    """Add a part of a turn to the hue of HSV colours."""
+    high, low = pixels.amax(dim=1, keepdim=True), pixels.amin(dim=1, keepdim=True)
+    chroma = high - low                                                                                 # (n, 1, H, W)
+    red, green, blue = ((high - pixels) / chroma.clamp(min=1e-6)).split(1, dim=1)
+    hue = torch.where(red == 0, blue - green, torch.where(green == 0, 2 + red - blue, 4 + green - red)) + 6 * turn
+    place = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6           # of each channel on the circle of hues
+    return high - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def rotation(pixels, angle):
+    """Turn around the centre. Without a matrix product, which may use TF32: too coarse for coordinates."""
+    y, x = rows_and_columns(pixels)
+    middle_y, middle_x = (pixels.shape[-2] - 1) / 2, (pixels.shape[-1] - 1) / 2
+    y, x = y - middle_y, x - middle_x
+    sin, cos = torch.deg2rad(angle).sin(), torch.deg2rad(angle).cos()
+    return sample(pixels, sin * x + cos * y + middle_y, cos * x - sin * y + middle_x, "nearest", "zeros")
+
+
+def crop(pixels, top, left, height, width):
+    """Cut out a box and stretch it to the size of the image."""
+    y, x = rows_and_columns(pixels)
+    y = ((y + 0.5) * height / pixels.shape[-2] - 0.5).clamp(min=0)
+    x = ((x + 0.5) * width / pixels.shape[-1] - 0.5).clamp(min=0)
+    return sample(pixels, top + torch.minimum(y, height - 1), left + torch.minimum(x, width - 1), "bilinear", "border")
+
+
+def shift(pixels, top, left):
+    y, x = rows_and_columns(pixels)
+    return sample(pixels, y + top, x + left, "nearest", "zeros")
+
+
+def erase(pixels, top, left, height, width, red, green, blue):
+    y, x = rows_and_columns(pixels)
+    hole = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)                           # (n, 1, H, W)
+    return torch.where(hole, torch.cat([red, green, blue], dim=1), pixels)
+
+
+def blur(pixels, sigma):
+    """Gaussian blur, one direction after the other."""
+    n, channels, H, W = pixels.shape
+    reach = 6                                                           # pixels: three times the largest sigma
+    weights = torch.exp(-torch.arange(-reach, reach + 1, device=pixels.device) ** 2 / (2 * sigma[:, :, 0] ** 2))
+    weights = (weights / weights.sum(dim=2, keepdim=True)).repeat_interleave(channels, dim=0)           # (3n, 1, 13)
+    pixels = F.pad(pixels, 4 * [reach], mode="replicate").view(1, n * channels, H + 2 * reach, W + 2 * reach)
+    pixels = F.conv2d(pixels, weights[:, :, :, None], groups=n * channels)
+    return F.conv2d(pixels, weights[:, :, None], groups=n * channels).view(n, channels, H, W)
+
+
+OPERATIONS = {  # name: function, how many numbers it takes
+    "brightness": (lambda pixels, factor: blend(pixels, 0, factor), 1),
+    "contrast": (lambda pixels, factor: blend(pixels, gray(pixels).mean(dim=(1, 2, 3), keepdim=True), factor), 1),
+    "saturation": (lambda pixels, factor: blend(pixels, gray(pixels), factor), 1),
+    "hue": (shift_hue, 1),
+    "gray": (lambda pixels: gray(pixels, num_output_channels=3), 0),
+    "rotation": (rotation, 1),
+    "crop": (crop, 4),
+    "shift": (shift, 2),
+    "flip": (v2.functional.horizontal_flip, 0),
+    "vflip": (v2.functional.vertical_flip, 0),
+    "erase": (erase, 7),
+    "blur": (blur, 1),
+}
+
+
+def group_operations(views):
+    """Drawn views -> what make_views takes. A view is a list of one (picture, operations), or two to be mixed.
+
+    pictures (N, 3, H, W) uint8, all second ones last;  mixed (M,): the views of these M
+    steps: a list of (name, n);  rows (K,): the n pictures of each step in turn;  numbers (K, 7): theirs, padded"""
+    mixed = [n for n, view in enumerate(views) if len(view) == 2]
+    drawn = [view[0] for view in views] + [views[n][1] for n in mixed]
+    groups = defaultdict(list)                                          # (0, "flip"): those that begin with a flip
+    for row, (_, operations) in enumerate(drawn):
+        for place, (name, *numbers) in enumerate(operations):
+            groups[place, name].append((row, numbers + [0.0] * (7 - len(numbers))))
+    entries = [entry for key in sorted(groups) for entry in groups[key]]
+    return dict(pictures=torch.stack([picture for picture, _ in drawn]), mixed=torch.tensor(mixed, dtype=torch.int64),
+                steps=[(key[1], len(groups[key])) for key in sorted(groups)],
+                rows=torch.tensor([row for row, _ in entries], dtype=torch.int64),
+                numbers=torch.tensor([numbers for _, numbers in entries]).view(-1, 7))
+
+
+def make_views(batch, norm):
+    """A batch with what group_operations made, on the device -> the batch with pixels (V, B, 3, H, W) instead."""
+    rest = dict(batch)
+    pictures, mixed, steps, rows, numbers = (rest.pop(key) for key in ("pictures", "mixed", "steps", "rows", "numbers"))
+    pixels, counts = pictures.float() / 255, [n for _, n in steps]
+    for (name, _), chosen, values in zip(steps, rows.split(counts), numbers.split(counts)):
+        operation, takes = OPERATIONS[name]
+        pixels.index_copy_(0, chosen, operation(pixels[chosen], *values.T[:takes, :, None, None, None]))
+    pixels, others = pixels.split([len(pixels) - len(mixed), len(mixed)])
+    pixels.index_copy_(0, mixed, (pixels[mixed] + others) / 2)
+    for channel, mean, std in zip(pixels.unbind(dim=1), *mean_std(norm)):
+        channel.sub_(mean).div_(std)                                    # numbers, not tensors, which would be copied
+    return rest | dict(pixels=pixels.view(-1, len(rest["pid"]), *pixels.shape[1:]))
+
+
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 def derive_seed(*numbers):
@@ -942,10 +1127,13 @@ class Pairs(torch.utils.data.Dataset):
     clean               clean captions first (TBPS-CLIP)
     back_translation    probability to start from the caption's entry in captions_bt, if there is one
     mixup               probability to mix an item with a random one, as in CTLG's code: the mean of the pixels, and
-                        the captions of both as pairs"""
+                        the captions of both as pairs
+    on_device           only draw the views, for make_views on the device. A view is then a list of the images that it
+                        mixes: one, or two with mixup"""
 
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool",
-                 norm="imagenet", resize="bilinear", clean=True, back_translation=0.1, text=None, mixup=0.0):
+                 norm="imagenet", resize="bilinear", clean=True, back_translation=0.1, text=None, mixup=0.0,
+                 on_device=False):
         cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
         self.images = [i for i, r in enumerate(records) for _ in r["captions"]]             # the record of each item
@@ -956,7 +1144,7 @@ class Pairs(torch.utils.data.Dataset):
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
         self.texts, self.back_translation, self.text = texts + self_texts, back_translation, text or {}
-        self.seed, self.mixup = seed, mixup
+        self.seed, self.mixup, self.on_device = seed, mixup, on_device
 
     def __len__(self):
         return len(self.items)
@@ -969,16 +1157,22 @@ class Pairs(torch.utils.data.Dataset):
         captions, pixels = self.augment(i, rng)
         if self.mixup and rng.random() < self.mixup:
             others, other_pixels = self.augment(rng.randrange(len(self)), rng)
-            captions, pixels = list(zip(captions, others)), (pixels + other_pixels) / 2
+            captions = list(zip(captions, others))
+            if self.on_device:
+                pixels = [view + other for view, other in zip(pixels, other_pixels)]
+            else:
+                pixels = (pixels + other_pixels) / 2
         return dict(pixels=pixels, captions=captions, pid=self.pids[i], image=self.images[i], item=i, seed=seed)
 
     def augment(self, i, rng):
-        """The augmented captions of item i, and its pixels (V, 3, H, W)."""
+        """The augmented captions of item i, and its pixels (V, 3, H, W) or, on_device, its drawn views."""
         captions = []
         for _ in range(self.texts):
             translated = rng.random() < self.back_translation and self.translated[i]
             captions.append(augment_caption(translated or self.captions[i], rng, **self.text))
         image = load_image(self.items[i][0]["image"])
+        if self.on_device:
+            return captions, [[view.draw(image)] for view in self.views]
         return captions, torch.stack([view(image) for view in self.views])
 
 
@@ -990,14 +1184,19 @@ def trim_padding(tokens):
 def collate(tokenizer, items, mask=None, trim=True):
     """Items -> batch: pixels (V, B, 3, H, W), tokens (U, B, T), and pid, image (record) and item, each (B,). T is the
     length of the longest caption, or 77 without trim. Shapes that depend on tokens are computed here, on the CPU.
+    Drawn views are grouped for make_views, which puts pixels in their place.
 
     mask = (content, other), the rates of Tokenizer.masked, adds masked (B, T), the masked first caption of each item;
     positions (M,), the places of the masked tokens in it, flattened; and targets (M,), the ids of these tokens."""
     tokens = tokenizer([c for item in items for c in item["captions"]])
     tokens = trim_padding(tokens) if trim else tokens
     T = tokens.shape[1]
-    batch = dict(pixels=torch.stack([item["pixels"] for item in items], dim=1),
-                 tokens=tokens.view(len(items), -1, T).transpose(0, 1).contiguous())
+    batch = dict(tokens=tokens.view(len(items), -1, T).transpose(0, 1).contiguous())
+    views = [item["pixels"] for item in items]
+    if torch.is_tensor(views[0]):
+        batch["pixels"] = torch.stack(views, dim=1)
+    else:
+        batch |= group_operations([view for same_number in zip(*views) for view in same_number])        # V * B views
     for key in ("pid", "image", "item"):
         batch[key] = torch.tensor([item[key] for item in items])
     if mask:

@@ -1445,7 +1445,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     save = functools.partial(save_checkpoints, args, recipe, model, tokenizer, preprocessing, optimizer, scaler, state,
                              out, time.time() - 60 * state["minutes"])
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # steps; with samplers by person epochs differ
-    loader = copy_to_device(load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"]), device)
+    loader = load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"])
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
     if val and args.clip != "none" and state["epoch"] == state["step"] == 0:
         print(f"before training  val {evaluation.format_scores(validate(args, model, val_set, out, 0))}", flush=True)
@@ -1606,8 +1606,8 @@ def epoch_batches(args, recipe, pairs, epoch):
 
 
 def load_batches(args, recipe, tokenizer, pairs, epoch, step):
-    """Loads this rank's part of every batch, from a step of an epoch to the end of training. One loader serves all
-    epochs, so its processes start once."""
+    """Yields this rank's part of every batch, on the device, from a step of an epoch to the end of training. One loader
+    serves all epochs, so its processes start once."""
     rank, W = losses.ranks()
 
     def rank_batches():
@@ -1616,17 +1616,25 @@ def load_batches(args, recipe, tokenizer, pairs, epoch, step):
                 yield [(e, item) for item in items[rank * (len(items) // W):(rank + 1) * (len(items) // W)]]
 
     collate = functools.partial(data.collate, tokenizer, mask=mask_rates(recipe), trim=not recipe.get("official"))
-    return torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         pairs, batch_sampler=rank_batches(), num_workers=args.workers, collate_fn=collate,
         worker_init_fn=ignore_signals, pin_memory=args.device.startswith("cuda"))
+    return copy_to_device(loader, torch.device(args.device), recipe["norm"])
 
 
-def copy_to_device(batches, device):
+def to_device(batch, device, norm):
+    """The batch with its tensors on the device, where drawn views (--augment-on-device) are made."""
+    on_cuda, tensors = device.type == "cuda", {name: x for name, x in batch.items() if torch.is_tensor(x)}
+    batch = batch | {name: x.to(device, non_blocking=on_cuda) for name, x in tensors.items()}
+    return batch if "pixels" in batch else data.make_views(batch, norm)
+
+
+def copy_to_device(batches, device, norm):
     """Yield batches with their tensors on the device. On CUDA each is copied, on a side stream, while the step before
     is computed."""
     if device.type != "cuda":
         for batch in batches:
-            yield {name: x.to(device) for name, x in batch.items()}
+            yield to_device(batch, device, norm)
         return
     side, ready = torch.cuda.Stream(device), None
     for batch in itertools.chain(batches, [None]):
@@ -1634,7 +1642,7 @@ def copy_to_device(batches, device):
         following = None
         if batch:
             with torch.cuda.stream(side):
-                following = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+                following = to_device(batch, device, norm)
         if ready:
             for x in ready.values():                                    # its memory is free after the step, not before
                 x.record_stream(torch.cuda.current_stream(device))
@@ -1844,6 +1852,8 @@ def training_options(description, recipes, keys, default_method, argv):
                    help="recompute transformer blocks in backward: less memory")
     g.add_argument("--compile", action="store_true",
                    help="torch.compile the towers: a slow first step, then faster on a GPU")
+    g.add_argument("--augment-on-device", action=argparse.BooleanOptionalAction, help="make image views on the device, "
+                   f"not in the loader (default: on CUDA); never for image_aug={', '.join(data.CPU_ONLY)}")
     g.add_argument("--workers", type=int, help="processes that load images (default: the cores, at most 8; on "
                    "synthetic pedestrians 0)")
     return p
@@ -1905,6 +1915,9 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.workers = args.workers if args.workers is not None else 0 if toy else default_workers()
     check_options(args, recipe)
+    if args.augment_on_device is None:
+        args.augment_on_device = args.device.startswith("cuda")
+    args.augment_on_device &= recipe["image_aug"] not in data.CPU_ONLY
     if args.amp == "auto":
         fp16 = recipe.get("half_weights") or not torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = ("fp16" if fp16 else "bf16") if args.device.startswith("cuda") else "off"
@@ -1993,7 +2006,8 @@ def format_recipe(args, recipe, published):
 
 RUN_FILES = ["last.pt", "best.pt", "log.jsonl", "report.html", "code"]
 # Options that a resumed run may change, as they do not decide what is computed. (stage: distill.py)
-FREE_OPTIONS = ["device", "workers", "save_minutes", "log_every", "micro_batch", "checkpoint_blocks", "stage"]
+FREE_OPTIONS = ["device", "workers", "save_minutes", "log_every", "micro_batch", "checkpoint_blocks", "stage",
+                "augment_on_device"]
 
 
 def saved_options(args):
@@ -2085,7 +2099,8 @@ def prepare(args, recipe, records, make_heads):
                      texts=2 if r["mvs_text"] else 1, self_texts=2 if r["ss_text"] else 0)
     pairs = data.Pairs(records, size, args.seed, **views, image_aug=r["image_aug"], norm=r["norm"], resize=r["resize"],
                        clean=r["clean"], back_translation=r["back_translation"], mixup=r.get("mixup", 0.0),
-                       text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")))
+                       text={k: r[k] for k in TEXT_AUG} | dict(protect=not r.get("official")),
+                       on_device=args.augment_on_device)
     require(pairs.persons >= 2, "all training images show one person: there are no negatives")
     masked = mask_rates(r) is not None
     if args.tokenizer or args.clip != "none":

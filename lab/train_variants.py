@@ -34,7 +34,7 @@ def changed_self_view(changes):
         def __init__(self, size, norm="imagenet"):
             super().__init__(size, norm)
             if "colours" in changes:
-                self.colour = torch.nn.Identity()
+                self.colours = []
             if "crops" in changes:
                 ratio = data.crop_ratio(size)
                 self.crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), ratio=ratio, antialias=True)
@@ -42,7 +42,10 @@ def changed_self_view(changes):
 
 
 class UntoldPairs(data.Pairs):
-    """data.Pairs whose captions leave out colours if the image has become grey."""
+    """data.Pairs whose captions leave out colours if the image has become grey. That is seen in views made here."""
+
+    def __init__(self, *args, on_device=False, **options):
+        super().__init__(*args, **options)
 
     def augment(self, i, rng):
         captions, pixels = super().augment(i, rng)

@@ -62,7 +62,7 @@ def test_the_augmentation_of_irra():
     torch.manual_seed(0)
     for _ in range(200):
         pixels = view(image)
-        hole = (pixels == mean).all(dim=0)
+        hole = (pixels - mean).abs().amax(dim=0) < 1e-6
         erased.append(hole.float().mean().item())
         black = ((pixels * std + mean).abs() < 1e-6).all(dim=0)
         moved += bool(black.any())
