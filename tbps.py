@@ -1808,8 +1808,7 @@ def training_options(description, recipes, keys, default_method, argv):
         usage="%(prog)s [options]", description=description, parents=[first],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"keys of {method} for --set, as published (other methods: --method M --help):\n"
-               f"{format_keys(recipes[method], keys)}\n"
-               f"on synthetic pedestrians: {format_values(TOY)}")
+               f"{format_keys(recipes[method], keys)}\non synthetic pedestrians: {format_values(TOY)}")
     g = p.add_argument_group("data")
     g.add_argument("--data-root", default="data",
                    help="the data set's folder or its parent; for csv the file (default: data)")
