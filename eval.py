@@ -172,13 +172,20 @@ def evaluation_set(records, preprocessing, tokenizer):
     return Images([r["image"] for r in records], preprocessing.image), tokenizer(captions), pid, source
 
 
+def half_on_cuda():
+    """Encoders run in fp16 on CUDA, in fp32 elsewhere."""
+    return torch.autocast("cuda", torch.float16, enabled=torch.cuda.is_available())
+
+
 @torch.no_grad()
 def embed_batches(model, images, device, workers, batch):
     """Yield the features (B, D) of a dataset of pixels (3, H, W), batch by batch: fp32 of unit length, on the CPU."""
     pinned = torch.device(device).type == "cuda"
     model.eval()
     for pixels in torch.utils.data.DataLoader(images, batch, num_workers=workers, pin_memory=pinned):
-        yield F.normalize(model.encode_image(pixels.to(device, non_blocking=True)).float(), dim=1).cpu()
+        with half_on_cuda():
+            features = model.encode_image(pixels.to(device, non_blocking=True))
+        yield F.normalize(features.float(), dim=1).cpu()
 
 
 def embed_images(model, images, device="cpu", workers=0, batch=256, progress=True):
@@ -198,7 +205,8 @@ def embed_texts(model, tokens, batch=128, progress=False):
     if not len(tokens):                                                 # one of many processes may have none
         return torch.empty(0, 0)
     bar = progress_bar(order.split(batch), desc="captions", leave=False, disable=not progress)
-    features = [F.normalize(model.encode_text(tokens[rows]).float(), dim=1).cpu() for rows in bar]
+    with half_on_cuda():
+        features = [F.normalize(model.encode_text(tokens[rows]).float(), dim=1).cpu() for rows in bar]
     return torch.cat(features)[torch.argsort(order)]
 
 

@@ -359,7 +359,9 @@ class Diffusion:
 
     def predict_noise(self, z, t, text):
         self.evaluations += len(z)
-        out = self.unet(z, t, encoder_hidden_states=text).sample
+        in_half = str(self.device).startswith("cuda") and not torch.is_grad_enabled()       # null-text inversion: fp32
+        with torch.autocast("cuda", torch.float16, enabled=in_half):
+            out = self.unet(z, t, encoder_hidden_states=text).sample.to(z.dtype)
         if self.prediction_type == "v_prediction":
             return self.alphas[t] ** 0.5 * out + (1 - self.alphas[t]) ** 0.5 * z
         return out

@@ -1,6 +1,6 @@
 """Text-based person search: find a person in a picture collection by a sentence. The model, CLIP weights, and training.
 
-    python tbps.py                                          built-in toy people, from scratch, on a laptop's CPU
+    python tbps.py                                          synthetic pedestrians, from the toy CLIP, on a laptop's CPU
     python tbps.py --dataset cuhk --data-root DIR           TBPS-CLIP (AAAI 2024) on CUHK-PEDES, from CLIP ViT-B/16
     python tbps.py --dataset cuhk --method baseline         plain fine-tuning, the reference for the others
     python tbps.py --dataset cuhk --method uit              UIT (2023), or irra: IRRA (CVPR 2023)
@@ -323,6 +323,8 @@ class DualEncoder(nn.Module):
 
 
 # ---- weights: every format people have ------------------------------------------------------------------------------
+
+TOY_CLIP = Path(__file__).parent / "lab" / "toyclip"                    # made by lab/pretrain.py
 
 # Where to fetch CLIP by hand; the hub has the same weights as openai/clip-vit-base-patch16
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
@@ -1445,15 +1447,17 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     n = len(epoch_batches(args, recipe, pairs, epoch=0))                # steps; with samplers by person epochs differ
     loader = load_batches(args, recipe, tokenizer, pairs, state["epoch"], state["step"])
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
-    with stop_on_signal() as stop, training_bar(recipe, state, n) as bar:
+    if val and args.clip != "none" and state["epoch"] == state["step"] == 0:
+        print(f"before training  val {evaluation.format_scores(validate(args, model, val_set, out, 0))}", flush=True)
+    skipped, hint = SkippedSteps(scaler), memory_hint(args, recipe, model, pairs, autocast)
+    with stop_on_signal() as stop, training_bar(recipe, state, n) as bar, explain_out_of_memory(hint):
         for epoch in range(state["epoch"], recipe["epochs"]):
             batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
             history, saved_at = LossHistory(), time.time()
             model.train()
             for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):   # goes on where it was
                 it = epoch * n + i * n / len(batches)
-                lr = lr_at(it, n, recipe)
-                set_learning_rate(optimizer, lr)
+                lr = set_learning_rate(optimizer, lr_at(it, n, recipe))
                 torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
 
                 parts = step_losses(model, batch, it / n, autocast)
@@ -1475,7 +1479,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                     means = history.pop_means()
                     bar.set_postfix_str(format_losses(means), refresh=False)
                     write_log(out, at=[epoch, i + 1], epoch=epoch + (i + 1) / len(batches), lr=lr,
-                              scale=model.scale().item(), **means)
+                              scale=model.scale().item(), **means, **skipped.update())
                 if save_now and not last:
                     save("last.pt")
                     saved_at = time.time()
@@ -1484,15 +1488,21 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             state |= dict(epoch=epoch + 1, step=0)
             line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {history.summary(recipe['batch'])}"
             if val:
-                state["scores"] = evaluation.evaluate(model, *val_set, device, args.workers)[0]["text to image"]
-                write_log(out, at=[epoch + 1, 0], epoch=epoch + 1, val=state["scores"])
+                state["scores"] = validate(args, model, val_set, out, epoch + 1)
                 line += f"  val {evaluation.format_scores(state['scores'])}"
-            print_above(bar, line)
+            print_above(bar, line + skipped.note(len(batches)))
             if not val or state["scores"]["R@1"] > state["best"]:       # without a validation split: the last epoch
                 state["best"] = state["scores"].get("R@1", -1.0)
                 save("best.pt")
             save("last.pt")
             stop_here(any_rank(stop, device), f"after epoch {epoch + 1}", out)
+
+
+def validate(args, model, val_set, out, epoch):
+    """The scores on the validation split after so many epochs, which are also logged."""
+    scores = evaluation.evaluate(model, *val_set, args.device, args.workers)[0]["text to image"]
+    write_log(out, at=[epoch, 0], epoch=epoch, val=scores)
+    return scores
 
 
 def prepare_model(args, model):
@@ -1507,6 +1517,75 @@ def prepare_model(args, model):
         model.text.compile()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")
+
+
+def encoder_memory(model, views, texts, autocast):
+    """Bytes per pair that the encoders keep for backward, with so many views of an image and variations of a caption
+    of 64 tokens: the slope between two and six pairs."""
+    device, micro_batch = model.logit_scale.device, model.micro_batch
+
+    def kept_bytes(B):
+        kept = {}
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        pixels = torch.zeros(B * views, 3, *model.arch["image_size"], device=device)
+        tokens = torch.ones(B * texts, 64, dtype=torch.int64, device=device)            # as long as a long caption
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast():
+            features = model.encode_image(pixels), model.encode_text(tokens)                # holds what is kept
+            return sum(storage.nbytes() for storage in kept.values())
+
+    model.micro_batch = 0
+    per_pair = (kept_bytes(6) - kept_bytes(2)) / 4
+    model.micro_batch = micro_batch
+    return per_pair
+
+
+def memory_hint(args, recipe, model, pairs, autocast):
+    """On CUDA: print what training will need, and say what fits. The heads of a method come on top."""
+    if not args.device.startswith("cuda"):
+        return "Choose --micro-batch M or --checkpoint-blocks, which compute the same in less memory"
+    per_pair = encoder_memory(model, len(pairs.views), pairs.texts, autocast)
+    fixed = 16 * sum(p.numel() for p in model.parameters())             # weight, gradient and two moments of Adam
+    card, at_once = torch.cuda.get_device_properties(args.device).total_memory, recipe["batch"] // losses.ranks()[1]
+    need = fixed + per_pair * (min(args.micro_batch, at_once) or at_once)
+    fits = max(1, int((0.85 * card - fixed) / per_pair))
+    hint = f"--micro-batch {fits} fits" if fits < at_once else f"{fits} pairs fit at once"
+    print(f"memory: about {need / 1e9:.1f} GB, {per_pair / 1e6:.0f} MB a pair; the card has {card / 1e9:.0f} GB, "
+          f"{hint}")
+    return hint
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(hint):
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise ValueError(f"{str(e).split('. ')[0]}\n  By an estimate {hint}; --checkpoint-blocks needs less, too. Both "
+                         "compute the same. Or lower --batch") from None
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped because gradients overflowed in fp16: each halves the scale of the loss."""
+
+    def __init__(self, scaler):
+        self.scaler, self.scale, self.number, self.noted = scaler, scaler.get_scale(), 0, 0
+
+    def update(self):
+        """Facts for the log, nothing without fp16. Waits for the GPU."""
+        if not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.get_scale()
+        self.number += max(0, round(math.log2(self.scale / scale)))
+        self.scale = scale
+        return dict(loss_scale=scale, skipped=self.number)
+
+    def note(self, steps):
+        """A warning if in an epoch of so many steps more than one in ten was skipped."""
+        number, self.noted = self.number - self.noted, self.number
+        return f"  WARNING: {number} steps skipped, gradients overflow in fp16; try --amp bf16" * (number > steps / 10)
 
 
 def epoch_batches(args, recipe, pairs, epoch):
@@ -1617,6 +1696,7 @@ def format_losses(means):
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
+    return lr
 
 
 def wants_save(stop, saved_at, args, log_now):
@@ -1728,8 +1808,7 @@ def training_options(description, recipes, keys, default_method, argv):
         usage="%(prog)s [options]", description=description, parents=[first],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"keys of {method} for --set, as published (other methods: --method M --help):\n"
-               f"{format_keys(recipes[method], keys)}\n"
-               f"on synthetic pedestrians: {format_values(TOY)}")
+               f"{format_keys(recipes[method], keys)}\non synthetic pedestrians: {format_values(TOY)}")
     g = p.add_argument_group("data")
     g.add_argument("--data-root", default="data",
                    help="the data set's folder or its parent; for csv the file (default: data)")
@@ -1742,7 +1821,7 @@ def training_options(description, recipes, keys, default_method, argv):
     g.add_argument("--skip-bad", action="store_true", help="skip unreadable images (default: stop at the first)")
     g = p.add_argument_group("model")
     g.add_argument("--clip", help="weights to start from: a file, folder, hub id, checkpoint, or none "
-                   "(default: openai/clip-vit-base-patch16; on synthetic pedestrians none)")
+                   "(default: openai/clip-vit-base-patch16; on synthetic pedestrians lab/toyclip)")
     g.add_argument("--tokenizer", help="CLIP's vocabulary, if it is not beside the weights: tokenizer.json or "
                    "bpe_simple_vocab_16e6.txt.gz")
     g.add_argument("--size", choices=SIZES,
@@ -1831,7 +1910,7 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
             raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
         recipe[key] = parse_value(key, value, recipe[key])
     check_recipe(recipe, keys, choices)
-    args.clip = args.clip or ("none" if toy else "openai/clip-vit-base-patch16")
+    args.clip = args.clip or (str(TOY_CLIP) if toy else "openai/clip-vit-base-patch16")
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.workers = args.workers if args.workers is not None else 0 if toy else default_workers()
     check_options(args, recipe)
@@ -2125,7 +2204,8 @@ def write_report(out, args, recipe, rows, minutes, *chapters):
     """report.html: scores, curves, chapters (heading, HTML), settings."""
     lines = read_log(out)
     steps, vals = [x for x in lines if "loss" in x], [x for x in lines if "val" in x]
-    names = [k for k in (steps[0] if steps else []) if k not in ("at", "epoch", "lr", "scale")]
+    facts = ("at", "epoch", "lr", "scale", "loss_scale", "skipped")
+    names = [k for k in (steps[0] if steps else []) if k not in facts]
     curves = evaluation.curve("losses", {k: [(x["epoch"], x[k]) for x in steps] for k in names})
     metrics = vals[0]["val"] if vals else []
     curves += evaluation.curve("validation, %", {k: [(x["epoch"], x["val"][k]) for x in vals] for k in metrics})

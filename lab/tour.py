@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
 
 MAIN = "runs/toy-tbps-clip-simplified-0"
-SCORE, TRAIN = f"eval.py --checkpoint {ROOT / MAIN}/best.pt", "tbps.py"
+SCORE, TRAIN = f"eval.py --checkpoint {ROOT / MAIN}/best.pt", "tbps.py --clip none"
 
 # ---- lines that exercises change -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 import torch
 
 import data
@@ -153,3 +154,14 @@ def test_odd_characters_as_ftfy_leaves_them():
         assert data.normalize_text(f"a man{c}in red") == "a man in red", hex(ord(c))
     for c in "\x00\x08\x0b\x0e\x1c\x1f\x7f\u206a\ufeff\ufff9\ufffc":
         assert data.normalize_text(f"a man{c}in red") == "a manin red", hex(ord(c))
+
+
+def test_a_tokenizer_is_written_for_other_libraries(people, tmp_path):
+    """The tokenizers package reads the same ids from the file, SOT and EOT included; so does load_tokenizer."""
+    captions = [c for r in people for c in r["captions"]] + ["A man,  in a RED\tjacket: it's no. 12!", "été"]
+    ours = data.train_tokenizer(captions, vocab=700)
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for row, encoded in zip(ours(captions), theirs.encode_batch(captions)):
+        assert row[:len(encoded.ids)].tolist() == encoded.ids and not row[len(encoded.ids):].any()
+    assert torch.equal(data.load_tokenizer(tmp_path)(captions), ours(captions))

@@ -235,3 +235,33 @@ def test_checkpoints_are_told_without_reading_tensors(checkpoint, tmp_path, monk
     monkeypatch.setattr(torch, "load", None)
     assert tbps.is_checkpoint(checkpoint)
     assert not tbps.is_checkpoint(tmp_path / "other.pt") and not tbps.is_checkpoint(tmp_path / "cut.pt")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def test_a_model_is_written_as_a_folder_of_open_clip(people, tmp_path):
+    """In fp16, read again by load_clip: architecture, tokenizer and preprocessing come from the folder."""
+    torch.manual_seed(0)
+    tokenizer = data.train_tokenizer([c for r in people for c in r["captions"]], vocab=700)
+    model = tbps.DualEncoder(48, (32, 16), 8, 64, 2, 32, 3, tokenizer.vocab, head_width=16, text_head_width=8,
+                             quick_gelu=False).eval()
+    tbps.save_open_clip(model, tokenizer, data.Preprocessing((32, 16), "half", "bilinear"), tmp_path / "m")
+    found = tbps.load_clip(tmp_path / "m").eval()
+    for p in model.parameters():
+        p.data = p.data.half().float()
+    captions = people[0]["captions"]
+    tokens, again = tokenizer(captions), tbps.tokenizer_for(tmp_path / "m")(captions)
+    pixels = torch.randn(2, 3, 32, 16)
+    assert found.arch == model.arch and torch.equal(tokens, again)
+    assert torch.equal(found.encode_image(pixels), model.encode_image(pixels))
+    assert torch.equal(found.encode_text(tokens), model.encode_text(tokens))
+    config = tbps.read_config(tbps.find_weights(tmp_path / "m"))
+    assert (config["norm"], config["resize"]) == ("half", "bilinear")
+    assert all(w.dtype == torch.float16 for w in tbps.read_file(tmp_path / "m/open_clip_model.safetensors").values())
+
+
+def test_overlapping_patches_are_not_written(tmp_path):
+    model = tbps.DualEncoder(16, (16, 16), 8, 32, 1, 32, 1, 600, head_width=16, stride=4)
+    with pytest.raises(ValueError, match="open_clip has no overlapping patches"):
+        tbps.save_open_clip(model, data.Tokenizer([("a", "b")]), data.Preprocessing((16, 16)), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
