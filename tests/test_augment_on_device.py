@@ -154,9 +154,9 @@ def test_it_is_the_default_on_cuda(monkeypatch):
 def test_a_run_has_the_same_losses_in_both_paths(tmp_path):
     losses = []
     for option in ("--no-augment-on-device", "--augment-on-device"):
-        run("tbps.py", "--device", "cpu", "--dataset", "toy-few", "--clip", "none", "--share", "0.1", "--method", "ctlg",
-            "--epochs", "1", "--workers", "1", "--batch", "8", "--val", "none", "--log-every", "1", "--set", "warmup=0.5", option,
-            "--out", tmp_path / option)
+        run("tbps.py", "--dataset", "toy-few", "--clip", "none", "--method", "ctlg", "--share", "0.1", "--val", "none",
+            "--device", "cpu", "--workers", "1", "--epochs", "1", "--batch", "8", "--log-every", "1", option,
+            "--set", "warmup=0.5", "--out", tmp_path / option)
         lines = map(json.loads, (tmp_path / option / "log.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert len(losses[0]) > 3
