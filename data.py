@@ -1134,6 +1134,7 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, records, size, seed=0, views=1, self_views=0, texts=1, self_texts=0, image_aug="pool",
                  norm="imagenet", resize="bilinear", clean=True, back_translation=0.1, text=None, mixup=0.0,
                  on_device=False):
+        assert not on_device or image_aug not in CPU_ONLY, f"make_views cannot make {image_aug}"
         cleaned = clean_caption if clean else str
         self.items = [(r, n) for r in records for n in range(len(r["captions"]))]
         self.images = [i for i, r in enumerate(records) for _ in r["captions"]]             # the record of each item
@@ -1143,6 +1144,7 @@ class Pairs(torch.utils.data.Dataset):
         self.pids = [label[r["pid"]] for r, _ in self.items]            # 0 ... P-1, as id_loss needs them
         self.persons = len(label)
         self.views = [TrainView(size, image_aug, norm, resize)] * views + [SelfView(size, norm)] * self_views
+        self.resize, self.train_views = Resize(size, resize), views
         self.texts, self.back_translation, self.text = texts + self_texts, back_translation, text or {}
         self.seed, self.mixup, self.on_device = seed, mixup, on_device
 
@@ -1171,9 +1173,11 @@ class Pairs(torch.utils.data.Dataset):
             translated = rng.random() < self.back_translation and self.translated[i]
             captions.append(augment_caption(translated or self.captions[i], rng, **self.text))
         image = load_image(self.items[i][0]["image"])
+        images = [self.resize.picture(image)] * self.train_views        # scaled once; SelfView crops the image itself
+        images += [image] * (len(self.views) - self.train_views)
         if self.on_device:
-            return captions, [[view.draw(image)] for view in self.views]
-        return captions, torch.stack([view(image) for view in self.views])
+            return captions, [[view.draw(image)] for view, image in zip(self.views, images)]
+        return captions, torch.stack([view(image) for view, image in zip(self.views, images)])
 
 
 def trim_padding(tokens):

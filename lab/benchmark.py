@@ -238,6 +238,7 @@ def generation(side, sources=4):
 # what is made of a file each time it is opened: the four views of TBPS-CLIP one by one, or at once
 VIEW_BY_VIEW = [dict(), dict(), dict(views=0, self_views=1), dict(views=0, self_views=1)]
 AT_ONCE = [dict(views=2, self_views=2)]
+DRAWN = [dict(views=2, self_views=2, on_device=True)]                  # --augment-on-device: the loader's part
 
 
 def pipeline(passes, size=(224, 224), photo=(128, 384), number=200):
@@ -285,6 +286,7 @@ ROWS = [  # name, usual side (or None), our side: (function, *arguments); repeti
     ("step, toy, batch 128", None, (toy_step,), 10, 128),
     ("pairs, toy: null-text, direct", *sides(generation), 1, 8),
     ("data, 4 views: one by one, at once", (pipeline, VIEW_BY_VIEW), (pipeline, AT_ONCE), 3, 200),
+    ("data, 4 views: at once, only drawn", (pipeline, AT_ONCE), (pipeline, DRAWN), 3, 200),
 ]
 QUICK = ["metric, CUHK size 6,156 x 3,074", "search, 1 query in 100,000", "step, toy, batch 128"]
 COUNTED = (step, method_step, toy_step, text, embedding)                # their floating-point operations are counted

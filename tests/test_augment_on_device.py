@@ -102,6 +102,17 @@ def test_self_views_without_jitter_and_blur(records, tokenizer):
     assert difference[plain].max() < 0.01 and difference[gray].max() < 0.7
 
 
+def test_draws_depend_on_seed_epoch_and_item_alone(records):
+    """So a resumed run continues exactly, in this path too."""
+    pairs = data.Pairs(records, (48, 24), views=2, self_views=2, mixup=0.5, on_device=True)
+    first, _, again, other = (pairs[epoch, item]["pixels"] for epoch, item in ((0, 7), (0, 3), (0, 7), (1, 7)))
+    for view, same in zip(first, again):
+        assert [operations for _, operations in view] == [operations for _, operations in same]
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(view, same))
+    assert [operations for view in first for _, operations in view] != [
+        operations for view in other for _, operations in view]
+
+
 def test_nothing_is_read_back_from_the_device(records, tokenizer):
     """Tensors on "meta" have no values: what would make the GPU wait raises."""
     pairs = data.Pairs(records, (48, 24), views=2, self_views=2, mixup=0.5, image_aug="stack", on_device=True)
@@ -127,7 +138,7 @@ def test_what_is_shipped_is_a_quarter(records, tokenizer):
     (["--augment-on-device", "--set", "image_aug=autoaugment"], False),
 ])
 def test_the_option_reaches_the_pairs(more, on, people):
-    args, recipe = tbps.parse_args(["--device", "cpu", *more])
+    args, recipe = tbps.parse_args(["--device", "cpu", "--clip", "none", *more])
     _, _, pairs, _ = tbps.prepare(args, recipe, people, tbps.no_heads)
     assert pairs.on_device == on
 
@@ -143,8 +154,8 @@ def test_it_is_the_default_on_cuda(monkeypatch):
 def test_a_run_has_the_same_losses_in_both_paths(tmp_path):
     losses = []
     for option in ("--no-augment-on-device", "--augment-on-device"):
-        run("tbps.py", "--dataset", "toy-few", "--share", "0.1", "--method", "ctlg", "--device", "cpu", "--epochs", "1",
-            "--workers", "1", "--batch", "8", "--val", "none", "--log-every", "1", "--set", "warmup=0.5", option,
+        run("tbps.py", "--device", "cpu", "--dataset", "toy-few", "--clip", "none", "--share", "0.1", "--method", "ctlg",
+            "--epochs", "1", "--workers", "1", "--batch", "8", "--val", "none", "--log-every", "1", "--set", "warmup=0.5", option,
             "--out", tmp_path / option)
         lines = map(json.loads, (tmp_path / option / "log.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if "loss" in line])
