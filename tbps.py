@@ -1484,7 +1484,6 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                     save("last.pt")
                     saved_at = time.time()
                     stop_here(any_rank(stop, device), f"in epoch {epoch + 1}, step {i + 1} of {len(batches)}", out)
-
             state |= dict(epoch=epoch + 1, step=0)
             line = f"epoch {epoch + 1:3d}/{recipe['epochs']}  {history.summary(recipe['batch'])}"
             if val:
