@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
 
 MAIN = "runs/toy-tbps-clip-simplified-0"
-SCORE, TRAIN = f"eval.py --checkpoint {ROOT / MAIN}/best.pt", "tbps.py --clip none"
+SCORE = f"eval.py --checkpoint {ROOT / MAIN}/best.pt"
+TRAIN = "tbps.py --clip none --set epochs=10 warmup=2 soft=0 lock_patch=0"
 
 # ---- lines that exercises change -------------------------------------------------------------------------------------
 

@@ -244,7 +244,7 @@ def test_an_applied_exercise_writes_to_a_folder_of_its_own(tmp_path, monkeypatch
     shutil.copy(ROOT / "tbps.py", tmp_path)
     monkeypatch.setattr(sys, "argv", ["tour.py", "9", "--apply"])
     tour.main()
-    assert capsys.readouterr().out == "9: python tbps.py --clip none --out runs/tour-9\n"
+    assert capsys.readouterr().out == f"9: python {tour.TRAIN} --out runs/tour-9\n"
     assert (tmp_path / "tbps.py").read_text() != (ROOT / "tbps.py").read_text()
     with pytest.raises(ValueError, match="applied already"):
         tour.main()
