@@ -254,8 +254,8 @@ def test_captions_of_grey_images_without_colours():
         """{whether the image is grey: how many colours each caption has lost}"""
         found = {True: [], False: []}
         pairs = data.Pairs(records, (96, 48), views=1, image_aug="gray", back_translation=0, text=dict(deletion=0))
-        for pairs.epoch in range(4):
-            for caption, item in zip(pairs.captions, map(pairs.__getitem__, range(len(pairs)))):
+        for epoch in range(4):
+            for caption, item in zip(pairs.captions, (pairs[epoch, i] for i in range(len(pairs)))):
                 grey = bool(((item["pixels"][0] * STD + MEAN).std(0) < 1e-3).all())
                 found[grey].append(len(colours.findall(caption)) - len(colours.findall(item["captions"][0])))
         return found
