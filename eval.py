@@ -251,7 +251,7 @@ figure { display: inline-block; margin: 0 .5em .5em 0; text-align: center; verti
 .row img { height: 112px; border: 4px solid transparent; border-radius: 4px }  .row .source { margin-right: 1.5em }
 .row .large img { height: auto; max-width: 100% }  .source img { border-color: #777 }
 .right img { border-color: #147a35 }  .wrong img { border-color: #c62817; border-style: dashed }
-.hit { width: 9.5em; text-align: left }  .hit img { max-width: 9.5em }  .hit a { line-height: 26px; margin-right: .5em }
+.hit { width: 11em; text-align: left }  .hit img { max-width: 11em }  .hit a { line-height: 26px; margin-right: .5em }
 form { margin-bottom: 1.5em }  button, input { font: inherit; padding: .3em }
 #q { display: block; width: 100%; box-sizing: border-box; margin: .3em 0 }
 svg { margin-right: 2em; max-width: 100% }  svg text { font: 12px system-ui, sans-serif; fill: #444 }
@@ -609,12 +609,12 @@ def explained(search, row, text):
     maps = [(word, adds, heat if adds > 0 else -heat)
             for word, adds, heat in word_maps(search.model, search.tokenizer, pixels, text, tag, search.device)]
     grey, most = picture.convert("L").convert("RGB"), max([1e-6] + [heat.max().item() for *_, heat in maps])
-    shown = [figure(picture, search.name(row), "the picture", "large", 400)]
+    shown = [figure(picture, search.name(row), "the picture", "large", 240)]
     for word, adds, heat in maps:
         mask = Image.fromarray((191 * (heat / most).clamp(0, 1).sqrt()).byte().numpy())
         colour = Image.new("RGB", picture.size, (230, 30, 20) if adds > 0 else (20, 60, 230))
         painted = Image.composite(colour, grey, mask.resize(picture.size, Image.Resampling.BICUBIC))
-        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", 400))
+        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", 240))
     return f"<div class=row>{''.join(shown)}</div>"
 
 
