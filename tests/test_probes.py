@@ -1,6 +1,5 @@
 """The probes of lab/probes.py, the test sets of lab/domain_shift.py, the changes of lab/train_variants.py."""
 
-import json
 import random
 import re
 from contextlib import ExitStack, contextmanager
@@ -230,7 +229,7 @@ def test_variants_train_otherwise(few_people, tmp_path):
         """The first logged loss of self-supervision."""
         run(*script, "--dataset", "toy", "--workers", 0, "--out", tmp_path / out,
             "--set", "epochs=1", "batch=16", "warmup=0", "ss=0.4")
-        return json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[0])["ss"]
+        return next(line["ss"] for line in tbps.read_log(tmp_path / out) if "ss" in line)
 
     changed = first_loss("a", "lab/train_variants.py", "colours,crops")
     assert changed != first_loss("b", "tbps.py") == first_loss("c", "tbps.py")              # nothing stays replaced
