@@ -609,12 +609,12 @@ def explained(search, row, text):
     maps = [(word, adds, heat if adds > 0 else -heat)
             for word, adds, heat in word_maps(search.model, search.tokenizer, pixels, text, tag, search.device)]
     grey, most = picture.convert("L").convert("RGB"), max([1e-6] + [heat.max().item() for *_, heat in maps])
-    shown = [figure(picture, search.name(row), "the picture", "large", 240)]
+    shown = [figure(picture, search.name(row), "the picture", "large", 280)]
     for word, adds, heat in maps:
         mask = Image.fromarray((191 * (heat / most).clamp(0, 1).sqrt()).byte().numpy())
         colour = Image.new("RGB", picture.size, (230, 30, 20) if adds > 0 else (20, 60, 230))
         painted = Image.composite(colour, grey, mask.resize(picture.size, Image.Resampling.BICUBIC))
-        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", 240))
+        shown.append(figure(painted, f"map of the word {word}", f"{html.escape(word)} {adds:+.3f}", "large", 280))
     return f"<div class=row>{''.join(shown)}</div>"
 
 

@@ -79,7 +79,8 @@ def record(line, scores):
 def make_pretrained():
     """The model that all runs start from."""
     if result(ROOT / PRETRAINED) is None:
-        start(ROOT / PRETRAINED, "tbps.py --dataset toy-generic --clip none --set epochs=10 warmup=2 soft=0 lock_patch=0", os.cpu_count())
+        line = "tbps.py --dataset toy-generic --clip none --set epochs=10 warmup=2 soft=0 lock_patch=0"
+        start(ROOT / PRETRAINED, line, os.cpu_count())
 
 
 def make_diffusion(wanted):
