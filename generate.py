@@ -640,7 +640,13 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text, save_minut
         optimizer.load_state_dict(saved["optimizer"])
         average, state = [m.to(model.device) for m in saved["mean"]], {key: saved[key] for key in state}
 
+    total = torch.tensor(state["losses"], device=model.device)          # only read to save: reading waits for a GPU
+
     def save():
+        state["losses"] = total.item()
+        if not math.isfinite(state["losses"]):
+            raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {state['epoch'] + 1}, by "
+                                     f"step {state['step']}; try a lower --set train_lr=")
         tbps.save(folder / "last.pt", state | dict(weights=parts.state_dict(), mean=average, recipe=recipe, seed=seed,
                                                    optimizer=optimizer.state_dict()))
         return time.time()
@@ -660,15 +666,15 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text, save_minut
             nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             torch._foreach_lerp_(average, [p.detach() for p in learned], 1 - min(0.999, (1 + it) / (10 + it)))
-            state |= dict(step=i + 1, losses=state["losses"] + loss.item())
-            if not math.isfinite(state["losses"]):
-                raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {epoch + 1}, "
-                                         f"step {i + 1}; try a lower --set train_lr=")
+            state["step"] = i + 1
+            total += loss.detach()
             bar.update(len(z))
             if time.time() - saved_at > 60 * save_minutes:
                 saved_at = save()
-        tbps.print_above(bar, f"epoch {epoch + 1:3d}/{epochs}  loss {state['losses'] / n:.4f}")
-        state = dict(epoch=epoch + 1, step=0, losses=0.0)
+        tbps.print_above(bar, f"epoch {epoch + 1:3d}/{epochs}  loss {total.item() / n:.4f}")
+        if total.isfinite():                                            # if not, save says so
+            state |= dict(epoch=epoch + 1, step=0)
+            total.zero_()
         saved_at = save()
     bar.close()
     with torch.no_grad():
