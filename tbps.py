@@ -1438,7 +1438,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     the validation split, or None. Ctrl-C and SIGTERM save last.pt and raise KeyboardInterrupt; --resume then
     continues bit for bit."""
     device, rank = torch.device(args.device), losses.ranks()[0]
-    autocast = prepare_model(args, model)
+    autocast, hint = prepare_model(args, recipe, model, pairs)
     optimizer = make_optimizer(model, recipe, fused=device.type == "cuda")
     gradient_mean = GradientMean(model.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not recipe.get("half_weights"))
@@ -1450,7 +1450,7 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
     val_set = evaluation.evaluation_set(val, preprocessing, tokenizer) if val else None
     if val and args.clip != "none" and state["epoch"] == state["step"] == 0:
         print(f"before training  val {evaluation.format_scores(validate(args, model, val_set, out, 0))}", flush=True)
-    skipped, hint = SkippedSteps(scaler), memory_hint(args, recipe, model, pairs, autocast)
+    skipped = SkippedSteps(scaler)
     with stop_on_signal() as stop, training_bar(recipe, state, n) as bar, explain_out_of_memory(hint):
         for epoch in range(state["epoch"], recipe["epochs"]):
             batches, start = epoch_batches(args, recipe, pairs, epoch), state["step"]
@@ -1505,18 +1505,21 @@ def validate(args, model, val_set, out, epoch):
     return scores
 
 
-def prepare_model(args, model):
-    """Move the model to its device and switch on what saves memory or time -> the autocast of its encoders."""
+def prepare_model(args, recipe, model, pairs):
+    """Move the model to its device and switch on what saves memory or time -> the autocast of its encoders, and what to
+    tell the user if memory is short."""
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")                          # TF32 on CUDA, for what is not under autocast
     model.to(device)
     model.micro_batch = args.micro_batch
     model.image.recompute = model.text.recompute = args.checkpoint_blocks
-    if args.compile:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")
+    hint = memory_hint(args, recipe, model, pairs, autocast)
+    if args.compile:                                                    # after the estimate, whose batches are small
         model.image.compile()
         model.text.compile()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
-    return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=args.amp != "off")
+    return autocast, hint
 
 
 def encoder_memory(model, views, texts, autocast):
@@ -1533,6 +1536,7 @@ def encoder_memory(model, views, texts, autocast):
 
         pixels = torch.zeros(B * views, 3, *model.arch["image_size"], device=device)
         tokens = torch.ones(B * texts, 64, dtype=torch.int64, device=device)            # as long as a long caption
+        tokens[:, -1] = model.arch["vocab"] - 1                                         # EOT
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast():
             features = model.encode_image(pixels), model.encode_text(tokens)                # holds what is kept
             return sum(storage.nbytes() for storage in kept.values())

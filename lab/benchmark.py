@@ -196,10 +196,12 @@ def method_step(method, batch=8, size=(384, 128)):
     model = tbps.DualEncoder(**tbps.SIZES["ViT-B/16"] | dict(image_size=size, stride=recipe["stride"] or None))
     add_heads(model, heads(recipe, model, 11003))
     optimizer = tbps.make_optimizer(model, recipe, fused=False)
-    tokens = captions(batch)
-    targets = torch.where((torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406), tokens, -1)
+    tokens = data.trim_padding(captions(batch))                         # as data.collate does
+    is_masked = (torch.rand(tokens.shape) < 0.15) & (tokens > 0) & (tokens < 49406)
+    positions = is_masked.flatten().nonzero()[:, 0]
     sample = dict(pixels=torch.randn(1, batch, 3, *size), tokens=tokens[None], pid=torch.arange(batch),
-                  image=torch.arange(batch), targets=targets, masked=torch.where(targets >= 0, 49405, tokens))
+                  image=torch.arange(batch), masked=torch.where(is_masked, 49405, tokens), positions=positions,
+                  targets=tokens.flatten()[positions])
     return training_step(model, optimizer, lambda: sum(step_losses(model, sample, recipe, 1.0, FP32).values()))
 
 

@@ -54,10 +54,12 @@ def small_model():
 
 
 def test_the_memory_of_a_pair():
-    """It grows with views, shrinks with recomputation, and is what two and four pairs differ by."""
+    """It grows with views and captions, shrinks with recomputation, and does not depend on --micro-batch."""
     model = small_model()
-    one, four = (tbps.encoder_memory(model, views, 1, FP32) for views in (1, 4))
-    assert 5e4 < one < four < 4 * one
+    one, two, five = (tbps.encoder_memory(model, views, 1, FP32) for views in (1, 2, 5))
+    assert five - one == 4 * (two - one) > 0                            # each view costs the same
+    caption = tbps.encoder_memory(model, 1, 2, FP32) - one
+    assert caption > 2 * 10 * 64 * 64 * 4                               # 2 blocks keep ten times 64 tokens of 64 numbers
     model.micro_batch = 2
     assert tbps.encoder_memory(model, 1, 1, FP32) == one and model.micro_batch == 2
     model.image.recompute = model.text.recompute = True

@@ -11,7 +11,7 @@ import distill
 import generate
 import tbps
 from conftest import ROOT, error
-from lab import ablations, few_shot, groups, tables, tour
+from lab import ablations, benchmark, few_shot, groups, tables, tour
 
 PARSERS = {"tbps.py": tbps, "lab/few_shot.py": few_shot, "distill.py": distill, "generate.py": generate}
 # how many words come before the options of tbps.py
@@ -248,3 +248,9 @@ def test_an_applied_exercise_writes_to_a_folder_of_its_own(tmp_path, monkeypatch
     assert (tmp_path / "tbps.py").read_text() != (ROOT / "tbps.py").read_text()
     with pytest.raises(ValueError, match="applied already"):
         tour.main()
+
+
+@pytest.mark.parametrize("method", ["baseline", "irra", "uit", "ctlg"])
+def test_the_benchmark_makes_steps_of_a_method(method):
+    """The batch that it makes is one that the method's losses can read."""
+    benchmark.method_step(method, batch=2, size=(48, 32))()
