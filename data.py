@@ -732,7 +732,6 @@ class Tokenizer:
                 tokens[i] = self.mask if draw < 0.8 else rng.randrange(1, self.mask)
         return tokens, targets
 
-
     def save(self, path):
         """Write the tokenizer.json that Hugging Face's libraries and load_tokenizer read."""
         bpe = BPETokenizer(models.BPE(Tokenizer(self.merges).bpe.get_vocab(), self.merges, end_of_word_suffix="</w>"))

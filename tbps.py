@@ -1458,7 +1458,8 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
             model.train()
             for i, batch in enumerate(itertools.islice(loader, len(batches) - start), start):   # goes on where it was
                 it = epoch * n + i * n / len(batches)
-                lr = set_learning_rate(optimizer, lr_at(it, n, recipe))
+                lr = lr_at(it, n, recipe)
+                set_learning_rate(optimizer, lr)
                 torch.manual_seed(data.derive_seed(args.seed, epoch, i, rank))      # of dropout: resume is exact
 
                 parts = step_losses(model, batch, it / n, autocast)
@@ -1477,10 +1478,8 @@ def train(args, recipe, model, tokenizer, preprocessing, pairs, val, out, step_l
                 if log_now or save_now:
                     check_finite(history, epoch, start, pairs, batches, args, recipe, out)
                 if log_now:
-                    means = history.pop_means()
-                    bar.set_postfix_str(format_losses(means), refresh=False)
-                    write_log(out, at=[epoch, i + 1], epoch=epoch + (i + 1) / len(batches), lr=lr,
-                              scale=model.scale().item(), **means, **skipped.update())
+                    log_step(out, bar, history, skipped, model, at=[epoch, i + 1],
+                             epoch=epoch + (i + 1) / len(batches), lr=lr)
                 if save_now and not last:
                     save("last.pt")
                     saved_at = time.time()
@@ -1506,8 +1505,7 @@ def validate(args, model, val_set, out, epoch):
 
 
 def prepare_model(args, recipe, model, pairs):
-    """Move the model to its device and switch on what saves memory or time -> the autocast of its encoders, and what to
-    tell the user if memory is short."""
+    """Move the model to its device, switch on what saves memory or time -> autocast, advice if memory is short."""
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")                          # TF32 on CUDA, for what is not under autocast
     model.to(device)
@@ -1557,8 +1555,7 @@ def memory_hint(args, recipe, model, pairs, autocast):
     need = fixed + per_pair * (min(args.micro_batch, at_once) or at_once)
     fits = max(1, int((0.85 * card - fixed) / per_pair))
     hint = f"--micro-batch {fits} fits" if fits < at_once else f"{fits} pairs fit at once"
-    print(f"memory: about {need / 1e9:.1f} GB, {per_pair / 1e6:.0f} MB a pair; the card has {card / 1e9:.0f} GB, "
-          f"{hint}")
+    print(f"memory: about {need / 1e9:.1f} GB, {per_pair / 1e6:.0f} MB a pair; of {card / 1e9:.0f} GB here, {hint}")
     return hint
 
 
@@ -1697,10 +1694,16 @@ def format_losses(means):
     return "  ".join(f"{name} {value:.3f}" for name, value in means.items())
 
 
+def log_step(out, bar, history, skipped, model, **place):
+    """Log the mean losses since the last logged step, and show them beside the progress bar."""
+    means = history.pop_means()
+    bar.set_postfix_str(format_losses(means), refresh=False)
+    write_log(out, **place, scale=model.scale().item(), **means, **skipped.update())
+
+
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
-    return lr
 
 
 def wants_save(stop, saved_at, args, log_now):
@@ -2014,7 +2017,7 @@ FREE_OPTIONS = ["device", "workers", "save_minutes", "log_every", "micro_batch",
 
 
 def saved_options(args):
-    """The options that --resume compares. --set is in the recipe."""
+    """The options that --resume compares. What --set changes is in the recipe."""
     return {k: v for k, v in vars(args).items() if k not in ("argv", "resume", "overwrite", "out", "set")}
 
 

@@ -10,6 +10,7 @@ Pre-training differs from fine-tuning (`tbps.train`) in what is cheap here: ther
 images are not augmented; all weights are new, so Muon moves the matrices of the blocks."""
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -33,8 +34,7 @@ def read_pairs(persons, preprocessing):
     records = people.draw("train", seed=1, persons=persons, domain="generic")
     captions = [preprocessing.text(caption) for record in records for caption in record["captions"]]
     tokenizer = data.train_tokenizer(captions)
-    tokens = tokenizer(captions)
-    tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]                                # to the longest caption
+    tokens = data.trim_padding(tokenizer(captions))
     pixels = torch.from_numpy(np.stack([record["image"] for record in records])).permute(0, 3, 1, 2).contiguous()
     pid = torch.tensor([record["pid"] for record in records]).repeat_interleave(2)
     return tokenizer, pixels, tokens, pid
@@ -63,14 +63,15 @@ def main():
     p.add_argument("--persons", type=int, default=24000, help="synthetic persons to draw (default: 24000)")
     p.add_argument("--steps", type=int, default=7000, help="training steps (default: 7000)")
     p.add_argument("--batch", type=int, default=256, help="pairs per step (default: 256)")
-    p.add_argument("--out", default="lab/toyclip", help="folder to write (default: lab/toyclip)")
+    p.add_argument("--out", default=tbps.TOY_CLIP, help="folder to write (default: lab/toyclip)")
     args = p.parse_args()
     torch.manual_seed(0)
     preprocessing = data.Preprocessing(people.SIZE, NORM)
     tokenizer, pixels, tokens, pid = read_pairs(args.persons, preprocessing)
     model = tbps.DualEncoder(**tbps.SIZES["toy"] | dict(vocab=tokenizer.vocab))
     optimizers = make_optimizers(model)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(lr_factor, steps=args.steps))
+                  for optimizer in optimizers]
     val = {name: evaluation.evaluation_set(data.read(name, split="val"), preprocessing, tokenizer)
            for name in ("toy-generic", "toy")}
     mean, std = (255 * torch.tensor(values)[:, None, None] for values in data.NORMS[NORM])
@@ -80,16 +81,14 @@ def main():
         if len(queue) < args.batch:
             queue = torch.randperm(len(tokens))
         batch, queue = queue[:args.batch], queue[args.batch:]
-        for optimizer, rates in zip(optimizers, peaks):
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * lr_factor(step, args.steps)
         image = model.train().encode_image((pixels[batch // 2] - mean) / std)
         text, scale = model.encode_text(tokens[batch]), model.scale()
         loss = losses.nitc(image, text, pid[batch], scale) + losses.ritc(image, text, pid[batch], scale)
         model.zero_grad()
         loss.backward()
-        for optimizer in optimizers:
+        for optimizer, scheduler in zip(optimizers, schedulers):
             optimizer.step()
+            scheduler.step()
         total += loss.item()
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             print(f"step {step + 1}  {(time.time() - start) / 60:.1f} minutes  loss {total / (step % 500 + 1):.3f}  "

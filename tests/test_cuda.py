@@ -59,7 +59,7 @@ def test_the_memory_of_a_pair():
     one, two, five = (tbps.encoder_memory(model, views, 1, FP32) for views in (1, 2, 5))
     assert five - one == 4 * (two - one) > 0                            # each view costs the same
     caption = tbps.encoder_memory(model, 1, 2, FP32) - one
-    assert caption > 2 * 10 * 64 * 64 * 4                               # 2 blocks keep ten times 64 tokens of 64 numbers
+    assert caption > 2 * 10 * 64 * 64 * 4                               # 2 blocks, ten times 64 tokens of 64
     model.micro_batch = 2
     assert tbps.encoder_memory(model, 1, 1, FP32) == one and model.micro_batch == 2
     model.image.recompute = model.text.recompute = True
@@ -67,7 +67,7 @@ def test_the_memory_of_a_pair():
 
 
 @pytest.mark.parametrize("gigabytes, micro_batch, says", [
-    (1.0, 0, r"about 0\.\d GB, \d MB a pair; the card has 1 GB, \d+ pairs fit at once"),
+    (1.0, 0, r"about 0\.\d GB, \d MB a pair; of 1 GB here, \d+ pairs fit at once"),
     (0.02, 0, r"--micro-batch \d+ fits"), (0.02, 4, r"about 0\.0 GB")])
 def test_what_fits_on_a_card(gigabytes, micro_batch, says, monkeypatch, capsys):
     model, pairs = small_model(), types.SimpleNamespace(views=[0] * 4, texts=1)
