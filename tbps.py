@@ -1540,15 +1540,15 @@ def encoder_memory(model, views, texts, autocast):
             return sum(storage.nbytes() for storage in kept.values())
 
     model.micro_batch = 0
-    per_pair = (kept_bytes(6) - kept_bytes(2)) / 4
+    two, six = kept_bytes(2), kept_bytes(6)
     model.micro_batch = micro_batch
-    return per_pair
+    return (six - two) / 4
 
 
 def memory_hint(args, recipe, model, pairs, autocast):
     """On CUDA: print what training will need, and say what fits. The heads of a method come on top."""
     if not args.device.startswith("cuda"):
-        return "Choose --micro-batch M or --checkpoint-blocks, which compute the same in less memory"
+        return "a small --micro-batch fits"
     per_pair = encoder_memory(model, len(pairs.views), pairs.texts, autocast)
     fixed = 16 * sum(p.numel() for p in model.parameters())             # weight, gradient and two moments of Adam
     card, at_once = torch.cuda.get_device_properties(args.device).total_memory, recipe["batch"] // losses.ranks()[1]
@@ -1578,10 +1578,9 @@ class SkippedSteps:
         """Facts for the log, nothing without fp16. Waits for the GPU."""
         if not self.scaler.is_enabled():
             return {}
-        scale = self.scaler.get_scale()
-        self.number += max(0, round(math.log2(self.scale / scale)))
-        self.scale = scale
-        return dict(loss_scale=scale, skipped=self.number)
+        before, self.scale = self.scale, self.scaler.get_scale()
+        self.number += max(0, round(math.log2(before / self.scale)))
+        return dict(loss_scale=self.scale, skipped=self.number)
 
     def note(self, steps):
         """A warning if in an epoch of so many steps more than one in ten was skipped."""
@@ -1600,9 +1599,6 @@ def epoch_batches(args, recipe, pairs, epoch):
     batches = [items for items in batches if len(items) >= W]
     if not batches:
         raise ValueError(f"{len(pairs)} training pairs do not fill one batch of {size}; lower it with --batch")
-    one_person = sum(len({pairs.pids[j] for j in items}) == 1 for items in batches)
-    if recipe.get("triplet") and one_person and epoch == 0:
-        print(f"{one_person} of {len(batches)} batches show one person only; the triplet loss is 0 there")
     return batches
 
 
@@ -1610,6 +1606,10 @@ def load_batches(args, recipe, tokenizer, pairs, epoch, step):
     """Yields this rank's part of every batch, on the device, from a step of an epoch to the end of training. One loader
     serves all epochs, so its processes start once."""
     rank, W = losses.ranks()
+    first = epoch_batches(args, recipe, pairs, epoch)
+    one_person = sum(len({pairs.pids[j] for j in items}) == 1 for items in first)
+    if recipe.get("triplet") and one_person:
+        print(f"{one_person} of {len(first)} batches show one person only; the triplet loss is 0 there")
 
     def rank_batches():
         for e in range(epoch, recipe["epochs"]):
