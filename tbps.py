@@ -1888,7 +1888,7 @@ def parse_options(p, recipes, argv, checkpoints=("last.pt",), default_method=def
     args = parse(argv)
     found = [Path(args.out, name) for name in checkpoints if args.resume and Path(args.out, name).exists()]
     if found:
-        argv = read_file(found[0]).get("argv", []) + argv
+        argv = read_file(found[0]).get("argv", []) + argv               # older runs have none: check_run refuses them
         args = parse(argv)
     args.argv = [text for text in argv if text not in ("--resume", "--overwrite")]
     if args.method not in recipes:

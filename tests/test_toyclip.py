@@ -33,4 +33,5 @@ def test_it_can_be_made_again(tmp_path):
     """A few steps of the command that made it."""
     said = run("lab/pretrain.py", "--persons", "12", "--steps", "2", "--batch", "8", "--out", tmp_path / "m")
     assert "zero-shot, toy val: R@1" in said
-    assert tbps.load_clip(tmp_path / "m").arch.keys() == tbps.load_clip(FOLDER).arch.keys()
+    made, shipped = (tbps.load_clip(folder).arch for folder in (tmp_path / "m", FOLDER))
+    assert made | dict(vocab=0) == shipped | dict(vocab=0)              # fewer captions, fewer tokens
