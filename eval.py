@@ -41,7 +41,7 @@ from tqdm import tqdm
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
 def check_features(query, gallery, q_pid, g_pid, own):
-    """Raise ValueError in words if they cannot be scored."""
+    """Raise ValueError, which says why, if they cannot be scored."""
     Q, G, D = query.shape[:1], gallery.shape[:1], query.shape[1:]
     shapes = [tuple(x.shape) for x in (query, gallery, q_pid, g_pid, own) if x is not None]
     if len(D) != 1 or shapes != [Q + D, G + D, Q, G, Q][:len(shapes)]:
