@@ -26,7 +26,7 @@ def without_values(monkeypatch, name, people):
 
 
 @pytest.mark.parametrize("micro_batch", [0, 3])
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "lcr2s"])              # its targets there are numbers
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "lcr2s"])        # its targets there are numbers
 def test_no_step_waits_for_the_gpu(name, micro_batch, people, monkeypatch):
     """Losses and gradients are queued without reading a number back."""
     model, batch, step = without_values(monkeypatch, name, people)
