@@ -768,35 +768,21 @@ def score_features(file):
     print_rows(rows)
 
 
-def find_model(data, tbps, source):
-    """A checkpoint, or the weights of a CLIP: a file, a folder or a hub id -> path of the file."""
-    if Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        data.need(source, "the checkpoint", "python tbps.py writes runs/NAME/best.pt; or name the weights of a CLIP")
-    return tbps.find_weights(source)
-
-
-def open_model(data, tbps, args, path):
-    """-> model, tokenizer, preprocessing, facts {method, epoch, args} of a checkpoint or of the weights of a CLIP."""
-    if tbps.is_checkpoint(path):
-        if args.tokenizer or args.size:
-            raise ValueError(f"--tokenizer and --size are for the weights of a CLIP; the checkpoint {path} has its own")
-        saved = tbps.read_checkpoint(path)
-        return *tbps.load_checkpoint(path, args.device), {k: saved[k] for k in ("method", "epoch", "args")}
-    model, tokenizer = tbps.load_clip(path, args.size), tbps.tokenizer_for(path, args.tokenizer)
-    if tokenizer.vocab != model.arch["vocab"]:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab:,} tokens, the weights {model.arch['vocab']:,}: "
-                         "they do not belong together")
-    config = tbps.read_config(path)
-    preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"], clean=False)
-    return model.eval().to(args.device), tokenizer, preprocessing, dict(method="zero-shot", epoch=0, args={})
+def training_facts(tbps, path):
+    """{method, epoch, args} of a checkpoint, or those of the weights of a CLIP, which were not trained here."""
+    if not tbps.is_checkpoint(path):
+        return dict(method="zero-shot", epoch=0, args={})
+    saved = tbps.read_checkpoint(path)
+    return {key: saved[key] for key in ("method", "epoch", "args")}
 
 
 def compare(data, tbps, args):
     """Scores of all checkpoints on all data sets: printed, and written as a page after each."""
     overview, chapters, first = {}, [], Path(args.checkpoint[0])
     several = len(args.checkpoint) * len(args.dataset or [""]) > 1
-    for source, path in zip(args.checkpoint, [find_model(data, tbps, source) for source in args.checkpoint]):
-        model, tokenizer, preprocessing, facts = open_model(data, tbps, args, path)
+    for source, path in zip(args.checkpoint, [tbps.find_weights(source) for source in args.checkpoint]):
+        model, tokenizer, preprocessing = tbps.load_model(path, args.device, args.size, args.tokenizer)
+        facts = training_facts(tbps, path)
         if not (args.dataset or facts["args"]):
             raise ValueError(f"{source} was trained on no data set known here; name one with --dataset")
         for dataset in args.dataset or [facts["args"]["dataset"]]:
@@ -856,12 +842,13 @@ def search_gallery(data, tbps, args):
             server = ThreadingHTTPServer(("127.0.0.1", args.serve), Handler)
         except (OSError, OverflowError) as e:
             raise OSError(f"port {args.serve} cannot be used ({e}); take another with --serve PORT") from None
-    model, tokenizer, preprocessing, facts = open_model(data, tbps, args, find_model(data, tbps, args.checkpoint[0]))
+    path = tbps.find_weights(args.checkpoint[0])
+    model, tokenizer, preprocessing = tbps.load_model(path, args.device, args.size, args.tokenizer)
     index = open_index(folder, model, preprocessing, args)
     search = Search(model, tokenizer, preprocessing, data, folder, index, args.device)
     if queries:
         page, chapters = args.page or "search.html", list(answer_queries(search, queries, args.top, args.explain))
-        write_page(page, f"{printable(folder)}, {facts['method']}", chapters)
+        write_page(page, f"{printable(folder)}, {training_facts(tbps, path)['method']}", chapters)
         print(f"\npage: {page}", flush=True)
     if args.serve is not None:
         Handler.search = search

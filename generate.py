@@ -2,19 +2,18 @@
 
 One word of a caption changes, "a red shirt" becomes "a green shirt", and a diffusion model changes the image to match.
 
-    python generate.py --words C --judge C                                 synthetic pedestrians, no downloads
+    python generate.py --judge lab/toyclip                                 synthetic pedestrians, no downloads
     python generate.py --dataset cuhk --data-root DIR --diffusion MODEL    a Stable Diffusion 1.x: folder or hub id
     torchrun --nproc_per_node 8 generate.py ...                            on all GPUs of a machine
     python tbps.py --dataset cuhk --data-root DIR --extra runs/pdg-cuhk-0  trains on the new pairs too
 
-C is a checkpoint of tbps.py. The first command initialises a text encoder from C, trains a diffusion model of 1.7 M
-parameters (29 minutes on 2 cores), makes 500 pairs and scores them with C. After an interruption the same command
-continues; the result is the same. The output folder holds imgs/, pairs.jsonl (captions, source, edit, scores) and
-report.html (a sample to look at).
+The first command makes 500 pairs with the small diffusion model in lab/toydiffusion/ and scores them with the small
+CLIP in lab/toyclip/. After an interruption the same command continues; the result is the same. The output folder holds
+imgs/, pairs.jsonl (captions, source, edit, scores) and report.html (a sample to look at).
 
 Letters: B sources in a batch, R rows of the UNet's batch, N positions of a layer, H heads, C width. z (B, ...) are
-latents: 4 channels and an eighth of the image's side with a VAE, the pixels themselves without. zs[t] is z after t of
-T steps of DDIM inversion: zs[0] is the image, zs[T] is noise.
+latents: 4 channels and an eighth of the image's side with a VAE; without, the pixels themselves or patches of them as
+channels, 12 for 2 x 2 pixels. zs[t] is z after t of T steps of DDIM inversion: zs[0] is the image, zs[T] is noise.
 """
 
 import argparse
@@ -310,7 +309,7 @@ def load_diffusion(source, steps=50, device="cpu"):
     for what, value, *allowed in (
             ("text_encoder: vocab_size", len(text_encoder.tok.weight), tokenizer.vocab),
             ("unet: cross_attention_dim", unet.config.cross_attention_dim, text_encoder.pos.shape[1]),
-            ("unet: in_channels", unet.config.in_channels, vae.config.latent_channels if vae else 3),
+            ("unet: in_channels", unet.config.in_channels, *((vae.config.latent_channels,) if vae else (3, 12, 48))),
             ("scheduler: prediction_type", scheduler.config.prediction_type, "epsilon", "v_prediction")):
         tbps.require(value in allowed, f"{folder}, {what} is {value!r}, the other parts need "
                      f"{' or '.join(map(repr, allowed))}\n  Only models like Stable Diffusion 1.x can be used")
@@ -330,6 +329,7 @@ class Diffusion:
         unet.to(memory_format=torch.channels_last)                      # a third faster, on a CPU too
         unet.set_attn_processor({name: AttentionProcessor(self, name) for name in unet.attn_processors})
         self.tokenizer, self.device, self.evaluations, self.control = tokenizer, device, 0, None
+        self.patch = 1 if vae else math.isqrt(unet.config.in_channels // 3)
         # As in prompt-to-prompt and CTLG: t = 980, 960, ..., 0 for 50 steps, and below 0 the noise level of 0
         scheduler = DDIMScheduler.from_config(
             scheduler.config, steps_offset=0, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading")
@@ -349,12 +349,17 @@ class Diffusion:
     def encode(self, pixels):
         """(B, 3, H, W) in [0, 1] -> latents."""
         x = 2 * pixels.to(self.device) - 1
-        return x if self.vae is None else self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
+        if self.vae is None:
+            return F.pixel_unshuffle(x, self.patch)
+        return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, z):
         """Latents -> (B, 3, H, W) in [0, 1]."""
-        x = z if self.vae is None else self.vae.decode(z / self.vae.config.scaling_factor).sample
+        if self.vae is None:
+            x = F.pixel_shuffle(z, self.patch)
+        else:
+            x = self.vae.decode(z / self.vae.config.scaling_factor).sample
         return ((x + 1) / 2).clamp(0, 1)
 
     def predict_noise(self, z, t, text):
@@ -435,8 +440,7 @@ class Diffusion:
         """In the layout of diffusers. The UNet comes last: its folder shows that all is there."""
         save_text_encoder(self.text_encoder, folder / "text_encoder")
         (folder / "tokenizer").mkdir(exist_ok=True)
-        merges = "\n".join(" ".join(m) for m in self.tokenizer.merges)
-        (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        self.tokenizer.save(folder / "tokenizer/tokenizer.json")
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae:
             self.vae.save_pretrained(folder / "vae")
@@ -550,17 +554,18 @@ RECIPE = {  # key: (value for Stable Diffusion 1.x on images of persons, what --
     "blend_at": (4, "reduction of the layers whose attention makes the mask: 1, 2, 4 or 8", [1, 2, 4, 8]),
     "paste": (True, "add the change to the source in its full resolution", [False, True]),
     "garments": (False, "exchange garments too", [False, True]),
-    "train_epochs": (5, "passes over the images in --finetune, or for the model of synthetic pedestrians", COUNT),
+    "train_epochs": (5, "passes over the images in --finetune", COUNT),
     "train_batch": (8, "images per training step", COUNT),
     "train_lr": (1e-5, "peak learning rate", ANY),
     "drop_caption": (0.1, "fraction of empty captions in training", FRACTION),
 }
 SD = {key: value for key, (value, *_) in RECIPE.items()}
 PAPER = SD | dict(width=512, inversion="null", paste=False)
-TOY = SD | dict(height=48, width=24, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_epochs=14,
-                train_batch=16, train_lr=1e-3)
+TOY_DIFFUSION = Path(__file__).parent / "lab" / "toydiffusion"          # made by lab/train_diffusion.py
+TOY = SD | dict(height=96, width=48, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_batch=16,
+                train_lr=1e-4)
 CONTROL = ["weight", "cross_attention", "self_attention", "blend_from", "threshold", "blend_at"]
-TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption", "words"]
+TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption"]
 
 
 def check_recipe(recipe):
@@ -577,29 +582,6 @@ def check_recipe(recipe):
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-def toy_model(captions, steps, device, checkpoint=None):
-    """A model of the synthetic pedestrians in pixels: a UNet of 1.7 M parameters, and a text encoder that is trained
-    too, from scratch or from the text tower of a checkpoint. Its schedule is noisier than Stable Diffusion's, and it
-    predicts v: garments are flat, so through less noise their colours would show, and captions would not matter."""
-    if checkpoint:
-        dual_encoder, tokenizer, _ = tbps.load_checkpoint(checkpoint)
-        sizes = (dual_encoder.arch[k] for k in ("vocab", "text_width", "text_layers", "head_width", "quick_gelu"))
-        text_encoder = SDTextEncoder(*sizes)
-        weights = dual_encoder.text.state_dict()
-        text_encoder.load_state_dict({name: w for name, w in weights.items() if name != "proj"})
-    else:
-        tokenizer = data.train_tokenizer(captions)
-        text_encoder = SDTextEncoder(tokenizer.vocab, 128, 2, 32)
-    unet = UNet2DConditionModel(
-        sample_size=(48, 24), in_channels=3, out_channels=3, block_out_channels=(32, 64, 64), layers_per_block=1,
-        attention_head_dim=4, norm_num_groups=8, cross_attention_dim=text_encoder.pos.shape[1],
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",))
-    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction", clip_sample=False,
-                              set_alpha_to_one=False)
-    return Diffusion(unet, None, scheduler, text_encoder, tokenizer, steps, device)
-
 
 def training_batches(model, records, recipe, seed, epoch, first):
     """Yields (step, latents (B, ...), captions, times (B,), noise (B, ...)) of an epoch from step `first` on. For the
@@ -624,7 +606,7 @@ def denoising_loss(model, z, text, t, noise):
     return F.mse_loss(out, noise if is_noise else model.scheduler.get_velocity(z, noise, t))
 
 
-def train_diffusion(model, records, recipe, seed, folder, learn_text, save_minutes=10):
+def train_diffusion(model, records, recipe, seed, folder, learn_text=False, save_minutes=10):
     """Train the UNet, and with learn_text the text encoder. The result is the moving average of the weights, saved in
     the layout of diffusers. Writes folder/last.pt after each epoch and every save_minutes; resumes from it exactly."""
     parts = nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.text_encoder) if learn_text else {}))
@@ -683,10 +665,9 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text, save_minut
     model.save(folder)
 
 
-def trained_model(args, recipe, records, model=None):
-    """A model in a folder, trained now unless it is there: `model` fine-tuned, or one of the synthetic pedestrians."""
-    folder = Path(args.finetune or f"runs/{args.dataset}-diffusion-{args.seed}")
-    recipe = recipe | dict(words=args.words)
+def finetuned_model(args, recipe, records, model):
+    """The model in the folder --finetune; `model` is trained on the records first unless that is done already."""
+    folder = Path(args.finetune)
     if (folder / "last.pt").exists():
         before = tbps.read_file(folder / "last.pt")["recipe"]
         changed = [f"{key} {before[key]} then, {recipe[key]} now" for key in TRAINING if before[key] != recipe[key]]
@@ -696,10 +677,7 @@ def trained_model(args, recipe, records, model=None):
         tbps.require(int(os.environ.get("WORLD_SIZE", 1)) == 1,
                      f"there is no diffusion model in {folder} yet; train it first in one process")
         print(f"training a diffusion model in {folder}", flush=True)
-        torch.manual_seed(data.derive_seed(args.seed))
-        captions = [caption for record in records for caption in record["captions"]]
-        start = model or toy_model(captions, recipe["steps"], args.device, args.words)
-        train_diffusion(start, records, recipe, args.seed, folder, model is None, args.save_minutes)
+        train_diffusion(model, records, recipe, args.seed, folder, save_minutes=args.save_minutes)
     return load_diffusion(folder, recipe["steps"], args.device)
 
 
@@ -733,8 +711,8 @@ def plan(records, tokenizer, seed, count, per_source, garments):
 class Judge:
     """A dual encoder that scores edited images, {name: score} each (see SCORES; direction is from arXiv 2108.00946)."""
 
-    def __init__(self, path, device):
-        self.model, self.tokenizer, self.preprocessing = tbps.load_checkpoint(path, device)
+    def __init__(self, source, device):
+        self.model, self.tokenizer, self.preprocessing = tbps.load_model(source, device)
 
     def embed_images(self, images):
         pixels = torch.stack([self.preprocessing.image(image) for image in images]).to(self.model.logit_scale.device)
@@ -922,13 +900,13 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--dataset", choices=data.DATASETS, default="toy", help="whose training split is edited (default: toy)")
     add("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
-    add("--diffusion", help="a Stable Diffusion 1.x: folder in the layout of diffusers, or hub id (toy: trained first)")
-    add("--words", metavar="FILE", help="toy: checkpoint to initialise the text encoder from (default: none)")
+    add("--diffusion", help="a Stable Diffusion 1.x: folder in the layout of diffusers, or hub id (toy: our own)")
     add("--finetune", metavar="DIR", help="first train the UNet on the training split, and keep it in this folder")
     add("--count", type=int, default=500, help="pairs to make; a folder that holds fewer is added to (default: 500)")
     add("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
     add("--batch", type=int, default=16, help="sources at a time (default: 16)")
-    add("--judge", metavar="FILE", help="checkpoint that scores how well an edited image fits its new caption")
+    add("--judge", metavar="C", help="checkpoint or weights of a CLIP; it scores how well an edited image fits its "
+        "new caption")
     add("--preset", choices=["persons", "paper"], default="persons", help="paper: square images, null-text inversion")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change keys of the recipe, below")
     add("--seed", type=int, default=0, help="of the choice of sources and edits, and of training (default: 0)")
@@ -949,10 +927,9 @@ def parse_args(argv=None):
             (args.preset != "paper" or not is_toy, "--preset paper is for Stable Diffusion; toy has its own preset"),
             ("" not in vars(args).values(), "an option was given an empty text; is a shell variable not set?"),
             (min(args.count, args.edits, args.batch) > 0, "--count, --edits and --batch must be at least 1"),
-            (is_toy or args.diffusion, f"name the diffusion model with --diffusion; {LAYOUT}"),
-            (args.diffusion or not args.finetune, "--finetune goes on with the model that --diffusion names"),
-            (not args.words or is_toy and not args.diffusion, "--words is for the model of synthetic pedestrians")):
+            (is_toy or args.diffusion, f"name the diffusion model with --diffusion; {LAYOUT}")):
         tbps.require(condition, sentence)
+    args.diffusion = args.diffusion or str(TOY_DIFFUSION)
     args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
     return args, recipe
 
@@ -966,12 +943,10 @@ def main():
     if args.device == "cuda" and ranks > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     judge = Judge(args.judge, args.device) if args.judge else None
-    model = load_diffusion(args.diffusion, recipe["steps"], args.device) if args.diffusion else None
-    if args.words:
-        tbps.read_checkpoint(args.words)                                # a mistake is reported before the data are read
+    model = load_diffusion(args.diffusion, recipe["steps"], args.device)
     records = data.read(args.dataset, args.data_root, "train")
-    if args.finetune or not model:
-        model = trained_model(args, recipe, records, model)
+    if args.finetune:
+        model = finetuned_model(args, recipe, records, model)
     todo = plan(records, model.tokenizer, args.seed, args.count, args.edits, recipe["garments"])
     tbps.require(todo, "no caption of the training split has a coloured garment that could be edited")
     for name in ("imgs", "strips", "parts"):

@@ -379,15 +379,15 @@ def rank_weight_files(folder):
 
 def find_weights(source):
     """A local file or folder, or a hub id, which huggingface_hub fetches into its cache -> Path of the weights file."""
-    path = Path(source)
+    path, what = Path(source), "the weights"
     if path.is_dir():
         files = [path / name for name in rank_weight_files(path)] + sorted(path.glob("*.pt"))
         found = [file for file in files if file.exists()]
-        return found[0] if found else data.need(files[0], "the CLIP weights", f"or {', '.join(WEIGHT_FILES)}, *.pt")
+        return found[0] if found else data.need(files[0], what, f"or {', '.join(WEIGHT_FILES)}, *.pt")
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
     if path.exists() or is_file_name or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return data.need(path, "the CLIP weights", "weights are a file, a folder or a hub id like "
-                         "openai/clip-vit-base-patch16; --clip none trains from scratch")
+        return data.need(path, what, "name a checkpoint that tbps.py wrote, like runs/NAME/best.pt, or a CLIP: a file, "
+                         "a folder or a hub id like openai/clip-vit-base-patch16")
     return fetch_weights(str(source))
 
 
@@ -825,6 +825,21 @@ def load_checkpoint(path, device="cpu", make_heads=None):
                              "of a run with the method that has them")
     model.load_state_dict(weights)
     return model.eval().to(device), saved_tokenizer(saved), data.Preprocessing(**saved["info"])
+
+
+def load_model(source, device="cpu", image_size=None, vocabulary=None):
+    """A checkpoint of ours or the weights of a CLIP: a file, a folder or a hub id -> model in eval mode, tokenizer,
+    data.Preprocessing: all that a search needs. image_size (H, W) and vocabulary, a file, are for a CLIP."""
+    path = find_weights(source)
+    if is_checkpoint(path):
+        require(not (image_size or vocabulary), "--tokenizer and --size are for the weights of a CLIP; the checkpoint "
+                f"{path} has its own")
+        return load_checkpoint(path, device)
+    model, tokenizer, config = load_clip(path, image_size), tokenizer_for(path, vocabulary), read_config(path)
+    require(tokenizer.vocab == model.arch["vocab"], f"the tokenizer has {tokenizer.vocab:,} tokens, the weights "
+            f"{model.arch['vocab']:,}: they do not belong together")
+    preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"], clean=False)
+    return model.eval().to(device), tokenizer, preprocessing
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------

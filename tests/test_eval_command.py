@@ -44,7 +44,7 @@ def test_mistakes(clip, checkpoint, tmp_path):
     page = tmp_path / "u.html"
     assert "name one with --dataset" in error("eval.py", "--checkpoint", clip)
     said = error("eval.py", "--checkpoint", checkpoint, tmp_path / "gone.pt", "--page", page)
-    assert "the checkpoint should be at" in said and not page.exists()
+    assert "the weights should be at" in said and not page.exists()
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     both = [checkpoint, tmp_path / "bad.pt"]
     assert "bad.pt" in error("eval.py", "--checkpoint", *both, "--split", "val", "--page", page)

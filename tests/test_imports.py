@@ -24,8 +24,8 @@ SCRIPTS = [name for name in FILES if "/" not in name]
 TESTS = [name for name in FILES if name.startswith("tests/")]
 
 # What is over its budget. Lower a number when a file becomes shorter, drop it when it fits. tbps and data were last
-# raised for views made on the device, estimates of memory, and gradients averaged during backward.
-OVER_BUDGET = {"tbps": 2250, "generate": 990, "data": 1410, "eval": 895, "distill": 630}
+# raised for views made on the device, estimates of memory, gradients averaged during backward, and load_model.
+OVER_BUDGET = {"tbps": 2265, "generate": 970, "data": 1410, "eval": 880, "distill": 630}
 
 
 def parse(name):

@@ -121,8 +121,8 @@ def test_mistakes_at_the_command_line(trained, cuhk, tmp_path):
     assert "4x48 pixels hold no patch" in error(*base, "height=4")
     assert "torch sees no CUDA device" in error(*base, "--device", "cuda")
     assert "no CLIP weights from no/such" in error(*base, "--clip", "no/such")
-    assert "the CLIP weights should be at" in error(*base, "--clip", tmp_path / "x.pt")
-    assert "the checkpoint should be at" in error("eval.py", "--checkpoint", tmp_path / "x.pt")
+    assert "the weights should be at" in error(*base, "--clip", tmp_path / "x.pt")
+    assert "the weights should be at" in error("eval.py", "--checkpoint", tmp_path / "x.pt")
     newer = torch.load(out / "best.pt", weights_only=True) | dict(version=99)
     torch.save(newer, tmp_path / "newer.pt")
     assert "written by a newer version (99" in error("eval.py", "--checkpoint", tmp_path / "newer.pt")
@@ -161,7 +161,7 @@ def test_other_peoples_files_stay(tmp_path):
     assert "is not a run" in error("tbps.py", "--out", tmp_path / "code/thesis.py")
     assert (tmp_path / "code/thesis.py").read_text() == "mine"
     assert "choose one" in error("tbps.py", "--out", tmp_path, "--resume", "--overwrite")
-    assert "the CLIP weights should be at" in error("eval.py", "--checkpoint", tmp_path)
+    assert "the weights should be at" in error("eval.py", "--checkpoint", tmp_path)
     with pytest.raises(ValueError, match="the checkpoint is a file in it"):
         tbps.load_checkpoint(tmp_path)
 

@@ -1,6 +1,5 @@
 """What is beside the weights: their config, shards, the hub; and the grid of positions, which tensors do not tell."""
 
-import argparse
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import data
-import eval as evaluation
 import tbps
 from conftest import run
 from tiny_clip import (OTHER_HF_CONFIG, OTHER_HF_VIEWS, OTHER_IMAGE, OTHER_OPEN_CLIP_CONFIG, OTHER_TEXT, PICTURE,
@@ -127,8 +125,7 @@ def small(tmp_path):
 
 
 def test_zero_shot_scores_use_the_norm_beside_the_weights(small):
-    args = argparse.Namespace(tokenizer=None, size=None, device="cpu")
-    model, _, preprocessing, _ = evaluation.open_model(data, tbps, args, tbps.find_weights(small))
+    model, _, preprocessing = tbps.load_model(small)
     assert preprocessing.settings == dict(size=(24, 24), norm="half", resize="bicubic", clean=False)
     assert model.arch["head_width"] == 32
 
