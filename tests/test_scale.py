@@ -49,8 +49,8 @@ def student_step(model, batch, recipe, epoch, autocast):
 STEPS["lcr2s"] = distill.LCR2S, tbps.id_heads, student_step
 
 
-def sample(name, people):
-    """-> a model in float64 without dropout, a batch of B pairs, the step. Everything follows from the name."""
+def sample(name, people, dropout=0.0):
+    """-> a model in float64, a batch of B pairs, the step. Everything follows from the name."""
     recipe, heads, step = STEPS[name]
     more = {}
     if "mvs" in recipe:
@@ -62,12 +62,13 @@ def sample(name, people):
     batch = data.collate(tokenizer, [pairs[0, i] for i in range(0, 3 * B, 3)], mask=mask)
     batch["pixels"] = batch["pixels"].double()
     torch.manual_seed(0)
-    model = tbps.DualEncoder(64, (32, 16), 8, 64, 2, 64, 2, tokenizer.vocab, head_width=32).double()
+    model = tbps.DualEncoder(64, (32, 16), 8, 64, 2, 64, 2, tokenizer.vocab, head_width=32,
+                             text_dropout=dropout).double()
     for head, module in heads(recipe | dict(depth=1), model, pairs.persons).items():
         model.heads[head] = module.double()
     if recipe["tau"]:
         model.logit_scale.data.fill_(-torch.tensor(recipe["tau"]).log())
-    return model, batch, lambda b: step(model, b, recipe | dict(text_dropout=0.0), 1.0, NO_AMP)
+    return model, batch, lambda b: step(model, b, recipe | dict(text_dropout=dropout), 1.0, NO_AMP)
 
 
 def share_of(batch, rank, ranks):
@@ -114,6 +115,24 @@ def test_in_parts_a_step_is_the_same(name, people, monkeypatch):
         assert found.keys() == want.keys()
         for n in want:
             assert torch.allclose(found[n], want[n], rtol=1e-9, atol=1e-11), (micro, blocks, n)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_in_parts_dropout_is_replayed(name, people, monkeypatch):
+    """With dropout, the gradients are those of the same parts without recomputation, and of no others."""
+    model, batch, step = sample(name, people, dropout=0.5)
+    model.micro_batch, found = 3, []
+
+    def keep(encode, *inputs, **_):
+        return encode(*inputs)
+
+    for seed, checkpoint in ((7, tbps.recompute_in_backward), (7, keep), (8, keep)):
+        monkeypatch.setattr(tbps, "recompute_in_backward", checkpoint)
+        torch.manual_seed(seed)
+        found.append(gradients(model, step(batch)))
+    recomputed, kept, other = found
+    assert all(torch.allclose(recomputed[n], kept[n], rtol=1e-9, atol=1e-11) for n in kept)
+    assert not torch.allclose(recomputed["text.tok.weight"], other["text.tok.weight"], rtol=0.01)
 
 
 def test_micro_batched_dropout_is_replayed():
