@@ -246,20 +246,6 @@ class SDTextEncoder(tbps.TextTower):
         return self.ln_post(super().forward(tokens))
 
 
-HF_NAMES = [  # our name -> Hugging Face's, applied in this order
-    ("tok.", "embeddings.token_embedding."), ("ln_post", "final_layer_norm"),
-    ("pos", "embeddings.position_embedding.weight"), ("blocks", "encoder.layers"), (".ln", ".layer_norm"),
-    (".fc", ".mlp.fc"), ("attn.", "self_attn."), (".proj", ".out_proj"),
-]
-
-
-def hf_names(name):
-    """Hugging Face's names of one of our tensors: three for q, k, v, which are stacked in ours."""
-    for ours, theirs in HF_NAMES:
-        name = name.replace(ours, theirs)
-    return [name.replace("qkv", f"{part}_proj") for part in "qkv"] if "qkv" in name else [name]
-
-
 def load_text_encoder(folder):
     """The text encoder in a folder with config.json and weights. Raises ValueError unless all weights fit."""
     file = data.need(folder / "config.json", "the configuration of the text encoder", LAYOUT)
@@ -271,26 +257,17 @@ def load_text_encoder(folder):
     encoder = SDTextEncoder(vocab, width, layers, width // heads, activation == "quick_gelu")
     path = tbps.find_weights(folder)
     # transformers 5 leaves out the prefix; old versions save position_ids, which are no weights
-    weights = {name.removeprefix("text_model."): w for name, w in tbps.read_file(path).items()
+    weights = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in tbps.read_file(path).items()
                if not name.endswith("position_ids")}
-    for name in encoder.state_dict():
-        if weights.keys() >= set(theirs := hf_names(name)):
-            weights[name] = torch.cat([weights.pop(n) for n in theirs]).float()
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ValueError(f"{path} does not fit its config.json: {' '.join(str(e).split())[:200]}") from None
+    tbps.copy_weights(nn.ModuleDict(dict(text=encoder)), weights, path, names=tbps.HF_NAMES)
     return encoder
 
 
 def save_text_encoder(encoder, folder):
     """In the layout that load_text_encoder reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights, block = {}, encoder.blocks[0]
-    for name, w in encoder.state_dict().items():
-        names = hf_names(name)
-        weights |= {f"text_model.{theirs}": part.contiguous() for theirs, part in zip(names, w.chunk(len(names)))}
-    save_file(weights, folder / "model.safetensors")
+    weights, block = tbps.named_tensors(nn.ModuleDict(dict(text=encoder)), tbps.HF_NAMES), encoder.blocks[0]
+    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(
         vocab_size=len(encoder.tok.weight), hidden_size=encoder.pos.shape[1], num_hidden_layers=len(encoder.blocks),
         num_attention_heads=block.attn.heads, max_position_embeddings=data.CONTEXT,

@@ -336,14 +336,13 @@ OPENAI_NAMES = [  # our name -> OpenAI's and open_clip's, applied in this order
     (r"\.ln([12])\.", r".ln_\1."), (r"fc1", "mlp.c_fc"), (r"fc2", "mlp.c_proj"), (r"patch\.", "conv1."),
     (r"cls$", "class_embedding"), (r"tok\.", "token_embedding."), (r"pos$", "positional_embedding"),
 ]
-HF_NAMES = [  # name in Hugging Face's CLIPModel -> OpenAI's; to_openai_names stacks q, k, v and transposes projections
-    (r"^vision_model\.", "visual."), (r"^text_model\.", ""), (r"encoder\.layers\.", "transformer.resblocks."),
-    (r"embeddings\.class_embedding", "class_embedding"), (r"embeddings\.patch_embedding", "conv1"),
-    (r"embeddings\.position_embedding\.weight", "positional_embedding"), (r"embeddings\.token_", "token_"),
-    (r"self_attn\.q_proj\.", "attn.in_proj_"), (r"self_attn\.out_proj", "attn.out_proj"),
-    (r"layer_norm([12])", r"ln_\1"), (r"pre_layrnorm", "ln_pre"), (r"post_layernorm", "ln_post"),
-    (r"final_layer_norm", "ln_final"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"),
-    (r"visual_projection\.weight", "visual.proj"), (r"text_projection\.weight", "text_projection"),
+HF_NAMES = [  # our name -> that in Hugging Face's CLIPModel
+    (r"^image\.proj", "visual_projection.weight"), (r"^text\.proj", "text_projection.weight"),
+    (r"^text\.ln_post", "text_model.final_layer_norm"), (r"^image\.", "vision_model."), (r"^text\.", "text_model."),
+    (r"blocks\.", "encoder.layers."), (r"attn\.qkv", "self_attn.qkv"), (r"attn\.proj", "self_attn.out_proj"),
+    (r"\.ln([12])", r".layer_norm\1"), (r"ln_pre", "pre_layrnorm"), (r"ln_post", "post_layernorm"),
+    (r"fc([12])", r"mlp.fc\1"), (r"patch\.", "embeddings.patch_embedding."), (r"cls$", "embeddings.class_embedding"),
+    (r"tok\.", "embeddings.token_embedding."), (r"pos$", "embeddings.position_embedding.weight"),
 ]
 WRAPPERS = r"^((module|model|clip|clip_model)\.)+"                      # modules that people wrap a CLIP in
 NOT_WEIGHTS = r"(^|\.)(input_resolution|context_length|vocab_size|position_ids|attn_mask)$"     # constants saved along
@@ -549,36 +548,38 @@ def read_image_size(positions, patch, config_size, requested, stride, source):
                      "  Name the size of its training: --size HxW (eval.py), --set height=H width=W (tbps.py)")
 
 
-def check_clip(weights, source):
-    """That these are the tensors of two transformers that can be read, with OpenAI's names."""
+def clip_shapes(weights, names, source):
+    """The shapes of the tensors of a CLIP that tell its sizes, by our names. names: the table of its program."""
     if any(name.startswith(("visual.layer1", "visual.attnpool")) for name in weights):
         raise ValueError(f"{source} is a CLIP with a ResNet image tower; only vision transformers can be read")
-    dims = {"visual.conv1.weight": 4, "visual.positional_embedding": 2, "token_embedding.weight": 2,
-            "positional_embedding": 2, "text_projection": 2}
+    dims = {"image.patch.weight": 4, "image.pos": 2, "text.tok.weight": 2, "text.pos": 2, "text.proj": 2}
     for name, number in dims.items():
+        name = rename(name, names)
         if name not in weights or weights[name].ndim != number:
             raise ValueError(f"{source} is no CLIP that can be read: it lacks {name} of {number} dimensions. "
                              f"It has {len(weights)} tensors, e.g. {sorted(weights)[:3]}")
-    if (context := len(weights["positional_embedding"])) < data.CONTEXT:
+    shapes = {name: tuple(weights[rename(name, names)].shape) for name in dims}
+    if (context := shapes["text.pos"][0]) < data.CONTEXT:
         raise ValueError(f"{source} reads texts of {context} tokens; OpenAI's CLIP and tbps read {data.CONTEXT}")
+    return shapes
 
 
-def read_arch(weights, config, image_size, stride, source):
-    """The architecture of a CLIP with OpenAI's names, from the shapes of its tensors and what read_config found."""
-    check_clip(weights, source)
+def read_arch(weights, names, config, image_size, stride, source):
+    """The architecture of a CLIP, from the shapes of its tensors and what read_config found."""
+    shapes = clip_shapes(weights, names, source)
 
     def depth(tower):
-        numbers = [int(m[1]) for name in weights if (m := re.match(tower + r"transformer\.resblocks\.(\d+)\.", name))]
-        return 1 + max(numbers, default=-1)
+        block = re.escape(rename(f"{tower}.blocks.", names)) + r"(\d+)\."
+        return 1 + max((int(m[1]) for name in weights if (m := re.match(block, name))), default=-1)
 
-    width, _, patch, _ = weights["visual.conv1.weight"].shape
-    vocab, text_width = weights["token_embedding.weight"].shape
-    positions = len(weights["visual.positional_embedding"]) - 1
+    width, _, patch, _ = shapes["image.patch.weight"]
+    vocab, text_width = shapes["text.tok.weight"]
+    positions = shapes["image.pos"][0] - 1
     size, stride = read_image_size(positions, patch, config["image_size"], image_size, stride, source)
     arch = dict(
-        embed=weights["text_projection"].shape[1], image_size=size, patch=patch, stride=stride,
-        image_width=width, image_layers=depth(r"visual\."), text_width=text_width, text_layers=depth(""), vocab=vocab,
-        context=len(weights["positional_embedding"]), head_width=config["head_width"],
+        embed=shapes["text.proj"][0 if names is HF_NAMES else 1], image_size=size, patch=patch, stride=stride,
+        image_width=width, image_layers=depth("image"), text_width=text_width, text_layers=depth("text"), vocab=vocab,
+        context=shapes["text.pos"][0], head_width=config["head_width"],
         text_head_width=config["text_head_width"], quick_gelu=config["quick_gelu"])
     rows, columns = patch_grid(size, patch, stride)
     known_from = config["file"] or "assumed: OpenAI's, as there is no config beside the weights"
@@ -602,23 +603,23 @@ def rename(name, table):
     return name
 
 
-def to_openai_names(weights, source):
-    """Hugging Face's CLIPModel -> OpenAI's names: q, k, v become one in_proj, the projections are transposed."""
+def named_tensors(model, names):
+    """The tensors of a model without its heads, by the names of another program, as views: what is copied into them is
+    in the model. Hugging Face's CLIPModel splits q, k, v, and transposes the projections."""
+    weights = {rename(name, names): w for name, w in model.state_dict().items() if not name.startswith("heads.")}
+    if names is not HF_NAMES:
+        return weights
     theirs = {}
     for name, w in weights.items():
-        if re.search(r"\.self_attn\.[kv]_proj\.", name):
-            continue
-        if ".self_attn.q_proj." in name:
-            parts = [name.replace("q_proj", p) for p in ("q_proj", "k_proj", "v_proj")]
-            if missing := [p for p in parts if p not in weights]:
-                raise ValueError(f"{source} lacks {missing[0]}")
-            w = torch.cat([weights[p] for p in parts])
-        theirs[rename(name, HF_NAMES)] = w.T if name in ("visual_projection.weight", "text_projection.weight") else w
+        if ".qkv." in name:
+            theirs |= {name.replace("qkv", f"{part}_proj"): rows for part, rows in zip("qkv", w.chunk(3))}
+        else:
+            theirs[name] = w.T if name.endswith("_projection.weight") else w
     return theirs
 
 
 def read_foreign_clip(saved, path, image_size, stride):
-    """What another program's file holds -> architecture, tensors with OpenAI's names, names of what is left out."""
+    """What another program's file holds -> architecture, tensors, the table of their names, what is left out."""
     nested = next((saved[key] for key in ("model", "state_dict") if isinstance(saved.get(key), dict)), None)
     weights, left_out, config = {}, set(), read_config(path)
     for name, w in (saved if nested is None else nested).items():
@@ -638,12 +639,11 @@ def read_foreign_clip(saved, path, image_size, stride):
         if key in weights:
             raise ValueError(f"{path} holds more than one encoder: {name} is the second {key}")
         weights[key] = w
-    if any(name.startswith("text_model.") for name in weights):
-        weights = to_openai_names(weights, path)
+    names = HF_NAMES if any(name.startswith("text_model.") for name in weights) else OPENAI_NAMES
     if nested is not None:
         weights.setdefault("logit_scale", torch.tensor(math.log(50)))   # IRRA's temperature is fixed at 0.02
-    arch = read_arch(weights, config, image_size, stride, path)
-    return arch, weights, sorted(left_out)
+    arch = read_arch(weights, names, config, image_size, stride, path)
+    return arch, weights, names, sorted(left_out)
 
 
 def resize_pos(pos, old, new):
@@ -654,10 +654,10 @@ def resize_pos(pos, old, new):
 
 
 @torch.no_grad()
-def copy_weights(model, weights, source, old_grid, names=()):
+def copy_weights(model, weights, source, old_grid=None, names=()):
     """Copy tensors into `model`: each is copied, or resized and copied; the model's heads are new. Anything else is a
     ValueError that names the tensor. names: the table from our names to those of the tensors."""
-    places = {rename(name, names): p for name, p in model.state_dict().items() if not name.startswith("heads.")}
+    places = named_tensors(model, names)
     resized = "none"
     for name, w in weights.items():
         if name not in places:
@@ -698,8 +698,7 @@ def load_clip(source, image_size=None, stride=None, **options):
         arch, left_out, names = saved["arch"], [], ()
         weights = {name: w for name, w in saved["weights"].items() if not name.startswith("heads.")}
     else:
-        names = OPENAI_NAMES
-        arch, weights, left_out = read_foreign_clip(saved, path, image_size, stride)
+        arch, weights, names, left_out = read_foreign_clip(saved, path, image_size, stride)
     requested = {key: value for key, value in dict(image_size=image_size, stride=stride).items() if value is not None}
     model = encoder_from_arch(arch, path, **options | requested)
     copy_weights(model, weights, path, patch_grid(arch["image_size"], arch["patch"], arch["stride"]), names)
@@ -722,8 +721,7 @@ def save_open_clip(model, tokenizer, preprocessing, folder):
                           heads=arch["text_width"] // arch["text_head_width"], layers=arch["text_layers"])),
         preprocess_cfg=dict(mean=preprocessing.mean, std=preprocessing.std, resize_mode="squash",
                             interpolation=preprocessing.settings["resize"]))
-    weights = {rename(name, OPENAI_NAMES): w.half().contiguous() for name, w in model.state_dict().items()
-               if not name.startswith("heads.")}
+    weights = {name: w.half().contiguous() for name, w in named_tensors(model, OPENAI_NAMES).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
