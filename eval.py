@@ -723,6 +723,7 @@ def parse_args(data):
     p.add_argument("--page", metavar="FILE", help="the page to write (default: beside the checkpoint, or search.html)")
     p.add_argument("--tokenizer", metavar="FILE", help="vocabulary of a CLIP (default: beside its weights)")
     p.add_argument("--size", type=image_size, metavar="HxW", help="input of a CLIP, e.g. 384x128 (default: its own)")
+    p.add_argument("--export", metavar="DIR", help="write the model into a folder for open_clip and transformers")
     g = p.add_argument_group("scores")
     g.add_argument("--dataset", nargs="+", choices=data.DATASETS, help="data sets (default: that of the training run)")
     g.add_argument("--data-root", help="the set's folder or its parent; for csv the file (default: as in training)")
@@ -738,8 +739,8 @@ def parse_args(data):
     args = p.parse_args()
     if (args.query or args.queries or args.serve is not None) and not args.gallery:
         p.error("name the folder to search with --gallery")
-    if args.gallery and len(args.checkpoint or []) != 1:
-        p.error("a gallery is searched with one checkpoint")
+    if (args.gallery or args.export) and len(args.checkpoint or []) != 1:
+        p.error("--gallery and --export take one checkpoint")
     if args.top < 1:
         p.error("--top is from 1 up")
     return args
@@ -861,6 +862,8 @@ def main(data, tbps):
     """data, tbps: the two modules. They are passed on, not imported above, so that this file can be copied alone."""
     args = parse_args(data)
     tbps.check_device(args.device)
+    if args.export:
+        return tbps.export(args.checkpoint[0], args.export, args.size, args.tokenizer)
     if args.features:
         return score_features(data.need(args.features, "the features", "an .npz with query, gallery, q_pid, g_pid"))
     if args.page or args.query or args.queries:

@@ -330,6 +330,7 @@ TOY_CLIP = Path(__file__).parent / "lab" / "toyclip"                    # made b
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
                   "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt")
 
+OPENAI_VOCAB = 49408                                                    # tokens of OpenAI's vocabulary
 OPENAI_NAMES = [  # our name -> OpenAI's and open_clip's, applied in this order
     (r"^image\.", "visual."), (r"^text\.ln_post", "ln_final"), (r"^text\.proj", "text_projection"), (r"^text\.", ""),
     (r"blocks\.", "transformer.resblocks."), (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj", "attn.out_proj"),
@@ -707,27 +708,6 @@ def load_clip(source, image_size=None, stride=None, **options):
     return model
 
 
-def save_open_clip(model, tokenizer, preprocessing, folder):
-    """Write a model as a folder of open_clip, with weights in fp16: open_clip_config.json,
-    open_clip_model.safetensors, tokenizer.json. load_clip reads it. Raises ValueError if its patches overlap."""
-    arch, folder = model.arch, Path(folder)
-    require(arch["stride"] == arch["patch"], "open_clip has no overlapping patches")
-    config = dict(
-        model_cfg=dict(
-            embed_dim=arch["embed"], quick_gelu=arch["quick_gelu"],
-            vision_cfg=dict(image_size=arch["image_size"], patch_size=arch["patch"], width=arch["image_width"],
-                            layers=arch["image_layers"], head_width=arch["head_width"]),
-            text_cfg=dict(context_length=arch["context"], vocab_size=arch["vocab"], width=arch["text_width"],
-                          heads=arch["text_width"] // arch["text_head_width"], layers=arch["text_layers"])),
-        preprocess_cfg=dict(mean=preprocessing.mean, std=preprocessing.std, resize_mode="squash",
-                            interpolation=preprocessing.settings["resize"]))
-    weights = {name: w.half().contiguous() for name, w in named_tensors(model, OPENAI_NAMES).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tokenizer.save(folder / "tokenizer.json")
-
-
 def tokenizer_for(source, vocabulary=None, mask=False):
     """The tokenizer of these weights: the vocabulary named, that of our checkpoint, or the file beside the weights."""
     if vocabulary:
@@ -838,6 +818,123 @@ def load_model(source, device="cpu", image_size=None, vocabulary=None):
             f"{model.arch['vocab']:,}: they do not belong together")
     preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"], clean=False)
     return model.eval().to(device), tokenizer, preprocessing
+
+
+# ---- out: a folder that open_clip and transformers read -------------------------------------------------------------
+
+def save_open_clip(model, tokenizer, preprocessing, folder, dtype=torch.float32):
+    """Write a model as open_clip does: open_clip_config.json, open_clip_model.safetensors, the tokenizer. load_clip
+    reads it. Raises ValueError if its patches overlap."""
+    arch, folder = model.arch, Path(folder)
+    require(arch["stride"] == arch["patch"], "this model has overlapping patches; open_clip and transformers know none")
+    text = dict(context_length=arch["context"], vocab_size=arch["vocab"], width=arch["text_width"],
+                heads=arch["text_width"] // arch["text_head_width"], layers=arch["text_layers"])
+    if arch["vocab"] != OPENAI_VOCAB:                                   # else open_clip takes its own tokenizer
+        text["hf_tokenizer_name"] = "."
+    image = dict(image_size=arch["image_size"], patch_size=arch["patch"], width=arch["image_width"],
+                 layers=arch["image_layers"], head_width=arch["head_width"])
+    write_json(folder / "open_clip_config.json", dict(
+        model_cfg=dict(embed_dim=arch["embed"], quick_gelu=arch["quick_gelu"], vision_cfg=image, text_cfg=text),
+        preprocess_cfg=dict(mean=preprocessing.mean, std=preprocessing.std, resize_mode="squash",
+                            interpolation=preprocessing.settings["resize"])))
+    write_tensors(folder / "open_clip_model.safetensors", named_tensors(model, OPENAI_NAMES), dtype)
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", dict(
+        tokenizer_class="CLIPTokenizer", bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>", unk_token="<|endoftext|>", model_max_length=arch["context"]))
+
+
+def save_hugging_face(model, tokenizer, preprocessing, folder):
+    """Add the files of a CLIPModel of transformers, which knows square images only."""
+    arch = model.arch
+
+    def tower(name, head_width):
+        return dict(hidden_size=arch[f"{name}_width"], intermediate_size=4 * arch[f"{name}_width"],
+                    num_hidden_layers=arch[f"{name}_layers"], projection_dim=arch["embed"],
+                    num_attention_heads=arch[f"{name}_width"] // head_width,
+                    hidden_act="quick_gelu" if arch["quick_gelu"] else "gelu")
+
+    image = tower("image", arch["head_width"]) | dict(image_size=arch["image_size"][0], patch_size=arch["patch"])
+    text = tower("text", arch["text_head_width"]) | dict(
+        vocab_size=arch["vocab"], max_position_embeddings=arch["context"], bos_token_id=tokenizer.sot,
+        eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
+    write_json(folder / "config.json", dict(
+        model_type="clip", architectures=["CLIPModel"], projection_dim=arch["embed"], text_config=text,
+        vision_config=image))
+    size = dict(zip(("height", "width"), arch["image_size"]))
+    resample = dict(bilinear=2, bicubic=3)[preprocessing.settings["resize"]]                # Pillow's numbers
+    write_json(folder / "preprocessor_config.json", dict(
+        image_processor_type="CLIPImageProcessor", do_resize=True, size=size, resample=resample, do_center_crop=False,
+        do_normalize=True, image_mean=preprocessing.mean, image_std=preprocessing.std))
+    write_tensors(folder / "model.safetensors", named_tensors(model, HF_NAMES))
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path, weights, dtype=torch.float32):
+    save_file({name: w.to(dtype).contiguous() for name, w in weights.items()}, path, metadata={"format": "pt"})
+
+
+def model_card(path, preprocessing):
+    """The README.md of an exported checkpoint: what it is, how it was trained, its scores, how to use it."""
+    saved = read_checkpoint(path) if is_checkpoint(path) else None
+    tags = ["---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "license: other", "tags:",
+            "- text-based-person-search", "- open_clip", "- clip", "---", ""]
+    if not saved:
+        return "\n".join([*tags, f"# {path.parent.name}", "", "The weights of a CLIP, written in another layout.", ""])
+    log = path.parent / "log.jsonl"
+    tests = [line["test"] for line in (read_log(path.parent) if log.exists() else []) if "test" in line]
+    scores = {what: values for what, values in (tests[-1] if tests else {}).items() if what.startswith(path.name)}
+    scores = scores or {"validation split, text to image": saved["scores"]}
+    dataset, recipe = saved["args"]["dataset"], format_values(saved["recipe"])
+    clean = ", without full stops (the recipe has clean=1; no other library does that)" if saved["recipe"]["clean"] else ""
+    lines = [f"- {what}: {evaluation.format_scores(values)}" for what, values in scores.items() if values]
+    return "\n".join([*tags, f"""# Person search by a sentence: {saved["method"]} on {dataset}
+
+Finds persons in images by a description such as "a man in a red jacket with a black backpack". A CLIP, started from
+{Path(saved["args"]["clip"]).name}, was fine-tuned by tbps with the method {saved["method"]} on {dataset}.
+
+## Scores
+
+{chr(10).join(lines)}
+
+Those of a split without more words are on the test split of {dataset}.
+
+## Use
+
+    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+    tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+
+Images are stretched to {preprocessing.settings["size"][0]}x{preprocessing.settings["size"][1]} pixels. Captions are in
+lower case{clean}.
+
+## Recipe
+
+{recipe}
+
+## Intended use and licence
+
+Research and teaching. Do not identify, track or profile persons who have not agreed to it. The licences of the data
+set and of the weights that training started from apply to this model, too.
+"""])
+
+
+def export(source, folder, image_size=None, vocabulary=None):
+    """Write a checkpoint, or the weights of a CLIP, into a new folder for open_clip and, if its images are square, for
+    transformers, with a model card. Raises ValueError if they cannot hold the model."""
+    folder, path = Path(folder), find_weights(source)
+    require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+            f"{folder} exists and is not an empty folder; name a new one with --export")
+    model, tokenizer, preprocessing = load_model(path, "cpu", image_size, vocabulary)
+    height, width = model.arch["image_size"]
+    save_open_clip(model, tokenizer, preprocessing, folder)
+    if height == width:
+        save_hugging_face(model, tokenizer, preprocessing, folder)
+    (folder / "README.md").write_text(model_card(path, preprocessing), encoding="utf-8")
+    print(f"{folder}: a model for open_clip{' and transformers' * (height == width)}; its card is README.md")
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------

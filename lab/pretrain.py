@@ -97,7 +97,7 @@ def main():
             for name, inputs in val.items():
                 scores = evaluation.evaluate(model, *inputs, progress=False)[0]["text to image"]
                 print(f"  zero-shot, {name} val: {evaluation.format_scores(scores)}", flush=True)
-            tbps.save_open_clip(model.eval(), tokenizer, preprocessing, args.out)
+            tbps.save_open_clip(model.eval(), tokenizer, preprocessing, args.out, torch.float16)
 
 
 if __name__ == "__main__":
