@@ -595,6 +595,7 @@ def main():
     args, recipe = parse_args()
     out, stages = Path(args.out), stages_to_train(args, recipe)
     tbps.join_ranks(args)
+    tbps.keep_image_size(args, recipe)
     baseline = Path(args.baseline or out / "baseline/best.pt")
     teacher = Path(args.teacher or out / "teacher/last.pt")
     check_files(args, stages, teacher)

@@ -21,10 +21,13 @@ import hashlib
 import html
 import io
 import itertools
+import itertools
 import json
 import math
 import os
 import re
+import statistics
+import string
 import stat
 import sys
 import zipfile
@@ -280,8 +283,9 @@ def round_ticks(low, high):
 
 
 def curve(title, series, width=480, height=240):
-    """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes from 0 on; x is the epoch."""
-    points = [p for line in series.values() for p in line]
+    """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes from 0 on; x is the epoch. Points (x, y, low,
+    high) also have a band around the line."""
+    points = [(p[0], value) for line in series.values() for p in line for value in p[1:]]
     if not points:
         return ""
     xs, ys = (round_ticks(min(0, *v), max(0, *v)) for v in zip(*points))
@@ -290,6 +294,9 @@ def curve(title, series, width=480, height=240):
     def place(x, y):
         return (left + (right - left) * (x - xs[0]) / (xs[-1] - xs[0]),
                 bottom - (bottom - top) * (y - ys[0]) / (ys[-1] - ys[0]))
+
+    def path_of(line):
+        return " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
 
     title = html.escape(title)
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
@@ -305,7 +312,10 @@ def curve(title, series, width=480, height=240):
         pen = (f'fill="none" stroke="{COLOURS[n % 7]}" stroke-width="1.8" stroke-linecap="round" '
                f'stroke-dasharray="{DASHES[n % 4]}"')
         line = line if len(line) > 1 else 2 * line                      # so that a single point is drawn, as a dot
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
+        if len(line[0]) == 4:
+            edge = [(x, high) for x, _, _, high in line] + [(x, low) for x, _, low, _ in reversed(line)]
+            out.append(f'<polygon fill="{COLOURS[n % 7]}" opacity="0.2" points="{path_of(edge)}"/>')
+        path = path_of([p[:2] for p in line])
         y = top + 8 + 17 * n                                            # of the legend
         out.append(f'<polyline {pen} points="{path}"/>'
                    f'<line {pen} x1="{right + 8}" x2="{right + 30}" y1="{y}" y2="{y}"/>'
@@ -718,6 +728,7 @@ def parse_args(data):
     g = p.add_mutually_exclusive_group(required=True)
     g.add_argument("--checkpoint", nargs="+", metavar="C", help="of ours, or a CLIP (file, folder, hub id)")
     g.add_argument("--features", metavar="FILE", help=".npz of query (Q, D), gallery (G, D), q_pid, g_pid, maybe own")
+    g.add_argument("--runs", nargs="+", metavar="DIR", help="run folders to compare: settings, scores, curves")
     p.add_argument("--device", default=cuda, help="cpu, mps, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--workers", type=int, default=2, help="processes that decode images (default: 2)")
     p.add_argument("--page", metavar="FILE", help="the page to write (default: beside the checkpoint, or search.html)")
@@ -751,6 +762,62 @@ def print_rows(rows):
     width = max(43, *map(len, rows))
     for name, scores in rows.items():
         print(f"{name:{width}} {format_scores(scores)}", flush=True)
+
+
+def read_runs(data, tbps, folders):
+    """{label: (settings, [log lines of each run])} of run folders; runs that differ only by seed are one group."""
+    groups = {}
+    for folder in map(Path, folders):
+        file = data.need(folder / "last.pt", "the run", "name its folder, for LCR2S that of a stage, like RUN/student")
+        saved = tbps.read_checkpoint(file)
+        settings = {key: value for key, value in (saved["args"] | saved["recipe"]).items()
+                    if key not in ("seed", "trains", *tbps.FREE_OPTIONS)}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(tbps.read_log(folder))
+    labels = itertools.chain(string.ascii_uppercase, map(str, itertools.count(1)))
+    return {label: (json.loads(settings), logs) for label, (settings, logs) in zip(labels, groups.items())}
+
+
+def mean_std(values):
+    """The mean, and of several values their standard deviation."""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def final_scores(logs):
+    """{name: text} of a group of runs: the test scores of best.pt if all are finished, else the last validation."""
+    lines = [[line for line in log if "test" in line] for log in logs]
+    if all(lines):
+        name, scores = "test", [found[-1]["test"]["best.pt, text to image"] for found in lines]
+    else:
+        name, scores = "val", [[line["val"] for line in log if line.get("val")][-1:] for log in logs]
+        scores = [found[0] for found in scores if found]
+    return {f"{name} {metric}": mean_std([s[metric] for s in scores]) for metric in ("R@1", "mAP") if scores}
+
+
+def validation_curves(groups, metric):
+    """{label: [(epoch, mean, lowest, highest), ...]} over the runs of each group."""
+    series = {}
+    for label, (_, logs) in groups.items():
+        by_epoch = {}
+        for line in (line for log in logs for line in log if line.get("val")):
+            by_epoch.setdefault(line["epoch"], []).append(line["val"][metric])
+        series[label] = [(epoch, statistics.mean(v), min(v), max(v)) for epoch, v in sorted(by_epoch.items())]
+    return series
+
+
+def compare_runs(data, tbps, folders, page):
+    """A table and a page of runs side by side: settings that differ, final scores, curves in the same axes."""
+    groups = read_runs(data, tbps, folders)
+    keys = sorted({key for settings, _ in groups.values() for key in settings})
+    differ = [key for key in keys if len({json.dumps(settings.get(key)) for settings, _ in groups.values()}) > 1]
+    rows = {label: {key: settings.get(key, "") for key in differ} | {"runs": len(logs)} | final_scores(logs)
+            for label, (settings, logs) in groups.items()}
+    for label, row in rows.items():
+        print(f"{label}  " + "  ".join(f"{key}={value}" for key, value in row.items()))
+    curves = "".join(curve(f"validation {metric}, %", validation_curves(groups, metric)) for metric in ("R@1", "mAP"))
+    legend = "<p class=legend>Bands reach from the lowest to the highest of runs that differ only by seed.</p>"
+    chapters = [("Settings that differ, and scores, %", table(rows)), ("Curves", curves + legend)]
+    write_page(page, "Runs side by side", chapters)
+    print(f"page: {page}")
 
 
 def score_features(file):
@@ -868,6 +935,8 @@ def main(data, tbps):
         return score_features(data.need(args.features, "the features", "an .npz with query, gallery, q_pid, g_pid"))
     if args.page or args.query or args.queries:
         check_page(args.page or "search.html")
+    if args.runs:
+        return compare_runs(data, tbps, args.runs, args.page or "eval-runs.html")
     tbps.join_ranks(args)                                               # the processes of torchrun
     if not args.gallery:
         compare(data, tbps, args)

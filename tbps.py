@@ -330,7 +330,7 @@ TOY_CLIP = Path(__file__).parent / "lab" / "toyclip"                    # made b
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
                   "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt")
 
-OPENAI_VOCAB = 49408                                                    # tokens of OpenAI's vocabulary
+OPENAI_VOCAB, OPENAI_SIZES = 49408, [(224, 224), (336, 336)]            # tokens; sizes of images
 OPENAI_NAMES = [  # our name -> OpenAI's and open_clip's, applied in this order
     (r"^image\.", "visual."), (r"^text\.ln_post", "ln_final"), (r"^text\.proj", "text_projection"), (r"^text\.", ""),
     (r"blocks\.", "transformer.resblocks."), (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj", "attn.out_proj"),
@@ -541,7 +541,7 @@ def read_image_size(positions, patch, config_size, requested, stride, source):
         columns = math.isqrt(positions // ratio)
         if ratio * columns ** 2 == positions:
             usual.append((ratio * columns * patch, columns * patch))
-    published = [size for size in usual if size in ((224, 224), (336, 336))]       # the sizes of OpenAI's models
+    published = [size for size in usual if size in OPENAI_SIZES]
     if published or len(usual) == 1:
         return (published or usual)[0], patch
     shapes = f"may be images of {' or '.join(f'{h}x{w}' for h, w in usual)}" if usual else "fit no usual image size"
@@ -890,7 +890,7 @@ def model_card(path, preprocessing):
     scores = {what: values for what, values in (tests[-1] if tests else {}).items() if what.startswith(path.name)}
     scores = scores or {"validation split, text to image": saved["scores"]}
     dataset, recipe = saved["args"]["dataset"], format_values(saved["recipe"])
-    clean = ", without full stops (the recipe has clean=1; no other library does that)" if saved["recipe"]["clean"] else ""
+    clean = ", without full stops (clean=1; no other library does that)" if saved["recipe"]["clean"] else ""
     lines = [f"- {what}: {evaluation.format_scores(values)}" for what, values in scores.items() if values]
     return "\n".join([*tags, f"""# Person search by a sentence: {saved["method"]} on {dataset}
 
@@ -2040,6 +2040,17 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
     return recipe
 
 
+def keep_image_size(args, recipe):
+    """Put the image size of the weights into the recipe, unless the command line says another, or it is one of OpenAI's
+    models, which the recipes are made for."""
+    if args.clip == "none" or args.dataset.startswith("toy") or {"height", "width"} & given_keys(args).keys():
+        return
+    path = find_weights(args.clip)
+    size = read_checkpoint(path)["arch"]["image_size"] if is_checkpoint(path) else read_config(path)["image_size"]
+    if size and tuple(size) not in OPENAI_SIZES:
+        recipe["height"], recipe["width"] = size
+
+
 def default_workers():
     """The cores that this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -2112,7 +2123,7 @@ def format_recipe(args, recipe, published):
     reasons = {}
     for key, value in recipe.items():
         if value != published[key]:
-            reason = "command line" if key in given else "synthetic pedestrians" if toy.get(key) == value else "last.pt"
+            reason = "command line" if key in given else "synthetic pedestrians" if key in toy else "weights"
             reasons.setdefault(reason, []).append(f"{key}={value}")
     lines = [f"  {reason}: {' '.join(values)}" for reason, values in reasons.items()]
     return "\n".join([f"recipe: {args.method} as published" + ", except" * bool(lines), *lines])
@@ -2339,6 +2350,7 @@ def main():
     published, make_heads, losses_of_step = METHODS[args.method]
     out = Path(args.out)
     join_ranks(args)
+    keep_image_size(args, recipe)
     check_run(args, recipe, out)
     print(format_recipe(args, recipe, published))
     splits = load_data(args)

@@ -20,7 +20,7 @@ import data                                                             # noqa: 
 
 MAIN = "runs/toy-tbps-clip-simplified-0"
 SCORE = f"eval.py --checkpoint {ROOT / MAIN}/best.pt"
-TRAIN = "tbps.py --clip none --set epochs=10 warmup=2 soft=0 lock_patch=0"
+TRAIN = "tbps.py"
 
 # ---- lines that exercises change -------------------------------------------------------------------------------------
 
@@ -32,8 +32,6 @@ SCALED = "self.resize(load_image(image))"
 GREY = f"{SCALED}.mean(dim=0, keepdim=True).expand(3, -1, -1)"
 EMBED = "    image, text = embed(model, images, tokens, device, workers, progress)\n"
 MEAN_OF_CAPTIONS = "    text = text.view(-1, 2, text.shape[1]).mean(dim=1).repeat_interleave(2, dim=0)\n"
-SINCOS = "nn.Parameter(0.5 * sincos_grid(self.grid, width))"
-NOISE = "nn.Parameter(0.02 * torch.randn(1 + self.grid[0] * self.grid[1], width))"
 CLASS_TOKEN = "self.image.project(self.image(pixels, token_index=first, mixup=mixup)[:, 0])"
 MEAN_TOKEN = "self.image.project(self.image(pixels, mixup=mixup).mean(dim=1))"
 CHAPTER = "# ---- contrastive losses: which text belongs to which image"
@@ -61,7 +59,7 @@ EXERCISES = [  # (task, command, [(file, old lines, new lines)])
     ("Query with the source image of the caption.", SCORE, [("eval.py", EMBED, EMBED + "    text = image[source]\n")]),
     ("CLIP's own contrast: other captions of the person are negatives.", f"{TRAIN} --set nitc=0 itc=1", []),
     ("No augmentation of images and captions.", f"{TRAIN} --set image_aug=none deletion=0", []),
-    ("Initialise the patch positions from noise.", TRAIN, [("tbps.py", SINCOS, NOISE)]),
+    ("Train from scratch, without the toy CLIP.", f"{TRAIN} --clip none", []),
     ("Use the mean of the image tokens instead of the class token.", TRAIN, [("tbps.py", CLASS_TOKEN, MEAN_TOKEN)]),
     ("A loss of your own: SigLIP's sigmoid (arXiv 2303.15343).", f"{TRAIN} --set ritc=0", [
         ("losses.py", CHAPTER, SIGMOID),
@@ -87,6 +85,7 @@ def score(command, changes=()):
         (folder / "lab").mkdir()
         for script in (*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")):
             shutil.copy(script, folder / script.relative_to(ROOT))
+        shutil.copytree(ROOT / "lab/toyclip", folder / "lab/toyclip")
         change(folder, changes)
         out = ["--page", folder / "page.html"] if "eval.py" in command else ["--out", folder / "run"]
         done = subprocess.run([sys.executable, *command.split(), *out], cwd=folder, text=True,

@@ -24,7 +24,7 @@ import data                                                             # noqa: 
 from lab import ablations, tables                                       # noqa: E402
 
 RECORDS = ROOT / "lab/toy_recipes.jsonl"
-RATES, TEMPERATURES = ("3e-4", "1e-3", "3e-3"), ("0", "0.02", "0.05")   # 0: learned
+RATES, TEMPERATURES = ("1e-4", "3e-4", "1e-3"), ("0", "0.02", "0.05")  # 0: learned
 OWN = {  # method: changes of its own
     "baseline": ["weight_decay=0.1", "text_dropout=0.05", "lock_patch=1"],
     "tbps-clip-simplified": ["soft=0", "deletion=0", "image_aug=shift"],

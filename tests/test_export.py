@@ -54,7 +54,7 @@ def test_the_folder_gives_back_the_same_model(size, tmp_path):
         assert torch.equal(tokenizer(["a man in red"]), before(["a man in red"]))
 
     check()
-    if size == (16, 16):                                                # that was Hugging Face's layout; now open_clip's
+    if size == (16, 16):                                                # that was Hugging Face's; now open_clip's
         (out / "config.json").unlink()
         (out / "model.safetensors").unlink()
         check()
@@ -64,10 +64,12 @@ def test_what_open_clip_and_transformers_read(tmp_path):
     checkpoint(tmp_path / "best.pt", (16, 16))
     tbps.export(tmp_path / "best.pt", tmp_path / "out")
     config = load(tmp_path / "out/open_clip_config.json")
-    assert config["model_cfg"]["vision_cfg"] == dict(image_size=[16, 16], patch_size=8, width=64, layers=2, head_width=32)
+    image = dict(image_size=[16, 16], patch_size=8, width=64, layers=2, head_width=32)
+    assert config["model_cfg"]["vision_cfg"] == image
     text = config["model_cfg"]["text_cfg"]
     assert text["heads"] == 4 and text["hf_tokenizer_name"] and text["context_length"] == 77
-    assert config["preprocess_cfg"]["resize_mode"] == "squash" and config["preprocess_cfg"]["interpolation"] == "bicubic"
+    preprocessing = config["preprocess_cfg"]
+    assert preprocessing["resize_mode"] == "squash" and preprocessing["interpolation"] == "bicubic"
     config = load(tmp_path / "out/config.json")
     assert config["model_type"] == "clip" and config["text_config"]["eos_token_id"] == text["vocab_size"] - 1
     assert config["vision_config"]["image_size"] == 16 and config["vision_config"]["num_attention_heads"] == 2
@@ -88,6 +90,24 @@ def test_the_card(tmp_path):
     assert "R@1 60.0" in card and "R@1 50.0" not in card and "R@1 10.0" not in card
     tbps.export(tmp_path / "tested", tmp_path / "copied")               # the weights of a CLIP, without training
     assert "written in another layout" in (tmp_path / "copied/README.md").read_text()
+
+
+def test_training_keeps_the_image_size_of_the_folder(cuhk, tmp_path):
+    """Unless the command line says another. OpenAI's models get the size of the recipe."""
+    checkpoint(tmp_path / "best.pt", (32, 16))
+    tbps.export(tmp_path / "best.pt", tmp_path / "clip")
+    command = ["tbps.py", "--dataset", "cuhk", "--data-root", cuhk, "--method", "baseline", "--workers", "0"]
+    options = ["--set", "epochs=1", "batch=8", "warmup=0"]
+    said = run(*command, "--clip", tmp_path / "clip", "--out", tmp_path / "a", *options)
+    assert "weights: height=32 width=16" in said and "32x16 pixels" in said
+    said = run(*command, "--clip", tmp_path / "best.pt", "--out", tmp_path / "b", *options, "height=16", "width=16")
+    assert "16x16 pixels" in said
+    config = load(tmp_path / "clip/open_clip_config.json")
+    config["model_cfg"]["vision_cfg"]["image_size"] = 224
+    (tmp_path / "clip/open_clip_config.json").write_text(json.dumps(config))
+    args, recipe = tbps.parse_args(["--dataset", "cuhk", "--method", "irra", "--clip", str(tmp_path / "clip")])
+    tbps.keep_image_size(args, recipe)
+    assert (recipe["height"], recipe["width"]) == (384, 128)
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -23,9 +23,10 @@ FILES = sorted(p.relative_to(ROOT).as_posix() for folder in (".", "lab", "tests"
 SCRIPTS = [name for name in FILES if "/" not in name]
 TESTS = [name for name in FILES if name.startswith("tests/")]
 
-# What is over its budget. Lower a number when a file becomes shorter, drop it when it fits. tbps and data were last
-# raised for views made on the device, estimates of memory, gradients averaged during backward, and load_model.
-OVER_BUDGET = {"tbps": 2265, "generate": 970, "data": 1410, "eval": 880, "distill": 630}
+# What is over its budget. Lower a number when a file becomes shorter, drop it when it fits. tbps and data were
+# raised for views made on the device, estimates of memory, and gradients averaged during backward; tbps and eval for
+# what writes other programs' folders, and for runs side by side.
+OVER_BUDGET = {"tbps": 2375, "generate": 945, "data": 1410, "eval": 955, "distill": 630}
 
 
 def parse(name):
