@@ -583,11 +583,10 @@ def denoising_loss(model, z, text, t, noise):
     return F.mse_loss(out, noise if is_noise else model.scheduler.get_velocity(z, noise, t))
 
 
-def train_diffusion(model, records, recipe, seed, folder, learn_text=False, save_minutes=10):
-    """Train the UNet, and with learn_text the text encoder. The result is the moving average of the weights, saved in
-    the layout of diffusers. Writes folder/last.pt after each epoch and every save_minutes; resumes from it exactly."""
-    parts = nn.ModuleDict(dict(unet=model.unet) | (dict(words=model.text_encoder) if learn_text else {}))
-    learned = list(parts.requires_grad_(True).train().parameters())
+def train_diffusion(model, records, recipe, seed, folder, save_minutes=10):
+    """Train the UNet. The result is the moving average of its weights, saved in the layout of diffusers. Writes
+    folder/last.pt after each epoch and every save_minutes; resumes from it exactly."""
+    learned = list(model.unet.requires_grad_(True).train().parameters())
     optimizer = torch.optim.AdamW(learned, lr=recipe["train_lr"], weight_decay=0.01, fused=True)
     average = [p.detach().clone() for p in learned]
     epochs, n = recipe["train_epochs"], -(-len(records) // recipe["train_batch"])
@@ -595,7 +594,7 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text=False, save
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "last.pt").exists():
         saved = tbps.read_file(folder / "last.pt")
-        parts.load_state_dict(saved["weights"])
+        model.unet.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         average, state = [m.to(model.device) for m in saved["mean"]], {key: saved[key] for key in state}
 
@@ -606,8 +605,8 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text=False, save
         if not math.isfinite(state["losses"]):
             raise FloatingPointError(f"the loss of the diffusion model is not finite in epoch {state['epoch'] + 1}, by "
                                      f"step {state['step']}; try a lower --set train_lr=")
-        tbps.save(folder / "last.pt", state | dict(weights=parts.state_dict(), mean=average, recipe=recipe, seed=seed,
-                                                   optimizer=optimizer.state_dict()))
+        tbps.save(folder / "last.pt", state | dict(weights=model.unet.state_dict(), mean=average, recipe=recipe,
+                                                   seed=seed, optimizer=optimizer.state_dict()))
         return time.time()
 
     bar = data.progress_bar(total=epochs * len(records), unit=" images", desc="diffusion model",
@@ -619,7 +618,7 @@ def train_diffusion(model, records, recipe, seed, folder, learn_text=False, save
             it, done = epoch * n + i, (epoch * n + i) / (epochs * n)
             cosine = (1 + math.cos(math.pi * done)) / 2                 # after a warm-up over a twentieth of the steps
             optimizer.param_groups[0]["lr"] = recipe["train_lr"] * min(1, 20 * done + 0.01) * cosine
-            loss = denoising_loss(model, z, model.encode_text(captions, learn_text), t, noise)
+            loss = denoising_loss(model, z, model.encode_text(captions), t, noise)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(learned, 1.0)

@@ -29,23 +29,32 @@ def work(people, tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("work"))
         patch.setattr(lab.people, "draw", lambda split, **_: people[:8] if split in ("train", "few") else people[8:24])
         run("tbps.py", "--out", "c", "--set", "epochs=1", "batch=4")
-        said = run("lab/train_diffusion.py", "--epochs", "1", "--work", "w", "--out", "m")
-        assert said.startswith("clip:") and "8 images" in said and "epoch   1/1" in said
+        said = run("lab/train_diffusion.py", "--epochs", "2", "--batch", "4", "--out", "m")
+        assert "8 images" in said and "epoch 2/2" in said
         said = run("generate.py", "--count", "3", "--diffusion", "m", "--out", "p", "--judge", "c/best.pt", *TINY)
         assert "3 pairs in p" in said
         yield
 
 
 def test_the_command_that_trains(work):
-    """Its weights are those of the training in fp16, read back as fp32; both parts were trained."""
-    whole, half = weights("w"), weights("m")
-    assert all(torch.equal(half[name], w.half()) for name, w in whole.items())
+    """Its weights are in fp16, read back as fp32; both parts were trained."""
+    assert all(w.dtype == torch.float16 for w in weights("m").values())
     model, start = generate.load_diffusion("m"), train_diffusion.toy_model()
     for part in ("unet", "text_encoder"):
         pairs = list(zip(getattr(model, part).parameters(), getattr(start, part).parameters()))
         assert all(a.dtype == torch.float32 for a, _ in pairs) and any(not torch.equal(a, b) for a, b in pairs)
     assert model.tokenizer.merges == start.tokenizer.merges and model.patch == 2
-    assert model.scheduler.config.prediction_type == "v_prediction" and model.scheduler.config.beta_end == 0.03
+    assert model.scheduler.config.prediction_type == "v_prediction" and model.scheduler.config.beta_end == 0.02
+
+
+def test_every_garment_weighs_the_same(people):
+    """The pixels of a hat together as much as those of a coat, beside the weight that every pixel has."""
+    weights = torch.stack([train_diffusion.region_weights(record) for record in people])
+    assert torch.allclose(weights.mean(dim=(1, 2, 3)), torch.ones(len(people)))
+    for record, weight in zip(people, weights[:, 0]):
+        extra = (weight / weight.min() - 1).numpy()
+        sums = [extra[lab.people.mask(record, region)].sum() for region in train_diffusion.REGIONS]
+        assert all(total == pytest.approx(0.1 * extra.size, rel=1e-4) for total in sums if total)
 
 
 def test_patches_of_pixels(work, people):
