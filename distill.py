@@ -521,9 +521,10 @@ def distill_student(args, recipe, splits, folder, teacher):
     if clip == "same":
         clip = teacher if recipe["warm"] else args.clip
     elif clip in SMALLER:                                               # a file like any other weights
-        small, clip = SMALLER[clip](model), folder.parent / f"{clip}.pt"
+        small, clip = SMALLER[clip](model), folder.parent / f"initial/{clip}.pt"
         clip.parent.mkdir(parents=True, exist_ok=True)
-        tbps.save(clip, tbps.checkpoint_dict(args, recipe, small, tokenizer, preprocessing, heads=False))
+        saved = tbps.checkpoint_dict(args, recipe, small, tokenizer, preprocessing, heads=False)
+        tbps.save(clip, saved | dict(epoch=0, scores={}))
     train_encoder(args, recipe, splits, folder, clip, targets, costs)
 
 

@@ -5,6 +5,8 @@
     python eval.py --checkpoint C --gallery PHOTOS --query "a woman in a green coat" the images that fit best
     python eval.py --checkpoint C --gallery PHOTOS --serve                           the same as a page in the browser
     python eval.py --features FILE.npz                                               scores of another model's features
+    python eval.py --runs runs/A runs/B                                              runs side by side, on one page
+    python eval.py --checkpoint C --export DIR                                       for open_clip and transformers
 
 C is a checkpoint of tbps.py or distill.py, or the weights of a CLIP. Scores are R@1, R@5, R@10, mAP and mINP in percent
 of text to image (the protocol of the field: each caption is a query, each image is in the gallery), image to text, and
@@ -21,13 +23,11 @@ import hashlib
 import html
 import io
 import itertools
-import itertools
 import json
 import math
 import os
 import re
 import statistics
-import string
 import stat
 import sys
 import zipfile
@@ -285,6 +285,7 @@ def round_ticks(low, high):
 def curve(title, series, width=480, height=240):
     """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes from 0 on; x is the epoch. Points (x, y, low,
     high) also have a band around the line."""
+    series = {name: line for name, line in series.items() if line}
     points = [(p[0], value) for line in series.values() for p in line for value in p[1:]]
     if not points:
         return ""
@@ -767,14 +768,19 @@ def print_rows(rows):
 def read_runs(data, tbps, folders):
     """{label: (settings, [log lines of each run])} of run folders; runs that differ only by seed are one group."""
     groups = {}
-    for folder in map(Path, folders):
-        file = data.need(folder / "last.pt", "the run", "name its folder, for LCR2S that of a stage, like RUN/student")
-        saved = tbps.read_checkpoint(file)
+    for folder in dict.fromkeys(map(Path, folders)):
+        file = folder / "last.pt"
+        if not file.exists() and len(folders) > 1:
+            print(f"{folder}: no last.pt, left out (the runs of LCR2S are its folders baseline, teacher, student)")
+            continue
+        saved = tbps.read_checkpoint(data.need(file, "the run", "name its folder"))
         settings = {key: value for key, value in (saved["args"] | saved["recipe"]).items()
-                    if key not in ("seed", "trains", *tbps.FREE_OPTIONS)}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(tbps.read_log(folder))
-    labels = itertools.chain(string.ascii_uppercase, map(str, itertools.count(1)))
-    return {label: (json.loads(settings), logs) for label, (settings, logs) in zip(labels, groups.items())}
+                    if key not in ("seed", *tbps.FREE_OPTIONS)}
+        key = json.dumps(settings, sort_keys=True)
+        groups.setdefault(key, (settings, []))[1].append(tbps.read_log(folder))
+    if not groups:
+        raise FileNotFoundError("none of these folders holds a last.pt; the folders of tbps.py are runs/NAME")
+    return {str(number): group for number, group in enumerate(groups.values(), start=1)}
 
 
 def mean_std(values):
@@ -782,26 +788,36 @@ def mean_std(values):
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
+def validation_scores(logs):
+    """{epoch: [validation scores of each run that has got there]}"""
+    found = {}
+    for line in (line for log in logs for line in log if line.get("val")):
+        found.setdefault(line["epoch"], []).append(line["val"])
+    return dict(sorted(found.items()))
+
+
 def final_scores(logs):
-    """{name: text} of a group of runs: the test scores of best.pt if all are finished, else the last validation."""
-    lines = [[line for line in log if "test" in line] for log in logs]
-    if all(lines):
-        name, scores = "test", [found[-1]["test"]["best.pt, text to image"] for found in lines]
+    """{name: text} of a group of runs: test scores of best.pt if all have them, else validation at the last epoch that
+    all have reached."""
+    tests = [line["test"]["best.pt, text to image"] for log in logs for line in log
+             if "best.pt, text to image" in line.get("test", {})]
+    by_epoch = {epoch: scores for epoch, scores in validation_scores(logs).items() if len(scores) == len(logs)}
+    if len(tests) == len(logs):
+        name, scores = "test", tests
+    elif by_epoch:
+        name, scores = f"val, epoch {max(by_epoch)}:", by_epoch[max(by_epoch)]
     else:
-        name, scores = "val", [[line["val"] for line in log if line.get("val")][-1:] for log in logs]
-        scores = [found[0] for found in scores if found]
-    return {f"{name} {metric}": mean_std([s[metric] for s in scores]) for metric in ("R@1", "mAP") if scores}
+        return {}
+    return {f"{name} {metric}": mean_std([s[metric] for s in scores]) for metric in ("R@1", "mAP")}
 
 
 def validation_curves(groups, metric):
     """{label: [(epoch, mean, lowest, highest), ...]} over the runs of each group."""
-    series = {}
+    curves = {}
     for label, (_, logs) in groups.items():
-        by_epoch = {}
-        for line in (line for log in logs for line in log if line.get("val")):
-            by_epoch.setdefault(line["epoch"], []).append(line["val"][metric])
-        series[label] = [(epoch, statistics.mean(v), min(v), max(v)) for epoch, v in sorted(by_epoch.items())]
-    return series
+        values = {epoch: [s[metric] for s in scores] for epoch, scores in validation_scores(logs).items()}
+        curves[label] = [(epoch, statistics.mean(v), min(v), max(v)) for epoch, v in values.items()]
+    return curves
 
 
 def compare_runs(data, tbps, folders, page):
@@ -809,7 +825,7 @@ def compare_runs(data, tbps, folders, page):
     groups = read_runs(data, tbps, folders)
     keys = sorted({key for settings, _ in groups.values() for key in settings})
     differ = [key for key in keys if len({json.dumps(settings.get(key)) for settings, _ in groups.values()}) > 1]
-    rows = {label: {key: settings.get(key, "") for key in differ} | {"runs": len(logs)} | final_scores(logs)
+    rows = {label: {key: str(settings.get(key, "")) for key in differ} | {"runs": len(logs)} | final_scores(logs)
             for label, (settings, logs) in groups.items()}
     for label, row in rows.items():
         print(f"{label}  " + "  ".join(f"{key}={value}" for key, value in row.items()))

@@ -12,8 +12,8 @@ CLIP in lab/toyclip/. After an interruption the same command continues; the resu
 imgs/, pairs.jsonl (captions, source, edit, scores) and report.html (a sample to look at).
 
 Letters: B sources in a batch, R rows of the UNet's batch, N positions of a layer, H heads, C width. z (B, ...) are
-latents: 4 channels and an eighth of the image's side with a VAE; without, the pixels themselves or patches of them as
-channels, 12 for 2 x 2 pixels. zs[t] is z after t of T steps of DDIM inversion: zs[0] is the image, zs[T] is noise.
+latents. With a VAE: 4 channels, height and width divided by 8. Without: pixels, or blocks of p x p pixels as channels,
+12 for p = 2. zs[t] is z after t of T steps of DDIM inversion: zs[0] is the image, zs[T] is noise.
 """
 
 import argparse
@@ -268,10 +268,11 @@ def save_text_encoder(encoder, folder):
     folder.mkdir(parents=True, exist_ok=True)
     weights, block = tbps.named_tensors(nn.ModuleDict(dict(text=encoder)), tbps.HF_NAMES), encoder.blocks[0]
     save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(
-        vocab_size=len(encoder.tok.weight), hidden_size=encoder.pos.shape[1], num_hidden_layers=len(encoder.blocks),
-        num_attention_heads=block.attn.heads, max_position_embeddings=data.CONTEXT,
-        hidden_act="quick_gelu" if block.quick_gelu else "gelu")))
+    width = encoder.pos.shape[1]
+    tbps.write_json(folder / "config.json", dict(
+        model_type="clip_text_model", vocab_size=len(encoder.tok.weight), hidden_size=width,
+        intermediate_size=4 * width, num_hidden_layers=len(encoder.blocks), num_attention_heads=block.attn.heads,
+        max_position_embeddings=data.CONTEXT, hidden_act="quick_gelu" if block.quick_gelu else "gelu"))
 
 
 def load_diffusion(source, steps=50, device="cpu"):
@@ -286,7 +287,8 @@ def load_diffusion(source, steps=50, device="cpu"):
     for what, value, *allowed in (
             ("text_encoder: vocab_size", len(text_encoder.tok.weight), tokenizer.vocab),
             ("unet: cross_attention_dim", unet.config.cross_attention_dim, text_encoder.pos.shape[1]),
-            ("unet: in_channels", unet.config.in_channels, *((vae.config.latent_channels,) if vae else (3, 12, 48))),
+            ("unet: in_channels" + " (there is no vae/)" * (not vae), unet.config.in_channels,
+             *([vae.config.latent_channels] if vae else [3, 12, 48])),
             ("scheduler: prediction_type", scheduler.config.prediction_type, "epsilon", "v_prediction")):
         tbps.require(value in allowed, f"{folder}, {what} is {value!r}, the other parts need "
                      f"{' or '.join(map(repr, allowed))}\n  Only models like Stable Diffusion 1.x can be used")
@@ -542,7 +544,8 @@ TOY_DIFFUSION = Path(__file__).parent / "lab" / "toydiffusion"          # made b
 TOY = SD | dict(height=96, width=48, steps=20, guidance=3.0, weight=1.0, threshold=0.5, blend_at=2, train_batch=16,
                 train_lr=1e-4)
 CONTROL = ["weight", "cross_attention", "self_attention", "blend_from", "threshold", "blend_at"]
-TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption"]
+TRAINING = ["height", "width", "train_epochs", "train_batch", "train_lr", "drop_caption", "dataset", "data_root",
+            "diffusion", "seed"]
 
 
 def check_recipe(recipe):
@@ -571,7 +574,8 @@ def training_batches(model, records, recipe, seed, epoch, first):
         captions = ["" if rng.random() < recipe["drop_caption"] else rng.choice(r["captions"]) for r in chosen]
         if z is None or i >= first:
             z = model.encode(torch.stack([scale(data.load_image(r["image"])) for r in chosen]))
-        t, noise = torch.randint(1000, (len(chunk),), device=z.device), torch.randn_like(z[:len(chunk)])
+        times = model.scheduler.config.num_train_timesteps
+        t, noise = torch.randint(times, (len(chunk),), device=z.device), torch.randn_like(z[:len(chunk)])
         if i >= first:
             yield i, z, captions, t, noise
 
@@ -643,10 +647,11 @@ def train_diffusion(model, records, recipe, seed, folder, save_minutes=10):
 
 def finetuned_model(args, recipe, records, model):
     """The model in the folder --finetune; `model` is trained on the records first unless that is done already."""
-    folder = Path(args.finetune)
+    folder, recipe = Path(args.finetune), recipe | vars(args)
     if (folder / "last.pt").exists():
         before = tbps.read_file(folder / "last.pt")["recipe"]
-        changed = [f"{key} {before[key]} then, {recipe[key]} now" for key in TRAINING if before[key] != recipe[key]]
+        changed = [f"{key} {before.get(key)} then, {recipe[key]} now" for key in TRAINING
+                   if before.get(key) != recipe[key]]
         tbps.require(not changed, f"{folder} holds a diffusion model trained with other options "
                      f"({'; '.join(changed)}): remove it, or use it as it is with --diffusion {folder}")
     if not (folder / "unet").exists():
@@ -876,7 +881,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--dataset", choices=data.DATASETS, default="toy", help="whose training split is edited (default: toy)")
     add("--data-root", default="data", help="the set's folder or its parent; for csv the file (default: data)")
-    add("--diffusion", help="a Stable Diffusion 1.x: folder in the layout of diffusers, or hub id (toy: our own)")
+    add("--diffusion", help="a Stable Diffusion 1.x: folder in the layout of diffusers, or hub id (toy: ours)")
     add("--finetune", metavar="DIR", help="first train the UNet on the training split, and keep it in this folder")
     add("--count", type=int, default=500, help="pairs to make; a folder that holds fewer is added to (default: 500)")
     add("--edits", type=int, default=2, help="pairs per source at most; they share one inversion (default: 2)")
@@ -905,7 +910,6 @@ def parse_args(argv=None):
             (min(args.count, args.edits, args.batch) > 0, "--count, --edits and --batch must be at least 1"),
             (is_toy or args.diffusion, f"name the diffusion model with --diffusion; {LAYOUT}")):
         tbps.require(condition, sentence)
-    args.diffusion = args.diffusion or str(TOY_DIFFUSION)
     args.out = args.out or f"runs/pdg-{args.dataset}-{args.seed}"
     return args, recipe
 
@@ -919,7 +923,10 @@ def main():
     if args.device == "cuda" and ranks > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     judge = Judge(args.judge, args.device) if args.judge else None
-    model = load_diffusion(args.diffusion, recipe["steps"], args.device)
+    model = load_diffusion(args.diffusion or TOY_DIFFUSION, recipe["steps"], args.device)
+    block = 8 if model.vae else model.patch
+    tbps.require(recipe["height"] % block == recipe["width"] % block == 0, f"height={recipe['height']} and width="
+                 f"{recipe['width']} must be multiples of {block} for this model")
     records = data.read(args.dataset, args.data_root, "train")
     if args.finetune:
         model = finetuned_model(args, recipe, records, model)

@@ -326,7 +326,7 @@ class DualEncoder(nn.Module):
 
 TOY_CLIP = Path(__file__).parent / "lab" / "toyclip"                    # made by lab/pretrain.py
 
-# Where to fetch CLIP by hand; the hub has the same weights as openai/clip-vit-base-patch16
+OPENAI_CLIP = "openai/clip-vit-base-patch16"                            # the hub id; the same weights by hand:
 OPENAI_WEIGHTS = ("https://openaipublic.azureedge.net/clip/models/"
                   "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt")
 
@@ -387,7 +387,7 @@ def find_weights(source):
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
     if path.exists() or is_file_name or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return data.need(path, what, "name a checkpoint that tbps.py wrote, like runs/NAME/best.pt, or a CLIP: a file, "
-                         "a folder or a hub id like openai/clip-vit-base-patch16")
+                         f"a folder or a hub id like {OPENAI_CLIP}")
     return fetch_weights(str(source))
 
 
@@ -489,7 +489,7 @@ def read_config(path):
     """What tensors do not tell. Without a config beside the weights file: the values of OpenAI's models.
 
     -> dict(file=name of the config or None, quick_gelu, head_width, text_head_width, image_size=(H, W) or None,
-            norm, resize)"""
+            norm, resize, clean)"""
     file, config = find_config(path)
     try:
         if file and file.name == "config.json":
@@ -503,7 +503,8 @@ def read_config(path):
         # Hugging Face writes Pillow's numbers: 2, 3
         resize = {None: "bicubic", "bicubic": "bicubic", "bilinear": "bilinear", 3: "bicubic", 2: "bilinear"}[resize]
         size = (size, size) if isinstance(size, int) else size and tuple(size)
-        return found | dict(file=file and file.name, image_size=size, norm=norm, resize=resize)
+        clean = config.get("tbps", {}).get("clean", False)              # a key of ours, see save_open_clip
+        return found | dict(file=file and file.name, image_size=size, norm=norm, resize=resize, clean=clean)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{file} is not the configuration of a known CLIP ({type(e).__name__}: {e})") from None
 
@@ -550,7 +551,7 @@ def read_image_size(positions, patch, config_size, requested, stride, source):
 
 
 def clip_shapes(weights, names, source):
-    """The shapes of the tensors of a CLIP that tell its sizes, by our names. names: the table of its program."""
+    """{our name: shape} of the five tensors that tell the sizes of a CLIP. names: the table from our names to its."""
     if any(name.startswith(("visual.layer1", "visual.attnpool")) for name in weights):
         raise ValueError(f"{source} is a CLIP with a ResNet image tower; only vision transformers can be read")
     dims = {"image.patch.weight": 4, "image.pos": 2, "text.tok.weight": 2, "text.pos": 2, "text.proj": 2}
@@ -605,8 +606,8 @@ def rename(name, table):
 
 
 def named_tensors(model, names):
-    """The tensors of a model without its heads, by the names of another program, as views: what is copied into them is
-    in the model. Hugging Face's CLIPModel splits q, k, v, and transposes the projections."""
+    """The tensors of a model without its heads, by the names of another program. They are views: copying into one
+    changes the model. Hugging Face's CLIPModel splits q, k, v, and transposes the projections."""
     weights = {rename(name, names): w for name, w in model.state_dict().items() if not name.startswith("heads.")}
     if names is not HF_NAMES:
         return weights
@@ -657,7 +658,7 @@ def resize_pos(pos, old, new):
 @torch.no_grad()
 def copy_weights(model, weights, source, old_grid=None, names=()):
     """Copy tensors into `model`: each is copied, or resized and copied; the model's heads are new. Anything else is a
-    ValueError that names the tensor. names: the table from our names to those of the tensors."""
+    ValueError that names the tensor. names: the table from our names to those of the tensors; (): they are ours."""
     places = named_tensors(model, names)
     resized = "none"
     for name, w in weights.items():
@@ -746,7 +747,11 @@ def write_log(out, **facts):
 
 def read_log(out):
     """The lines of a run's log.jsonl as dicts."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    path = data.need(out / "log.jsonl", "the log of the run", "training writes it")
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
 
 
 def is_checkpoint(path):
@@ -816,7 +821,7 @@ def load_model(source, device="cpu", image_size=None, vocabulary=None):
     model, tokenizer, config = load_clip(path, image_size), tokenizer_for(path, vocabulary), read_config(path)
     require(tokenizer.vocab == model.arch["vocab"], f"the tokenizer has {tokenizer.vocab:,} tokens, the weights "
             f"{model.arch['vocab']:,}: they do not belong together")
-    preprocessing = data.Preprocessing(model.arch["image_size"], config["norm"], config["resize"], clean=False)
+    preprocessing = data.Preprocessing(model.arch["image_size"], *(config[key] for key in ("norm", "resize", "clean")))
     return model.eval().to(device), tokenizer, preprocessing
 
 
@@ -836,7 +841,8 @@ def save_open_clip(model, tokenizer, preprocessing, folder, dtype=torch.float32)
     write_json(folder / "open_clip_config.json", dict(
         model_cfg=dict(embed_dim=arch["embed"], quick_gelu=arch["quick_gelu"], vision_cfg=image, text_cfg=text),
         preprocess_cfg=dict(mean=preprocessing.mean, std=preprocessing.std, resize_mode="squash",
-                            interpolation=preprocessing.settings["resize"])))
+                            interpolation=preprocessing.settings["resize"]),
+        tbps=dict(clean=preprocessing.clean)))                          # whether captions are cleaned; others ignore it
     write_tensors(folder / "open_clip_model.safetensors", named_tensors(model, OPENAI_NAMES), dtype)
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", dict(
@@ -860,7 +866,7 @@ def save_hugging_face(model, tokenizer, preprocessing, folder):
         eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
     write_json(folder / "config.json", dict(
         model_type="clip", architectures=["CLIPModel"], projection_dim=arch["embed"], text_config=text,
-        vision_config=image))
+        vision_config=image, tbps=dict(clean=preprocessing.clean)))
     size = dict(zip(("height", "width"), arch["image_size"]))
     resample = dict(bilinear=2, bicubic=3)[preprocessing.settings["resize"]]                # Pillow's numbers
     write_json(folder / "preprocessor_config.json", dict(
@@ -878,38 +884,34 @@ def write_tensors(path, weights, dtype=torch.float32):
     save_file({name: w.to(dtype).contiguous() for name, w in weights.items()}, path, metadata={"format": "pt"})
 
 
-def model_card(path, preprocessing):
-    """The README.md of an exported checkpoint: what it is, how it was trained, its scores, how to use it."""
-    saved = read_checkpoint(path) if is_checkpoint(path) else None
-    tags = ["---", "library_name: open_clip", "pipeline_tag: zero-shot-image-classification", "license: other", "tags:",
-            "- text-based-person-search", "- open_clip", "- clip", "---", ""]
-    if not saved:
-        return "\n".join([*tags, f"# {path.parent.name}", "", "The weights of a CLIP, written in another layout.", ""])
-    log = path.parent / "log.jsonl"
-    tests = [line["test"] for line in (read_log(path.parent) if log.exists() else []) if "test" in line]
-    scores = {what: values for what, values in (tests[-1] if tests else {}).items() if what.startswith(path.name)}
-    scores = scores or {"validation split, text to image": saved["scores"]}
-    dataset, recipe = saved["args"]["dataset"], format_values(saved["recipe"])
-    clean = ", without full stops (clean=1; no other library does that)" if saved["recipe"]["clean"] else ""
-    lines = [f"- {what}: {evaluation.format_scores(values)}" for what, values in scores.items() if values]
-    return "\n".join([*tags, f"""# Person search by a sentence: {saved["method"]} on {dataset}
+CARD = """---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+license: other
+tags:
+- text-based-person-search
+- open_clip
+- clip
+---
 
-Finds persons in images by a description such as "a man in a red jacket with a black backpack". A CLIP, started from
-{Path(saved["args"]["clip"]).name}, was fine-tuned by tbps with the method {saved["method"]} on {dataset}.
+# {title}
+
+{body}"""
+CARD_BODY = """Finds persons in images by a description such as "a man in a red jacket with a black backpack". A CLIP:
+{start}, fine-tuned on {dataset} with the method {method}.
 
 ## Scores
 
-{chr(10).join(lines)}
-
-Those of a split without more words are on the test split of {dataset}.
+{scores}
 
 ## Use
 
-    model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
-    tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+    import open_clip
+    model, _, preprocess = open_clip.create_model_and_transforms("{place}")
+    tokenizer = open_clip.get_tokenizer("{place}")
+    model.eval()
 
-Images are stretched to {preprocessing.settings["size"][0]}x{preprocessing.settings["size"][1]} pixels. Captions are in
-lower case{clean}.
+Images are stretched to {size} pixels. Captions: {captions}.
 
 ## Recipe
 
@@ -919,21 +921,45 @@ lower case{clean}.
 
 Research and teaching. Do not identify, track or profile persons who have not agreed to it. The licences of the data
 set and of the weights that training started from apply to this model, too.
-"""])
+"""
+
+
+def model_card(path, title, preprocessing):
+    """The README.md of an exported model: what it is, how it was trained, its scores, how to use it."""
+    if not is_checkpoint(path):
+        return CARD.format(title=title, body="The weights of a CLIP, written in another layout.\n")
+    saved = read_checkpoint(path)
+    args, start = saved["args"], Path(saved["args"]["clip"])
+    require(args.get("trains") != "teacher", f"{path} is a teacher, which needs support sets; export its student")
+    log = read_log(path.parent) if (path.parent / "log.jsonl").exists() else []
+    tested = [line["test"] for line in log if "test" in line]
+    scores = {f"test split, {what.removeprefix(f'{path.name}, ')}": values for what, values in
+              (tested[-1] if tested else {}).items() if what.startswith(path.name)}
+    if not scores and saved["scores"]:
+        scores = {"validation split, text to image": saved["scores"]}
+    lines = [f"- {what}: {evaluation.format_scores(values)}" for what, values in scores.items()]
+    clean = 'in lower case, without . ! " ( ) * # : ; ~, which only tbps removes by itself'
+    own_tokens = saved["arch"]["vocab"] != OPENAI_VOCAB
+    return CARD.format(title=title, body=CARD_BODY.format(
+        start=f"{start.parent.name}/{start.name}" if start.suffix else start.name, dataset=args["dataset"],
+        method=saved["method"], scores="\n".join(lines) or "None were computed.",
+        place="local-dir:FOLDER" if own_tokens else "hf-hub:NAME", recipe=format_values(saved["recipe"]),
+        size="{}x{}".format(*preprocessing.size), captions=clean if preprocessing.clean else "as they are"))
 
 
 def export(source, folder, image_size=None, vocabulary=None):
     """Write a checkpoint, or the weights of a CLIP, into a new folder for open_clip and, if its images are square, for
-    transformers, with a model card. Raises ValueError if they cannot hold the model."""
+    transformers, with a model card. Raises ValueError if open_clip cannot express it (overlapping patches)."""
     folder, path = Path(folder), find_weights(source)
     require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
             f"{folder} exists and is not an empty folder; name a new one with --export")
     model, tokenizer, preprocessing = load_model(path, "cpu", image_size, vocabulary)
     height, width = model.arch["image_size"]
+    card = model_card(path, folder.name, preprocessing)
     save_open_clip(model, tokenizer, preprocessing, folder)
     if height == width:
         save_hugging_face(model, tokenizer, preprocessing, folder)
-    (folder / "README.md").write_text(model_card(path, preprocessing), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"{folder}: a model for open_clip{' and transformers' * (height == width)}; its card is README.md")
 
 
@@ -1938,7 +1964,7 @@ def training_options(description, recipes, keys, default_method, argv):
     g.add_argument("--skip-bad", action="store_true", help="skip unreadable images (default: stop at the first)")
     g = p.add_argument_group("model")
     g.add_argument("--clip", help="weights to start from: a file, folder, hub id, checkpoint, or none "
-                   "(default: openai/clip-vit-base-patch16; on synthetic pedestrians lab/toyclip)")
+                   f"(default: {OPENAI_CLIP}; on synthetic pedestrians lab/toyclip)")
     g.add_argument("--tokenizer", help="CLIP's vocabulary, if it is not beside the weights: tokenizer.json or "
                    "bpe_simple_vocab_16e6.txt.gz")
     g.add_argument("--size", choices=SIZES,
@@ -2027,7 +2053,7 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
             raise ValueError(f"the recipe of {args.method} has no key {key!r}; it has {', '.join(recipe)}")
         recipe[key] = parse_value(key, value, recipe[key])
     check_recipe(recipe, keys, choices)
-    args.clip = args.clip or (str(TOY_CLIP) if toy else "openai/clip-vit-base-patch16")
+    args.clip = args.clip or (str(TOY_CLIP) if toy else OPENAI_CLIP)
     args.size = args.size or ("toy" if toy else "ViT-B/16")
     args.workers = args.workers if args.workers is not None else 0 if toy else default_workers()
     check_options(args, recipe)
@@ -2041,9 +2067,10 @@ def resolve_recipe(args, recipe, keys=KEYS, choices=CHOICES):
 
 
 def keep_image_size(args, recipe):
-    """Put the image size of the weights into the recipe, unless the command line says another, or it is one of OpenAI's
-    models, which the recipes are made for."""
-    if args.clip == "none" or args.dataset.startswith("toy") or {"height", "width"} & given_keys(args).keys():
+    """Put the image size that weights name into the recipe, unless the command line gives one. A model of the size of
+    OpenAI's gets that of the recipe, which was made for it."""
+    given = {"height", "width"} & given_keys(args).keys()
+    if args.clip in ("none", OPENAI_CLIP) or args.dataset.startswith("toy") or given:
         return
     path = find_weights(args.clip)
     size = read_checkpoint(path)["arch"]["image_size"] if is_checkpoint(path) else read_config(path)["image_size"]

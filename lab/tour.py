@@ -8,6 +8,7 @@ Exercises 1 to 5 score the model of `python tbps.py`, which is trained first if 
 
 import argparse
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
 
 MAIN = "runs/toy-tbps-clip-simplified-0"
-SCORE = f"eval.py --checkpoint {ROOT / MAIN}/best.pt"
+SCORE = f"eval.py --checkpoint {shlex.quote(str(ROOT / MAIN / 'best.pt'))}"
 TRAIN = "tbps.py"
 
 # ---- lines that exercises change -------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def score(command, changes=()):
         shutil.copytree(ROOT / "lab/toyclip", folder / "lab/toyclip")
         change(folder, changes)
         out = ["--page", folder / "page.html"] if "eval.py" in command else ["--out", folder / "run"]
-        done = subprocess.run([sys.executable, *command.split(), *out], cwd=folder, text=True,
+        done = subprocess.run([sys.executable, *shlex.split(command), *out], cwd=folder, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(done.stdout)
@@ -98,8 +99,9 @@ def score(command, changes=()):
 
 def try_all(numbers):
     """Print the table, a row per exercise."""
-    if not (ROOT / MAIN / "best.pt").exists():
-        subprocess.run([sys.executable, "tbps.py"], cwd=ROOT, check=True)
+    if not (ROOT / MAIN / "report.html").exists():                      # written at the end of a run
+        resume = ["--resume"] if (ROOT / MAIN / "last.pt").exists() else []
+        subprocess.run([sys.executable, "tbps.py", *resume], cwd=ROOT, check=True)
     r1, mean_ap = score(SCORE)
     print("| | exercise | change | R@1 | mAP |\n|---|---|---|---|---|")
     print(f"| 0 | nothing | | {r1:.2f} | {mean_ap:.2f} |", flush=True)

@@ -6,8 +6,8 @@
 
 The published values were chosen for a large model on photos. Here every method has twelve trials, the baseline, too:
 three rates times three temperatures; then, with the best of these, three changes of its own, one at a time. A trial
-fine-tunes the toy CLIP with a tenth of the persons, for 10 epochs, seed 0. Its score is the mAP on the validation split
-of the epoch with the best R@1. The trials are lines of lab/toy_recipes.jsonl; the winners are tbps.TOY_RECIPES."""
+fine-tunes the toy CLIP with a tenth of the persons, for 10 epochs, seed 0. Its score is the validation mAP of the epoch
+with the best R@1. The trials are lines of lab/toy_recipes.jsonl; the winners are tbps.TOY_RECIPES."""
 
 import argparse
 import json
@@ -50,7 +50,8 @@ def recorded():
 def validation_scores(folder):
     """R@1 and mAP of the epoch with the best R@1. Of LCR2S the student counts."""
     log = folder / "student/log.jsonl" if (folder / "student").exists() else folder / "log.jsonl"
-    scores = [line["val"] for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if line.get("val")]
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    scores = [line["val"] for line in lines if line.get("val") and line["epoch"] > 0]       # epoch 0: before training
     best = max(scores, key=lambda val: val["R@1"])
     return {metric: round(best[metric], 2) for metric in ("R@1", "mAP")}
 
@@ -86,7 +87,7 @@ def best_of(method, trials):
 def all_trials(method):
     first = first_trials()
     best = best_of(method, first)
-    return first + [f"{best} {change}" for change in OWN[method]]
+    return first + [f"{best} {change}" for change in OWN[method]] if best else first
 
 
 def table(methods):
@@ -94,9 +95,10 @@ def table(methods):
     known, rows = recorded(), [["method", "settings", "val R@1", "val mAP", ""]]
     for method in methods:
         trials = all_trials(method)
+        best = best_of(method, trials)
         for settings in trials:
             if scores := known.get(command(method, settings)):
-                winner = "chosen" if settings == best_of(method, trials) else ""
+                winner = "chosen" if settings == best else ""
                 rows.append([method, settings, f"{scores['R@1']:.1f}", f"{scores['mAP']:.1f}", winner])
     return tables.markdown(rows)
 

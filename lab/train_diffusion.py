@@ -8,11 +8,12 @@ stands in for it: it learns from synthetic pedestrians of whom none is in train,
 diffusers, the weights are the moving average in fp16, written after each epoch.
 
 Training differs from `generate.train_diffusion`, which fine-tunes a large model, in three things: the text tower learns
-too; small garments weigh as much as large ones in the loss (`region_weights`), or hats and shoes would stay grey; there
-is nothing to resume."""
+too; small garments weigh as much as large ones in the loss (`region_weights`), otherwise hats and shoes would be learnt
+late; it cannot be resumed."""
 
 import argparse
 import copy
+import functools
 import shutil
 import sys
 import time
@@ -41,7 +42,7 @@ def toy_model(clip=tbps.TOY_CLIP, channels=(32, 48, 64, 64)):
     Its schedule is noisier than Stable Diffusion's, and it predicts v. Garments are flat: through less noise their
     colours would show, and the captions would not matter."""
     dual_encoder, tokenizer = tbps.load_clip(clip), tbps.tokenizer_for(clip)
-    sizes = (dual_encoder.arch[key] for key in ("vocab", "text_width", "text_layers", "head_width", "quick_gelu"))
+    sizes = (dual_encoder.arch[key] for key in ("vocab", "text_width", "text_layers", "text_head_width", "quick_gelu"))
     text_encoder = generate.SDTextEncoder(*sizes)
     weights = dual_encoder.text.state_dict()
     text_encoder.load_state_dict({name: w for name, w in weights.items() if name != "proj"})
@@ -98,13 +99,15 @@ def main():
     optimizer = torch.optim.AdamW([dict(params=model.unet.parameters(), lr=LR),
                                    dict(params=model.text_encoder.parameters(), lr=LR_TEXT)],
                                   weight_decay=WEIGHT_DECAY, fused=True)
-    steps, step, start = args.epochs * (len(pixels) // args.batch), 0, time.time()
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pretrain.lr_factor(step, steps))
+    per_epoch, step, start = len(pixels) // args.batch, 0, time.time()
+    steps = args.epochs * per_epoch
+    lr_factor = functools.partial(pretrain.lr_factor, steps=steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     print(f"{len(pixels):,} images; {sum(p.numel() for p in model.unet.parameters()):,} parameters in the UNet, "
           f"{sum(p.numel() for p in model.text_encoder.parameters()):,} in the text encoder", flush=True)
     for epoch in range(args.epochs):
         total = 0.0
-        for batch in torch.randperm(len(pixels)).split(args.batch)[:len(pixels) // args.batch]:
+        for batch in torch.randperm(len(pixels)).split(args.batch)[:per_epoch]:
             chosen = ["" if rng.random() < DROP_CAPTION else captions[i][rng.integers(2)] for i in batch.tolist()]
             loss = weighted_loss(model, model.encode(pixels[batch] / 255), chosen, weights[batch])
             optimizer.zero_grad()
@@ -117,7 +120,7 @@ def main():
             if step % 100 == 0:
                 print(f"step {step} of {steps}, {(time.time() - start) / 60:.1f} minutes, loss {loss.item():.4f}",
                       flush=True)
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {total / (len(pixels) // args.batch):.4f}", flush=True)
+        print(f"epoch {epoch + 1}/{args.epochs}  loss {total / per_epoch:.4f}", flush=True)
         finished = copy.deepcopy(model)
         nn.ModuleList([finished.unet, finished.text_encoder]).half().load_state_dict(average.module.state_dict())
         shutil.rmtree(args.out / "unet", ignore_errors=True)

@@ -32,18 +32,38 @@ def runs(tmp_path):
 def test_seeds_are_one_line_with_their_spread(runs):
     page = runs / "page.html"
     said = run("eval.py", "--runs", runs / "a0", runs / "a1", runs / "b", "--page", page)
-    a, b = said.splitlines()[:2]
-    assert a == "A  lr=0.0001  runs=2  test R@1=62.00 ± 2.83  test mAP=57.00 ± 2.83"
-    assert b == "B  lr=0.5  runs=1  val R@1=45.00  val mAP=35.00"
+    first, second = said.splitlines()[:2]
+    assert first == "1  lr=0.0001  runs=2  test R@1=62.00 ± 2.83  test mAP=57.00 ± 2.83"
+    assert second == "2  lr=0.5  runs=1  val, epoch 2: R@1=45.00  val, epoch 2: mAP=35.00"
     text = page.read_text(encoding="utf-8")
-    assert text.count("<polyline") == 4 and text.count("<polygon") == 4 and "62.00 ± 2.83" in text
+    assert text.count("<polyline") == 4 and text.count("<polygon") == 4
+    assert "62.00 ± 2.83" in text and "<td>0.0001</td>" in text
 
 
 def test_curves_are_means_between_the_lowest_and_the_highest():
     logs = [[dict(epoch=1, val={"R@1": 10.0})], [dict(epoch=1, val={"R@1": 20.0}), dict(epoch=2, val={"R@1": 30.0})]]
-    found = evaluation.validation_curves({"A": ({}, logs)}, "R@1")
-    assert found == {"A": [(1, 15.0, 10.0, 20.0), (2, 30.0, 30.0, 30.0)]}
+    found = evaluation.validation_curves({"A": ({}, logs), "B": ({}, [[]])}, "R@1")
+    assert found == {"A": [(1, 15.0, 10.0, 20.0), (2, 30.0, 30.0, 30.0)], "B": []}
+    assert evaluation.curve("R@1", found).count("<polyline") == 1       # what has no validation has no curve
+
+
+def test_unfinished_runs_are_compared_at_the_last_epoch_that_all_have():
+    logs = [[dict(epoch=n, val={"R@1": 10.0 * n, "mAP": 1.0}) for n in range(last)] for last in (2, 4)]
+    assert evaluation.final_scores(logs)["val, epoch 1: R@1"] == "10.00 ± 0.00"
+    assert evaluation.final_scores([[dict(test={"held-out view: teacher": {}})]]) == {}
+
+
+def test_stages_are_no_seeds(runs):
+    saved = torch.load(runs / "a0/last.pt")
+    torch.save(saved | dict(args=saved["args"] | dict(trains="student")), runs / "a0/last.pt")
+    said = run("eval.py", "--runs", runs / "a0", runs / "a1", runs / "a1", "--page", runs / "page.html")
+    assert "trains=student  runs=1" in said and said.count("runs=1") == 2
 
 
 def test_a_folder_without_a_run(runs):
     assert "the run should be at" in error("eval.py", "--runs", runs)
+    said = run("eval.py", "--runs", runs, runs / "b", "--page", runs / "page.html")
+    assert f"{runs}: no last.pt, left out" in said and "runs=1" in said
+    assert "none of these folders" in error("eval.py", "--runs", runs, runs.parent)
+    (runs / "b/log.jsonl").write_text('{"epoch": 1')
+    assert "b/log.jsonl is damaged" in error("eval.py", "--runs", runs / "b")

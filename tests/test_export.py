@@ -1,5 +1,5 @@
-"""eval.py --export: a folder that open_clip and transformers read. Compared with both by hand (lab/LOG.md); here, that
-the folder gives back the same model, and that the files say what those libraries ask for."""
+"""eval.py --export: a folder that open_clip and transformers read. lab/LOG.md has a comparison of features
+with both. Here: the folder gives back the same model, and the files say what those libraries ask for."""
 
 import json
 
@@ -10,17 +10,15 @@ import data
 import tbps
 from conftest import error, run
 
-ARCH = dict(embed=64, patch=8, image_width=64, image_layers=2, text_width=64, text_layers=2, vocab=300, head_width=32,
+ARCH = dict(embed=64, patch=8, image_width=64, image_layers=2, text_width=64, text_layers=2, head_width=32,
             text_head_width=16)
 
 
 def checkpoint(path, size, **arch):
     """A file like best.pt, with new weights; its model."""
     torch.manual_seed(0)
-    model = tbps.DualEncoder(**ARCH | dict(image_size=size) | arch)
     tokenizer = data.train_tokenizer(["a man in a red coat", "a woman with a bag"], vocab=300)
-    model.arch["vocab"] = tokenizer.vocab
-    model = tbps.DualEncoder(**model.arch)
+    model = tbps.DualEncoder(**ARCH | dict(image_size=size, vocab=tokenizer.vocab) | arch)
     info = data.Preprocessing(size, "clip", "bicubic", clean=True).settings
     torch.save(dict(
         format="tbps", version=tbps.VERSION, weights=model.state_dict(), arch=model.arch, info=info, method="baseline",
@@ -49,7 +47,7 @@ def test_the_folder_gives_back_the_same_model(size, tmp_path):
         again, tokenizer, preprocessing = tbps.load_model(out)
         assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())
         assert again.arch == model.arch and preprocessing.settings == dict(
-            size=size, norm="clip", resize="bicubic", clean=False)
+            size=size, norm="clip", resize="bicubic", clean=True)
         before = tbps.load_model(tmp_path / "best.pt")[1]
         assert torch.equal(tokenizer(["a man in red"]), before(["a man in red"]))
 
@@ -80,9 +78,9 @@ def test_the_card(tmp_path):
     checkpoint(tmp_path / "best.pt", (32, 16))
     tbps.export(tmp_path / "best.pt", tmp_path / "validated")
     card = (tmp_path / "validated/README.md").read_text()
-    assert "text-based-person-search" in card and "baseline on toy" in card and "started from\ntoyclip" in card
+    assert "text-based-person-search" in card and "toyclip, fine-tuned on toy with the method baseline" in card
     assert "/home/me" not in card and "R@1 50.0" in card and "validation split" in card
-    assert "32x16 pixels" in card and "without full stops" in card and "itc=1.0" in card
+    assert "32x16 pixels" in card and "which only tbps removes" in card and "itc=1.0" in card
     scores = {"best.pt, text to image": {"R@1": 60.0, "mAP": 50.0}, "last.pt, text to image": {"R@1": 10.0, "mAP": 9.0}}
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(test=scores)) + "\n")
     tbps.export(tmp_path / "best.pt", tmp_path / "tested")
@@ -117,4 +115,9 @@ def test_what_cannot_be_exported(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     assert "is not an empty folder" in error(*command, "--export", tmp_path / "full")
+    checkpoint(tmp_path / "teacher.pt", (16, 16))
+    saved = torch.load(tmp_path / "teacher.pt")
+    torch.save(saved | dict(args=saved["args"] | dict(trains="teacher")), tmp_path / "teacher.pt")
+    said = error("eval.py", "--checkpoint", tmp_path / "teacher.pt", "--export", tmp_path / "out")
+    assert "export its student" in said and not (tmp_path / "out").exists()
     assert "take one checkpoint" in error(*command, tmp_path / "overlap.pt", "--export", tmp_path / "out")

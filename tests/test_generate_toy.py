@@ -84,6 +84,8 @@ def test_finetune_changes_the_unet_only(work):
     assert all(torch.equal(a[name].float(), b[name]) for name in a)
     other = ["generate.py", *options, "--out", "g", *TINY, "train_lr=0.1"]
     assert "train_lr 0.0001 then, 0.1 now): remove it" in error(*other)
+    assert "seed 0 then, 1 now" in error("generate.py", *options, "--seed", "1", "--out", "g", *TINY)
+    assert "must be multiples of 2" in error("generate.py", "--diffusion", "m", "--out", "g", *TINY, "height=95")
 
 
 def test_the_text_encoder_is_that_of_the_toy_clip():
