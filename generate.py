@@ -322,12 +322,12 @@ class Diffusion:
         tokens = self.tokenizer(captions)
         is_padding = torch.arange(tokens.shape[1]) > tokens.argmax(dim=1, keepdim=True)
         with torch.set_grad_enabled(learn):
-            return self.text_encoder(tokens.masked_fill(is_padding, self.tokenizer.eot).to(self.device))
+            return self.text_encoder(to_device(tokens.masked_fill(is_padding, self.tokenizer.eot), self.device))
 
     @torch.no_grad()
     def encode(self, pixels):
         """(B, 3, H, W) in [0, 1] -> latents."""
-        x = 2 * pixels.to(self.device) - 1
+        x = 2 * to_device(pixels, self.device) - 1
         if self.vae is None:
             return F.pixel_unshuffle(x, self.patch)
         return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
@@ -425,6 +425,12 @@ class Diffusion:
             self.vae.save_pretrained(folder / "vae")
         self.unet.save_pretrained(folder / "unet.part")
         (folder / "unet.part").rename(folder / "unet")
+
+
+def to_device(x, device):
+    """x on the device. A copy to a GPU starts from pinned memory, so that nothing waits for it."""
+    x = x.pin_memory() if str(device).startswith("cuda") else x
+    return x.to(device, non_blocking=True)
 
 
 def guide(unconditional, conditional, guidance):
