@@ -7,9 +7,9 @@ One word of a caption changes, "a red shirt" becomes "a green shirt", and a diff
     torchrun --nproc_per_node 8 generate.py ...                            on all GPUs of a machine
     python tbps.py --dataset cuhk --data-root DIR --extra runs/pdg-cuhk-0  trains on the new pairs too
 
-The first command makes 500 pairs with the small diffusion model in lab/toydiffusion/ and scores them with the small
-CLIP in lab/toyclip/. After an interruption the same command continues; the result is the same. The output folder holds
-imgs/, pairs.jsonl (captions, source, edit, scores) and report.html (a sample to look at).
+The first command makes 500 pairs with the small diffusion model in lab/toydiffusion/, which lab/train_diffusion.py
+makes, and scores them with the small CLIP in lab/toyclip/. After an interruption the same command continues; the result
+is the same. The output folder holds imgs/, pairs.jsonl (captions, source, edit, scores) and report.html (a sample).
 
 Letters: B sources in a batch, R rows of the UNet's batch, N positions of a layer, H heads, C width. z (B, ...) are
 latents. With a VAE: 4 channels, height and width divided by 8. Without: pixels, or blocks of p x p pixels as channels,

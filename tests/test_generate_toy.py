@@ -110,3 +110,26 @@ def test_the_judge(source, work, people):
     assert still["direction"] == pytest.approx(0, abs=1e-4)
     assert still["words"] == pytest.approx((a @ change.T).item(), abs=1e-5)
     assert moved["direction"] == pytest.approx(F.cosine_similarity(b - a, change).item(), abs=1e-4)
+
+
+def test_words_of_regions():
+    captions = ["A man in a red shirt and blue pants", ""]
+    tokenizer = tbps.load_model(tbps.TOY_CLIP)[1]
+    words = train_diffusion.words_of_regions(captions, tokenizer)
+    tokens = tokenizer(captions[:1])[0].tolist()
+    found = {region: [tokenizer.bpe.decode([tokens[n]]).removesuffix("</w>") for n in row.nonzero()[:, 0].tolist()]
+             for region, row in zip(train_diffusion.REGIONS, words[0]) if row.any()}
+    assert found == dict(top=["red", "shirt"], bottom=["blue", "pants"]) and not words[1].any()
+
+
+def test_the_loss_of_the_attention():
+    """0 where the pixels of a garment look at its words only, log(77 / 2) if they look at all alike."""
+    words, masks = torch.zeros(1, 6, 77), torch.zeros(1, 6, 8, 4)
+    words[0, 2, 5:7], masks[0, 2, :4] = 1, 1
+    k = torch.zeros(1, 1, 77, 2)
+    k[0, 0, 5:7, 0] = 100
+    looks, alike = torch.zeros(1, 1, 8, 2), torch.zeros(1, 1, 8, 2)     # 4 x 2 positions; the upper half is the top
+    looks[0, 0, :4, 0] = 1
+    assert train_diffusion.attention_loss([(looks, k)], words, masks).item() == pytest.approx(0, abs=1e-5)
+    assert train_diffusion.attention_loss([(alike, k)], words, masks).item() == pytest.approx(3.651, abs=1e-3)
+    assert train_diffusion.attention_loss([(looks, k)], 0 * words, masks).item() == 0       # a caption without garments
