@@ -229,7 +229,7 @@ def test_exercises_are_applied_one_by_one():
 
 def test_without_a_number_all_exercises_are_tried(tmp_path, monkeypatch, capsys):
     (tmp_path / tour.MAIN).mkdir(parents=True)
-    (tmp_path / tour.MAIN / "best.pt").touch()
+    (tmp_path / tour.MAIN / "report.html").touch()
     monkeypatch.setattr(tour, "ROOT", tmp_path)
     monkeypatch.setattr(tour, "score", lambda command, changes=(): (60.0 + len(changes), 50.0))
     monkeypatch.setattr(sys, "argv", ["tour.py"])

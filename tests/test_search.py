@@ -199,7 +199,7 @@ def test_mistakes(checkpoint, photos, tmp_path, said):
 
 def test_mistakes_without_a_gallery_or_a_checkpoint(checkpoint, photos):
     assert "name the folder" in error("eval.py", "--checkpoint", checkpoint, *QUERY)
-    assert "one of the arguments --checkpoint --features is required" in error("eval.py", "--gallery", photos)
+    assert "one of the arguments --checkpoint --features --runs is required" in error("eval.py", "--gallery", photos)
     assert "is a file; --pictures" in error("data.py", "--pictures", photos / "notes.txt")
 
 

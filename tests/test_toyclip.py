@@ -16,7 +16,7 @@ FOLDER = Path(tbps.TOY_CLIP)
 def test_it_is_small():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 4e6
     assert {file.name for file in FOLDER.iterdir()} == {
-        "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"}
+        "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("domain, least", [("generic", 85), ("people", 60)])
