@@ -282,14 +282,14 @@ def round_ticks(low, high):
     return [k * size for k in range(first, last + 1)]
 
 
-def curve(title, series, width=480, height=240):
-    """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes from 0 on; x is the epoch. Points (x, y, low,
-    high) also have a band around the line."""
+def curve(title, series, width=480, height=240, zero=True):
+    """Lines {name: [(x, y), ...]} as one inline SVG with labelled axes, of y from 0 on if `zero`; x is the epoch.
+    Points (x, y, low, high) also have a band around the line."""
     series = {name: line for name, line in series.items() if line}
     points = [(p[0], value) for line in series.values() for p in line for value in p[1:]]
     if not points:
         return ""
-    xs, ys = (round_ticks(min(0, *v), max(0, *v)) for v in zip(*points))
+    xs, ys = (round_ticks(min([*start, *v]), max([*start, *v])) for start, v in zip(([0], [0] * zero), zip(*points)))
     left, right, top, bottom = 64, width - 112, 28, height - 42
 
     def place(x, y):
@@ -829,7 +829,8 @@ def compare_runs(data, tbps, folders, page):
             for label, (settings, logs) in groups.items()}
     for label, row in rows.items():
         print(f"{label}  " + "  ".join(f"{key}={value}" for key, value in row.items()))
-    curves = "".join(curve(f"validation {metric}, %", validation_curves(groups, metric)) for metric in ("R@1", "mAP"))
+    curves = "".join(curve(f"validation {metric}, %", validation_curves(groups, metric), zero=False)
+                     for metric in ("R@1", "mAP"))
     legend = "<p class=legend>Bands reach from the lowest to the highest of runs that differ only by seed.</p>"
     chapters = [("Settings that differ, and scores, %", table(rows)), ("Curves", curves + legend)]
     write_page(page, "Runs side by side", chapters)

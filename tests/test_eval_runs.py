@@ -45,6 +45,8 @@ def test_curves_are_means_between_the_lowest_and_the_highest():
     found = evaluation.validation_curves({"A": ({}, logs), "B": ({}, [[]])}, "R@1")
     assert found == {"A": [(1, 15.0, 10.0, 20.0), (2, 30.0, 30.0, 30.0)], "B": []}
     assert evaluation.curve("R@1", found).count("<polyline") == 1       # what has no validation has no curve
+    assert ">0</text>" in evaluation.curve("", {"A": [(1, 50.0), (2, 60.0)]})
+    assert evaluation.curve("", {"A": [(1, 50.0), (2, 60.0)]}, zero=False).count(">0</text>") == 1     # of epochs only
 
 
 def test_unfinished_runs_are_compared_at_the_last_epoch_that_all_have():
