@@ -1,7 +1,7 @@
 """Train the toy diffusion model, the small weights in lab/toydiffusion/ with which generate.py edits synthetic
 pedestrians.
 
-    python lab/train_diffusion.py           makes lab/toydiffusion/ again, in 70 minutes on 2 CPU cores
+    python lab/train_diffusion.py           makes lab/toydiffusion/, in more than an hour on 2 CPU cores
 
 Stable Diffusion has seen many people before it edits those of a data set, but it cannot be shipped. The toy model
 stands in for it: it learns from synthetic pedestrians of whom none is in train, val or test. The layout is that of
