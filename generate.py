@@ -322,12 +322,12 @@ class Diffusion:
         tokens = self.tokenizer(captions)
         is_padding = torch.arange(tokens.shape[1]) > tokens.argmax(dim=1, keepdim=True)
         with torch.set_grad_enabled(learn):
-            return self.text_encoder(to_device(tokens.masked_fill(is_padding, self.tokenizer.eot), self.device))
+            return self.text_encoder(copy_to(self.device, tokens.masked_fill(is_padding, self.tokenizer.eot)))
 
     @torch.no_grad()
     def encode(self, pixels):
         """(B, 3, H, W) in [0, 1] -> latents."""
-        x = 2 * to_device(pixels, self.device) - 1
+        x = 2 * copy_to(self.device, pixels) - 1
         if self.vae is None:
             return F.pixel_unshuffle(x, self.patch)
         return self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
@@ -427,7 +427,7 @@ class Diffusion:
         (folder / "unet.part").rename(folder / "unet")
 
 
-def to_device(x, device):
+def copy_to(device, x):
     """x on the device. A copy to a GPU starts from pinned memory, so that nothing waits for it."""
     x = x.pin_memory() if str(device).startswith("cuda") else x
     return x.to(device, non_blocking=True)
@@ -653,7 +653,8 @@ def train_diffusion(model, records, recipe, seed, folder, save_minutes=10):
 
 def finetuned_model(args, recipe, records, model):
     """The model in the folder --finetune; `model` is trained on the records first unless that is done already."""
-    folder, recipe = Path(args.finetune), recipe | vars(args)
+    folder = Path(args.finetune)
+    recipe = recipe | dict(dataset=args.dataset, data_root=args.data_root, diffusion=args.diffusion, seed=args.seed)
     if (folder / "last.pt").exists():
         before = tbps.read_file(folder / "last.pt")["recipe"]
         changed = [f"{key} {before.get(key)} then, {recipe[key]} now" for key in TRAINING
@@ -930,7 +931,7 @@ def main():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     judge = Judge(args.judge, args.device) if args.judge else None
     model = load_diffusion(args.diffusion or TOY_DIFFUSION, recipe["steps"], args.device)
-    block = 8 if model.vae else model.patch
+    block = 2 ** (len(model.vae.config.block_out_channels) - 1) if model.vae else model.patch
     tbps.require(recipe["height"] % block == recipe["width"] % block == 0, f"height={recipe['height']} and width="
                  f"{recipe['width']} must be multiples of {block} for this model")
     records = data.read(args.dataset, args.data_root, "train")

@@ -7,7 +7,7 @@
 The published values were chosen for a large model on photos. Here every method has twelve trials, the baseline, too:
 three rates times three temperatures; then, with the best of these, three changes of its own, one at a time. A trial
 fine-tunes the toy CLIP with a tenth of the persons, for 10 epochs, seed 0. Its score is the validation mAP of the epoch
-with the best R@1. The trials are lines of lab/toy_recipes.jsonl; the winners are tbps.TOY_RECIPES."""
+with the best R@1. The trials are lines of lab/toy_recipes.jsonl. No recipe of tbps.py uses the winners yet."""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data                                                             # noqa: E402
+import tbps                                                             # noqa: E402
 from lab import ablations, tables                                       # noqa: E402
 
 RECORDS = ROOT / "lab/toy_recipes.jsonl"
@@ -47,10 +48,9 @@ def recorded():
     return {trial["command"]: trial["val"] for trial in map(json.loads, lines)}
 
 
-def validation_scores(folder):
+def best_validation(folder):
     """R@1 and mAP of the epoch with the best R@1. Of LCR2S the student counts."""
-    log = folder / "student/log.jsonl" if (folder / "student").exists() else folder / "log.jsonl"
-    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    lines = tbps.read_log(folder / "student" if (folder / "student").exists() else folder)
     scores = [line["val"] for line in lines if line.get("val") and line["epoch"] > 0]       # epoch 0: before training
     best = max(scores, key=lambda val: val["R@1"])
     return {metric: round(best[metric], 2) for metric in ("R@1", "mAP")}
@@ -63,7 +63,7 @@ def run(line):
     folder = ROOT / "runs/toy-recipes" / "".join(c if c.isalnum() or c in ".=-" else "_" for c in line)
     ablations.start(folder, line, threads=1)
     with open(RECORDS, "a", encoding="utf-8") as f:
-        f.write(json.dumps(dict(command=line, val=validation_scores(folder))) + "\n")
+        f.write(json.dumps(dict(command=line, val=best_validation(folder))) + "\n")
     shutil.rmtree(folder)
 
 

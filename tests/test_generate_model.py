@@ -267,3 +267,12 @@ def test_no_layer_for_the_mask(model):
     control = make_control([make_edit(model)], blend_at=16)
     with pytest.raises(ValueError, match="no layer of this UNet reduces the image 16 times"):
         model.edit(model.invert(torch.randn(1, 4, 16, 8), text), text, text, control)
+
+
+def test_a_copy_to_a_gpu_starts_from_pinned_memory(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: calls.append((device, non_blocking)) or x)
+    generate.copy_to("cuda:1", torch.zeros(1))
+    generate.copy_to("cpu", torch.zeros(1))
+    assert calls == ["pinned", ("cuda:1", True), ("cpu", True)]
