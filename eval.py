@@ -753,6 +753,8 @@ def parse_args(data):
         p.error("name the folder to search with --gallery")
     if (args.gallery or args.export) and len(args.checkpoint or []) != 1:
         p.error("--gallery and --export take one checkpoint")
+    if args.export and (args.gallery or args.dataset):
+        p.error("--export writes a folder and does nothing else; leave out --gallery and --dataset")
     if args.top < 1:
         p.error("--top is from 1 up")
     return args

@@ -120,4 +120,5 @@ def test_what_cannot_be_exported(tmp_path):
     torch.save(saved | dict(args=saved["args"] | dict(trains="teacher")), tmp_path / "teacher.pt")
     said = error("eval.py", "--checkpoint", tmp_path / "teacher.pt", "--export", tmp_path / "out")
     assert "export its student" in said and not (tmp_path / "out").exists()
+    assert "does nothing else" in error(*command, "--export", tmp_path / "out", "--dataset", "toy")
     assert "take one checkpoint" in error(*command, tmp_path / "overlap.pt", "--export", tmp_path / "out")
